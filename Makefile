@@ -1,0 +1,48 @@
+# Everything a new machine needs beyond python3.11 with pip, make and a C compiler is installed by these targets.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTEST_FLAGS ?= -n auto
+
+# mkdocs-material prints an advertisement for its successor otherwise.
+export NO_MKDOCS_2_WARNING := 1
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test check format docs clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)  ## make the virtual environment and install the library with everything for development
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+demo: setup  ## train the embedded default for every budget, evaluate it, draw the frontier
+	$(BIN)/l2a compress train
+
+test: setup  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: setup  ## format, lint, types, import rules, docs
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet
+
+format: setup  ## format and mend what can be mended
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: setup  ## serve the documentation while writing it
+	$(BIN)/mkdocs serve
+
+clean:  ## remove what was built; the virtual environment stays
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What turns an artifact into graphs for runtimes."""

@@ -1,0 +1,37 @@
+"""The tree of commands: ``l2a`` with its groups, one file per command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from l2a_compress import __version__
+from l2a_compress._cli.evaluate import evaluate
+from l2a_compress._cli.inspect import inspect
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Language models whose layers, heads and thinking follow the input and a compute budget.",
+)
+compress = typer.Typer(no_args_is_help=True, help="Train a model for every budget, and measure it.")
+app.add_typer(compress, name="compress")
+compress.command()(evaluate)
+compress.command()(inspect)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"l2a {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options that stand before any command."""

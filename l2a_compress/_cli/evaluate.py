@@ -1,0 +1,180 @@
+"""``l2a compress evaluate``: quality, sparsity and cost of an artifact at every budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from l2a_compress.errors import ConfigError
+
+if TYPE_CHECKING:
+    from l2a_compress.training.data_config import DataConfig
+    from l2a_compress.training.recipe import EvalConfig
+    from l2a_compress.training.store import LoadedArtifact
+
+
+def evaluate(
+    artifact: Annotated[
+        Path, typer.Option("--artifact", "-a", help="The artifact folder that training wrote.", show_default=False)
+    ],
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Shares of the dense compute, e.g. 1.0,0.8,0.6. Default: the recipe's.", show_default=False),
+    ] = None,
+    contract: Annotated[
+        str | None,
+        typer.Option(
+            help="cap (no request costs more than its budget), mean (the average is the budget), or cap,mean. "
+            "Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    problems: Annotated[
+        int | None,
+        typer.Option(min=1, help="Held-out examples a point. Default: the recipe's.", show_default=False),
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="Untrained methods to compare with at the same layer sparsity: uniform, block_influence, or none. "
+            "Default: the recipe's.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="A file, folder or hub name to evaluate on, all of it, instead of the recipe's held-out split.",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="How the rows of --data are read: gsm8k, reasoning, chat, text, or embedded.")
+    ] = "reasoning",
+    columns: Annotated[
+        str, typer.Option(help="Our column name=that of --data, e.g. prompt=question,answer=solution.")
+    ] = "",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="accuracy (generate, compare the answers) or nll (likelihood, KL to and agreement with the dense "
+            "model). Default: accuracy where there are answers.",
+            show_default=False,
+        ),
+    ] = None,
+    think_shares: Annotated[
+        str, typer.Option(help="Caps on think tokens to measure at full compute, as shares of the reference length.")
+    ] = "0.5,0.25",
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of generated problems. Default: the recipe's.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most examples that run together.")] = 64,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base model, where it is not at the place the artifact remembers.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the files go. Default: ARTIFACT/evaluation.", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Measure an artifact at several budgets, beside the dense model and untrained baselines.
+
+    Ends with a table and leaves four files:
+
+    report.json: every figure, with 95 % Wilson intervals; its schema is published
+
+    frontier.svg, frontier.png: quality against realized cost and layer sparsity
+
+    report.html: one page with tables, allocation heat map and think-token histograms
+    """
+    import torch
+
+    from l2a_compress.training.store import load_artifact
+
+    options = {
+        "data": _source(data, kind, columns),
+        "metric": metric,
+        "seed": seed,
+        "think_shares": _numbers(think_shares, "--think-shares"),
+        "batch_size": batch_size,
+    }
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = load_artifact(artifact, base=base)
+    settings = _settings(loaded.recipe.evaluation, budgets, contract, problems, baselines)
+    _move(loaded.gated, device)
+    _measure(loaded, out or artifact / "evaluation", settings, quiet=quiet, **options)
+
+
+def evaluate_artifact(artifact: Path, out: Path, *, quiet: bool = False) -> None:
+    """Measures an artifact as its own recipe says, as training does at its end."""
+    from l2a_compress.training.store import load_artifact
+
+    loaded = load_artifact(artifact)
+    _measure(loaded, out, loaded.recipe.evaluation, quiet=quiet)
+
+
+def _measure(loaded: LoadedArtifact, out: Path, settings: EvalConfig, *, quiet: bool, **options: Any) -> None:
+    from l2a_compress.evaluation.console import print_report, progress_bar
+    from l2a_compress.evaluation.frontier import evaluate as measure
+    from l2a_compress.evaluation.report import write_report
+
+    with progress_bar(quiet=quiet) as progress:
+        report = measure(loaded, settings, progress=progress, **options)
+    print_report(report, write_report(report, out))
+
+
+def _settings(
+    recipe: EvalConfig, budgets: str | None, contract: str | None, problems: int | None, baselines: str | None
+) -> EvalConfig:
+    from dataclasses import replace
+
+    if budgets is not None:
+        recipe = replace(recipe, budgets=_numbers(budgets, "--budgets"))
+    if contract is not None:
+        recipe = replace(recipe, contracts=_words(contract))
+    if problems is not None:
+        recipe = replace(recipe, problems=problems)
+    if baselines is not None:
+        recipe = replace(recipe, baselines=tuple(name for name in _words(baselines) if name != "none"))
+    return recipe
+
+
+def _source(data: str | None, kind: str, columns: str) -> DataConfig | None:
+    from l2a_compress.training.data_config import DataConfig, parse_columns
+
+    if data is None:
+        return None
+    # All of the file is evaluated: nothing of it was held back from this model by a split of ours.
+    return DataConfig(
+        source=data,
+        kind=kind,  # type: ignore[arg-type]
+        columns=parse_columns(columns),
+        heldout_share=1.0,
+        calibration_share=0.0,
+    )
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError:
+        raise ConfigError(f"{option} {text!r}: expected numbers with commas between, e.g. 1.0,0.8,0.6") from None
+
+
+def _move(model: object, device: str) -> None:
+    import torch
+
+    try:
+        model.to(torch.device(device))  # type: ignore[attr-defined]
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,241 @@
+"""What training leaves: the description of an artifact folder, and its check. No tensors are read here.
+
+An artifact folder holds ``artifact.json`` beside the safetensors that it lists. The published schema of the file is
+``l2a_compress/schemas/artifact.schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
+
+from l2a_compress import _validate
+from l2a_compress.cost import ModelShape
+from l2a_compress.errors import ArtifactError, ConfigError, StorageError
+from l2a_compress.files import sha256_of, write_atomic
+
+__all__ = ["ARTIFACT_FILE", "SCHEMA_VERSION", "ArtifactConfig", "FileEntry", "describe_files"]
+
+ARTIFACT_FILE = "artifact.json"
+SCHEMA_VERSION = 1
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BASE_TEXTS = ("name", "family", "digest")
+
+
+class FileEntry(TypedDict):
+    """What is known of one file: its SHA-256 as 64 hexadecimal digits and its size in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactConfig:
+    """The content of ``artifact.json``.
+
+    Attributes:
+        schema_version: Version of this format, ``SCHEMA_VERSION`` for what this library writes.
+        base: The base model: ``name``, ``family``, ``digest`` (of its weights) and ``path``, a hint where it was.
+        shape: The base model's sizes.
+        gates: Settings of the allocator and the gates.
+        adapter: Settings of the adapters.
+        prices: Per axis the calibrated ``(budget, price)`` pairs of the ``mean`` contract, by ascending budget.
+        training: The resolved recipe.
+        metrics: What was measured at the end of training.
+        seed: The seed of the run.
+        versions: Versions of the packages that made it.
+        files: Every other file of the folder, by its path relative to the folder with forward slashes.
+
+    Raises:
+        ArtifactError: A field has a wrong type, a value is NaN, or a path leaves the folder.
+    """
+
+    schema_version: int
+    base: dict[str, Any]
+    shape: ModelShape
+    gates: dict[str, Any]
+    adapter: dict[str, Any]
+    prices: dict[str, tuple[tuple[float, float], ...]]
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        version = _validate.integer(self.schema_version, "schema_version", ArtifactError, minimum=1)
+        if version > SCHEMA_VERSION:
+            raise ArtifactError(
+                f"schema_version {version} is newer than {SCHEMA_VERSION}, the latest this library reads; upgrade it"
+            )
+        if not isinstance(self.shape, ModelShape):
+            raise ArtifactError(f"shape must be a ModelShape, found {self.shape!r}")
+        _validate.integer(self.seed, "seed", ArtifactError, minimum=0)
+        for name in ("gates", "adapter", "training", "metrics"):
+            object.__setattr__(self, name, _object(getattr(self, name), name))
+        object.__setattr__(self, "base", _base(self.base))
+        object.__setattr__(self, "prices", _prices(self.prices))
+        object.__setattr__(self, "versions", _versions(self.versions))
+        object.__setattr__(self, "files", _files(self.files))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that ``from_json`` turns back into an equal description."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["shape"] = self.shape.to_json()
+        data["prices"] = {axis: [list(pair) for pair in pairs] for axis, pairs in self.prices.items()}
+        data["files"] = {name: dict(entry) for name, entry in self.files.items()}
+        return data
+
+    @classmethod
+    def from_json(cls, data: object) -> ArtifactConfig:
+        """Read a description from a JSON object; an unknown or missing key is an ``ArtifactError``."""
+        values = _validate.keywords(cls, data, ArtifactError, optional=frozenset())
+        try:
+            values["shape"] = ModelShape.from_json(values["shape"])
+        except ConfigError as error:
+            raise ArtifactError(f"shape: {error}") from None
+        return cls(**values)
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``artifact.json`` into a folder, atomically.
+
+        Raises:
+            StorageError: The disk is full or the folder is not writable.
+        """
+        text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        write_atomic(Path(folder) / ARTIFACT_FILE, text + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ArtifactConfig:
+        """Read ``artifact.json`` and verify the size and SHA-256 of every file it lists.
+
+        Raises:
+            ArtifactError: The folder or a file is missing, corrupt or foreign; the message names it.
+        """
+        folder = Path(folder)
+        path = folder / ARTIFACT_FILE
+        try:
+            config = cls.from_json(_read_json(path))
+        except ArtifactError as error:
+            raise error if str(error).startswith(str(folder)) else ArtifactError(f"{path}: {error}") from None
+        for name, entry in config.files.items():
+            _verify(folder, name, entry)
+        return config
+
+
+def describe_files(folder: str | Path) -> dict[str, FileEntry]:
+    """Return the size and SHA-256 of every file of a folder but ``artifact.json``, ready for ``ArtifactConfig.files``.
+
+    Raises:
+        StorageError: A file cannot be read.
+    """
+    folder = Path(folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {
+        name: {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
+        for name in names
+        if name != ARTIFACT_FILE
+    }
+
+
+def _read_json(path: Path) -> object:
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path.parent}: no such folder; give the folder that training wrote")
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path.parent}: not an artifact: it holds no {ARTIFACT_FILE}; give the folder that training wrote"
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not JSON ({error}); the file is corrupt: copy or train it again") from error
+
+
+def _verify(folder: Path, name: str, entry: FileEntry) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(f"{path}: leaves the artifact folder through a link; put the file itself there")
+    if not path.is_file():
+        raise ArtifactError(f"{path}: the file is missing; copy the whole folder or train it again")
+    size = path.stat().st_size
+    if size != entry["size"]:
+        raise ArtifactError(f"{path}: has {size} bytes instead of {entry['size']}; copy the folder or train it again")
+    try:
+        digest = sha256_of(path)
+    except StorageError as error:
+        raise ArtifactError(str(error)) from error
+    if digest != entry["sha256"]:
+        raise ArtifactError(
+            f"{path}: is corrupt: its SHA-256 is {digest[:12]}... instead of {entry['sha256'][:12]}...; "
+            "copy the folder or train it again"
+        )
+
+
+def _object(value: object, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ArtifactError(f"{name} must be an object, found {value!r}")
+    copied: dict[str, Any] = _validate.json_value(value, name, ArtifactError)
+    return copied
+
+
+def _base(value: object) -> dict[str, Any]:
+    base = _object(value, "base")
+    for name in _BASE_TEXTS:
+        _validate.text(base.get(name), f"base.{name}", ArtifactError)
+    path = base.setdefault("path", None)
+    if path is not None and not isinstance(path, str):
+        raise ArtifactError(f"base.path must be text or null, found {path!r}")
+    return base
+
+
+def _prices(value: object) -> dict[str, tuple[tuple[float, float], ...]]:
+    prices = {axis: _pairs(pairs, f"prices.{axis}") for axis, pairs in _object(value, "prices").items()}
+    for axis, pairs in prices.items():
+        budgets = [budget for budget, _ in pairs]
+        if budgets != sorted(set(budgets)) or any(not 0.0 < budget <= 1.0 for budget in budgets):
+            raise ArtifactError(f"prices.{axis}: budgets must ascend within (0, 1], found {budgets}")
+    return prices
+
+
+def _pairs(value: object, name: str) -> tuple[tuple[float, float], ...]:
+    if not isinstance(value, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in value):
+        raise ArtifactError(f"{name} must be a list of [budget, price] pairs, found {value!r}")
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for pair in value for number in pair):
+        raise ArtifactError(f"{name}: budgets and prices must be numbers, found {value!r}")
+    return tuple((float(budget), float(price)) for budget, price in value)
+
+
+def _versions(value: object) -> dict[str, str]:
+    versions = _object(value, "versions")
+    return {name: _validate.text(version, f"versions.{name}", ArtifactError) for name, version in versions.items()}
+
+
+def _files(value: object) -> dict[str, FileEntry]:
+    return {_inside(name): _entry(entry, f"files.{name}") for name, entry in _object(value, "files").items()}
+
+
+def _entry(value: object, name: str) -> FileEntry:
+    if not isinstance(value, dict) or set(value) != {"sha256", "size"}:
+        raise ArtifactError(f"{name} must hold exactly sha256 and size, found {value!r}")
+    if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
+        raise ArtifactError(f"{name}.sha256 must be 64 hexadecimal digits, found {value['sha256']!r}")
+    return {
+        "sha256": value["sha256"],
+        "size": _validate.integer(value["size"], f"{name}.size", ArtifactError, minimum=0),
+    }
+
+
+def _inside(name: str) -> str:
+    """Return a relative path that stays in the folder, on every system."""
+    parts = PurePosixPath(name)
+    clean = name and name == parts.as_posix() and "\\" not in name and ":" not in name and "\0" not in name
+    if not clean or parts.is_absolute() or ".." in parts.parts or name in (".", ARTIFACT_FILE):
+        raise ArtifactError(f"files: {name!r} is not a path inside the artifact folder")
+    return name

@@ -1,0 +1,68 @@
+"""What a request may spend."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from l2a_compress import _validate
+from l2a_compress.errors import BudgetError
+
+__all__ = ["Budget"]
+
+_CAPS = {"layers": 1, "heads": 1, "think_tokens": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a request may spend: a share of the dense model's compute, and optional caps per axis.
+
+    The scalar stands for general pressure; a cap lets a squeeze of memory, throughput or latency act on its own axis.
+    ``None`` means that the axis has no cap of its own.
+
+    Attributes:
+        compute: Share of the dense decoder's compute, in (0, 1]. 1.0 is the dense model.
+        layers: Most decoder layers that may run, at least 1.
+        heads: Most KV groups that may run, summed over all layers, at least 1.
+        think_tokens: Most tokens between ``<think>`` and ``</think>``, at least 0.
+
+    Raises:
+        BudgetError: A value is out of range, not a number, NaN or a bool.
+    """
+
+    compute: float = 1.0
+    layers: int | None = None
+    heads: int | None = None
+    think_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "compute", _compute(self.compute))
+        for name, minimum in _CAPS.items():
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _validate.integer(value, f"budget.{name}", BudgetError, minimum=minimum))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that ``from_json`` turns back into an equal budget."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> Budget:
+        """Read a budget from a JSON object; every key may be left out, an unknown one is a ``BudgetError``."""
+        return cls(**_validate.keywords(cls, data, BudgetError, optional=frozenset({"compute", *_CAPS})))
+
+    def __str__(self) -> str:
+        """Return short text such as ``0.6, layers <= 8``."""
+        caps = [f"{name} <= {getattr(self, name)}" for name in _CAPS if getattr(self, name) is not None]
+        return ", ".join([f"{self.compute:g}", *caps])
+
+
+def _compute(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise BudgetError(f"budget.compute must be a number in (0, 1], found {value!r}")
+    number = float(value)
+    if math.isnan(number) or not 0.0 < number <= 1.0:
+        raise BudgetError(f"budget.compute must be in (0, 1], found {value!r}; 1.0 is the dense model")
+    return number

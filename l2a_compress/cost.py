@@ -1,0 +1,181 @@
+"""What an allocation costs: exact integer units, and FLOPs, bytes and seconds derived from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+from l2a_compress import _validate
+from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.device import DeviceProfile
+from l2a_compress.errors import AllocationError, ConfigError
+
+__all__ = ["CostModel", "ModelShape"]
+
+# A budget such as 0.1 + 0.2 is meant as 0.3: noise of this share of the dense cost is forgiven.
+_FLOAT_NOISE = Fraction(1, 10**12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a decoder-only transformer with gated MLPs (gate, up and down projections).
+
+    Attributes:
+        num_layers: Decoder layers.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the MLP.
+        num_heads: Query heads of a layer, a multiple of ``num_groups``.
+        num_groups: KV heads of a layer.
+        head_dim: Width of one head.
+        vocab_size: Rows of the embedding.
+        tied: Whether the embedding and the output head are one tensor.
+
+    Raises:
+        ConfigError: A size is not an integer above zero, or the heads do not divide into groups.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_groups: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tied, bool):
+            raise ConfigError(f"shape.tied must be true or false, found {self.tied!r}")
+        for name in self.__dataclass_fields__:
+            if name != "tied":
+                number = _validate.integer(getattr(self, name), f"shape.{name}", ConfigError, minimum=1)
+                object.__setattr__(self, name, number)
+        if self.num_heads % self.num_groups:
+            raise ConfigError(
+                f"shape.num_heads must be a multiple of num_groups, found {self.num_heads} and {self.num_groups}"
+            )
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_groups
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that ``from_json`` turns back into an equal shape."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> ModelShape:
+        """Read a shape from a JSON object; an unknown or missing key is a ``ConfigError``."""
+        return cls(**_validate.keywords(cls, data, ConfigError, optional=frozenset()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """Allocation -> units, FLOPs, bytes and seconds.
+
+    One *unit* is one floating-point operation (a multiply-add is two) of a decoder layer's matrices for one token.
+    The embedding and the output head are left out since every allocation pays them, and attention over the context
+    since it depends on the request. Units are integers, so that whether a budget is kept is never a matter of rounding.
+    Norms and biases, far below one percent, are not counted.
+    """
+
+    shape: ModelShape
+
+    @property
+    def layer_units(self) -> int:
+        """Units of a kept layer whatever its groups: the three matrices of the MLP."""
+        return 2 * 3 * self.shape.hidden_size * self.shape.intermediate_size
+
+    @property
+    def group_units(self) -> int:
+        """Units of one KV group: its query heads' rows of Q and columns of O, and one head of K and of V."""
+        shape = self.shape
+        return 2 * (2 * shape.heads_per_group + 2) * shape.head_dim * shape.hidden_size
+
+    @property
+    def dense_units(self) -> int:
+        """Units of the dense model."""
+        return self.shape.num_layers * (self.layer_units + self.shape.num_groups * self.group_units)
+
+    def units(self, allocation: Allocation) -> int:
+        """Return the units of an allocation.
+
+        Raises:
+            AllocationError: The allocation belongs to a model of another shape.
+        """
+        self._check(allocation)
+        return len(allocation.layers) * self.layer_units + allocation.num_kept_groups * self.group_units
+
+    def fraction(self, allocation: Allocation) -> float:
+        """Return the cost as a share of the dense model's, in [0, 1]."""
+        return self.units(allocation) / self.dense_units
+
+    def limit(self, budget: Budget) -> int:
+        """Return the most units that a budget's ``compute`` allows; exactly ``dense_units`` for 1.0."""
+        exact = (Fraction(budget.compute) + _FLOAT_NOISE) * self.dense_units
+        return min(math.floor(exact), self.dense_units)
+
+    def fits(self, allocation: Allocation, budget: Budget) -> bool:
+        """Tell whether an allocation keeps a budget: the compute and every cap."""
+        return (
+            self.units(allocation) <= self.limit(budget)
+            and _within(len(allocation.layers), budget.layers)
+            and _within(allocation.num_kept_groups, budget.heads)
+            and _within(allocation.think_tokens, budget.think_tokens)
+        )
+
+    def flops(self, allocation: Allocation, context: int) -> int:
+        """Return the FLOPs of one generated token that attends over ``context`` tokens, output head included."""
+        shape = self.shape
+        heads = allocation.num_kept_groups * shape.heads_per_group
+        attention = 2 * 2 * heads * shape.head_dim * _count(context, "context")
+        return self.units(allocation) + attention + 2 * shape.hidden_size * shape.vocab_size
+
+    def weight_bytes(self, allocation: Allocation, bytes_per_weight: float) -> int:
+        """Return the bytes of the matrices that an allocation needs, embedding and output head included."""
+        embeddings = (1 if self.shape.tied else 2) * self._head_weights
+        return math.ceil((self.units(allocation) // 2 + embeddings) * bytes_per_weight)
+
+    def kv_bytes(self, allocation: Allocation, tokens: int, bytes_per_value: int = 2) -> int:
+        """Return the bytes of the key and value cache of one sequence of ``tokens``."""
+        self._check(allocation)
+        values = 2 * allocation.num_kept_groups * self.shape.head_dim
+        return values * _count(tokens, "tokens") * bytes_per_value
+
+    def latency(self, allocation: Allocation, device: DeviceProfile, *, context: int, batch: int = 1) -> float:
+        """Return the seconds of one decode step by the roofline model, a lower bound on what a device can do.
+
+        The step takes the longer of computing (FLOPs of the batch over peak) and reading (weights once, the cache of
+        every sequence, over bandwidth). Of the embedding only the output head is read.
+        """
+        sequences = _count(batch, "batch")
+        read = math.ceil((self.units(allocation) // 2 + self._head_weights) * device.bytes_per_weight)
+        read += sequences * self.kv_bytes(allocation, context)
+        compute = sequences * self.flops(allocation, context)
+        return max(compute / device.peak_flops, read / device.memory_bandwidth)
+
+    @property
+    def _head_weights(self) -> int:
+        return self.shape.hidden_size * self.shape.vocab_size
+
+    def _check(self, allocation: Allocation) -> None:
+        found = (allocation.num_layers, allocation.num_groups)
+        expected = (self.shape.num_layers, self.shape.num_groups)
+        if found != expected:
+            raise AllocationError(
+                f"the allocation has {found[0]} layers with {found[1]} KV groups, "
+                f"the model {expected[0]} layers with {expected[1]}"
+            )
+
+
+def _within(value: int | None, cap: int | None) -> bool:
+    """Tell whether a count keeps a cap; ``None`` is unlimited, on either side."""
+    return cap is None or (value is not None and value <= cap)
+
+
+def _count(value: int, name: str) -> int:
+    return _validate.integer(value, name, ConfigError, minimum=0)

@@ -1,0 +1,262 @@
+"""The embedded task: generated word problems of mixed difficulty, with two lengths of reasoning.
+
+Four families of named quantities, so that inputs differ in the work they need:
+
+- ``chain``: 0-6 dependent steps from a given count to the asked one (0 steps is a plain lookup);
+- ``clock``: the same with hours on a dial of twelve, a second family of operators;
+- ``compare``: which of two people has more or fewer; the answer is a name;
+- ``total``: two counts, each with its own short chain, added up.
+
+Every problem has a ``long`` trace (each statement it uses is restated, each operation is written out) and
+a ``short`` one (only the names on the path and their values). Both walk back from the question to a known
+count and then forward again, so that every step is a lookup or one operation on two small numbers.
+
+Words are separated by single spaces and every digit is a word. Train and held-out problems are separated by a
+hash of the prompt, so no held-out prompt can be trained on whatever the seed.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+Split = Literal["train", "heldout"]
+Style = Literal["long", "short"]
+
+NAMES = tuple("Ann Bob Cal Dan Eve Fay Gus Hal Ida Jon Kim Lee Max Nia Oto Pam".split())
+FAMILIES = ("chain", "clock", "compare", "total")
+WORDINGS = ("plain", "inverted")
+UNSEEN_WORDING = "nested"  # never trained on: an out-of-distribution probe built from known words
+STYLES: tuple[Style, ...] = ("long", "short")
+MAX_STEPS = 6
+MAX_VALUE = 99
+HOURS = 12
+
+_HELDOUT_SHARE = 8  # one prompt in eight is held out
+_FAMILY_WEIGHTS = {"chain": 0.4, "clock": 0.2, "compare": 0.2, "total": 0.2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One word problem. ``steps`` counts the dependent operations that the answer needs."""
+
+    family: str
+    wording: str
+    steps: int
+    distractors: int
+    prompt: str
+    long: str
+    short: str
+    answer: str
+
+    @property
+    def difficulty(self) -> str:
+        """``easy`` (0-1 steps), ``medium`` (2-3) or ``hard`` (4 and more)."""
+        return "easy" if self.steps <= 1 else "medium" if self.steps <= 3 else "hard"
+
+    def trace(self, style: Style) -> str:
+        """The reasoning of that length, without tags."""
+        return self.long if style == "long" else self.short
+
+
+@dataclass(frozen=True)
+class _Relation:
+    """``subject`` has what ``source`` has, changed by ``op``; a given count has no source."""
+
+    subject: str
+    value: int
+    op: str = ""
+    operand: int = 0
+    source: str = ""
+
+    def equation(self, before: int) -> str:
+        sign = {"more": "+", "fewer": "-", "times": "*"}.get(self.op, self.op)
+        return f"{number(before)} {sign} {number(self.operand)} = {number(self.value)}"
+
+    def restated(self) -> str:
+        if not self.source:
+            return f"{self.subject} {number(self.value)}"
+        return f"{self.subject} {number(self.operand)} {self.op} {self.source}"
+
+
+def number(value: int) -> str:
+    """A count as words of one digit each: 34 is ``3 4``."""
+    return " ".join(str(value))
+
+
+def split_of(prompt: str) -> Split:
+    """Which split a prompt belongs to, whatever seed made it."""
+    return "heldout" if zlib.crc32(prompt.encode()) % _HELDOUT_SHARE == 0 else "train"
+
+
+def problems(
+    *,
+    seed: int,
+    split: Split,
+    families: Sequence[str] = FAMILIES,
+    wordings: Sequence[str] = WORDINGS,
+    steps: tuple[int, int] = (0, MAX_STEPS),
+    distractors: tuple[int, int] = (0, 2),
+) -> Iterator[Problem]:
+    """An endless, reproducible stream of problems of one split.
+
+    Args:
+        seed: of the generator; the same arguments give the same stream.
+        split: ``train`` or ``heldout``; the two never share a prompt.
+        families: drawn by their fixed weights.
+        wordings: one is drawn for each problem; :data:`UNSEEN_WORDING` is for out-of-distribution probes.
+        steps: smallest and largest number of dependent operations, inclusive.
+        distractors: smallest and largest number of statements that the answer does not need, inclusive.
+    """
+    rng = random.Random(seed)
+    weights = [_FAMILY_WEIGHTS[family] for family in families]
+    while True:
+        family = rng.choices(families, weights)[0]
+        problem = _problem(rng, family, rng.choice(list(wordings)), rng.randint(*steps), rng.randint(*distractors))
+        if problem is not None and split_of(problem.prompt) == split:
+            yield problem
+
+
+def _problem(rng: random.Random, family: str, wording: str, steps: int, distractors: int) -> Problem | None:
+    names = iter(rng.sample(NAMES, len(NAMES)))
+    clock = family == "clock"
+    if family in ("chain", "clock"):
+        chains = [_chain(rng, names, steps, clock)]
+    else:
+        inner = min(max(steps - 1, 0), 4)  # the comparison or sum is the last step; each chain has at most two
+        first = rng.randint(max(0, inner - 2), min(2, inner))
+        chains = [_chain(rng, names, first, clock), _chain(rng, names, inner - first, clock)]
+    known = [relation for chain in chains for relation in chain]
+    extra: list[_Relation] = []
+    for _ in range(distractors):
+        source = rng.choice([None, *known, *extra])
+        extra.append(_next_relation(rng, next(names), source, clock))
+    ends = [chain[-1] for chain in chains]
+    question, close, answer = _question(rng, family, ends)
+    if answer is None:
+        return None
+    statement = _clock_statement if clock else _statement
+    statements = [statement(relation, wording) for relation in [*known, *extra]]
+    rng.shuffle(statements)
+    return Problem(
+        family=family,
+        wording=wording,
+        steps=sum(len(chain) - 1 for chain in chains) + len(close),
+        distractors=distractors,
+        prompt=" ".join([*statements, question]),
+        long=" ".join([*(_resolve_long(chain) for chain in chains), *close]),
+        short=" ".join([*(_resolve_short(chain) for chain in chains), *close]),
+        answer=answer,
+    )
+
+
+def _question(rng: random.Random, family: str, ends: list[_Relation]) -> tuple[str, list[str], str | None]:
+    """The question, what closes the trace, and the answer (None: not a valid problem)."""
+    first = ends[0]
+    if family == "chain":
+        return f"how many does {first.subject} have ?", [], number(first.value)
+    if family == "clock":
+        return f"when does {first.subject} come ?", [], number(first.value)
+    a, b = ends
+    if family == "total":
+        total = a.value + b.value
+        question = f"how many do {a.subject} and {b.subject} have together ?"
+        close = f"{number(a.value)} + {number(b.value)} = {number(total)} ."
+        return question, [close], number(total) if total <= MAX_VALUE else None
+    kind = rng.choice(("more", "fewer"))
+    question = f"who has {kind} , {a.subject} or {b.subject} ?"
+    winner = a if (a.value > b.value) == (kind == "more") else b
+    sign = ">" if a.value > b.value else "<"
+    close = f"{a.subject} {number(a.value)} {sign} {b.subject} {number(b.value)} ."
+    return question, [close], winner.subject if a.value != b.value else None
+
+
+def _chain(rng: random.Random, names: Iterator[str], steps: int, clock: bool) -> list[_Relation]:
+    chain = [_next_relation(rng, next(names), None, clock)]
+    for _ in range(steps):
+        chain.append(_next_relation(rng, next(names), chain[-1], clock))
+    return chain
+
+
+def _next_relation(rng: random.Random, subject: str, source: _Relation | None, clock: bool) -> _Relation:
+    if source is None:
+        return _Relation(subject, rng.randint(1, HOURS if clock else 40))
+    op, operand, value = (_clock_operation if clock else _operation)(rng, source.value)
+    return _Relation(subject, value, op, operand, source.subject)
+
+
+def _operation(rng: random.Random, value: int) -> tuple[str, int, int]:
+    """An operation on ``value`` whose result is a count of at most two digits."""
+    while True:
+        op = rng.choice(("more", "fewer", "times"))
+        operand = rng.randint(2, 3) if op == "times" else rng.randint(1, 9)
+        result = {"more": value + operand, "fewer": value - operand, "times": value * operand}[op]
+        if 0 <= result <= MAX_VALUE:
+            return op, operand, result
+
+
+def _clock_operation(rng: random.Random, value: int) -> tuple[str, int, int]:
+    """Some hours after or before ``value``, on a dial of 1 to 12."""
+    op, operand = rng.choice(("after", "before")), rng.randint(1, 9)
+    moved = value + operand if op == "after" else value - operand
+    return op, operand, (moved - 1) % HOURS + 1
+
+
+def _statement(relation: _Relation, wording: str) -> str:
+    subject, source, operand = relation.subject, relation.source, number(relation.operand)
+    if not source:
+        given = number(relation.value)
+        return {
+            "plain": f"{subject} has {given} .",
+            "inverted": f"there are {given} with {subject} .",
+            "nested": f"with {subject} there are {given} .",
+        }[wording]
+    many = "times as many" if relation.op == "times" else relation.op
+    joint = "as" if relation.op == "times" else "than"
+    return {
+        "plain": f"{subject} has {operand} {many} {joint} {source} .",
+        "inverted": f"{joint} {source} , {subject} has {operand} {many} .",
+        "nested": f"{subject} , {joint} {source} , has {operand} {many} .",
+    }[wording]
+
+
+def _clock_statement(relation: _Relation, wording: str) -> str:
+    subject, source = relation.subject, relation.source
+    if not source:
+        given = f"at {number(relation.value)}"
+        return {
+            "plain": f"{subject} comes {given} .",
+            "inverted": f"{given} comes {subject} .",
+            "nested": f"{subject} , {given} , comes .",
+        }[wording]
+    moved = f"{relation.operand} hours {relation.op} {source}"
+    return {
+        "plain": f"{subject} comes {moved} .",
+        "inverted": f"{moved} , {subject} comes .",
+        "nested": f"{subject} , {moved} , comes .",
+    }[wording]
+
+
+def _resolve_long(chain: list[_Relation]) -> str:
+    back = [f"{relation.restated()} ." for relation in reversed(chain)]
+    forward = [f"{relation.subject} {relation.equation(before.value)} ." for before, relation in pairwise(chain)]
+    return " ".join(back + forward)
+
+
+def _resolve_short(chain: list[_Relation]) -> str:
+    back = [relation.subject for relation in reversed(chain)]
+    forward = [number(chain[0].value), *(f"{r.subject} {number(r.value)}" for r in chain[1:])]
+    return " ".join(back + forward)
+
+
+def vocabulary() -> list[str]:
+    """Every word a problem can contain, in a fixed order (the tokenizer's ids follow it)."""
+    words = (
+        "long short . , ? + - * = > < has there are with more fewer times as many than how does do have "
+        "and together who or when come comes at hours after before"
+    )
+    return [*(str(digit) for digit in range(10)), *words.split(), *NAMES]

@@ -1,0 +1,241 @@
+"""``evaluate``: from an artifact to a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+import torch
+from torch import Tensor
+
+from l2a_compress.budget import Budget
+from l2a_compress.errors import ConfigError, DataError
+from l2a_compress.evaluation.baselines import Context, baseline_runs, known_baselines
+from l2a_compress.evaluation.likelihood import measure_likelihoods
+from l2a_compress.evaluation.points import Bench, allocate, dense_run, point_of
+from l2a_compress.evaluation.prompts import examples_of, held_out
+from l2a_compress.evaluation.report import Report
+from l2a_compress.evaluation.statistics import check_frontier
+from l2a_compress.evaluation.values import Contract, Measured, Metric, Point, Run
+from l2a_compress.evaluation.workers import measure_runs
+from l2a_compress.modeling.budgets import Contract as GateContract
+from l2a_compress.modeling.generation import GenerationConfig
+from l2a_compress.training.collate import Collator
+from l2a_compress.training.data_config import DataConfig, MixtureConfig
+from l2a_compress.training.encode import UnfitError, encode
+from l2a_compress.training.recipe import EvalConfig
+
+if TYPE_CHECKING:
+    from l2a_compress.training.store import LoadedArtifact
+
+__all__ = ["Progress", "evaluate"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being measured, problems done and problems in all (over all runs)."""
+
+_CALIBRATION_ROWS = 64
+THINK_SHARES = (0.5, 0.25)
+
+
+def evaluate(
+    artifact: LoadedArtifact,
+    settings: EvalConfig | None = None,
+    *,
+    data: DataConfig | MixtureConfig | None = None,
+    metric: Metric | None = None,
+    seed: int | None = None,
+    think_shares: Sequence[float] = THINK_SHARES,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> Report:
+    """Measures an artifact on held-out problems: dense, at every budget under every contract, and the baselines.
+
+    Args:
+        artifact: What to measure; the model is left as it was.
+        settings: Budgets, contracts, problems and baselines; by default those of the artifact's recipe.
+        data: Other data than the recipe's. For a file that is only evaluated set its ``heldout_share`` to 1.
+        metric: ``accuracy`` generates and compares answers, ``nll`` is teacher-forced; by default what the data allows.
+        seed: Of generated problems; by default the recipe's.
+        think_shares: Caps on think tokens, as shares of the gates' ``think_reference``, measured at the full compute.
+        batch_size: Most problems that run together.
+        progress: Told how far it is.
+
+    Raises:
+        ConfigError: an unknown contract, baseline or metric, or one that the data does not allow.
+        BudgetError: a budget the model cannot keep to, or ``mean`` without calibrated prices.
+        DataError: the data cannot be read or is empty.
+    """
+    settings = settings or artifact.recipe.evaluation
+    data, seed = data or artifact.recipe.data, artifact.recipe.seed if seed is None else seed
+    contracts, names = _contracts(settings), known_baselines(settings.baselines)
+    if settings.problems < 1 or not settings.budgets:
+        raise ConfigError("evaluation needs at least one budget and one problem")
+    metric = metric or _metric_for(data, seed)
+    began, bench = time.perf_counter(), _bench(artifact, settings, data, metric, seed, batch_size)
+    was_training = artifact.gated.training
+    artifact.gated.eval()
+    try:
+        runs = _gated_runs(bench, settings.budgets, contracts, think_shares if metric == "accuracy" else ())
+        context = Context(artifact.gated, lambda: _calibration(artifact, bench, seed))
+        sparsities = [_layer_sparsity(run) for run in runs if run.contract == "cap" and run.budget.think_tokens is None]
+        runs += baseline_runs(bench, context, names, sparsities or map(_layer_sparsity, runs))
+        runs = [dense_run(bench, name) for name in _references(bench, metric)] + runs
+        measured = _measure_all(bench, runs, metric, progress)
+    finally:
+        artifact.gated.train(was_training)
+    cost = artifact.gated.cost
+    points = [point_of(run, one, cost, metric=metric, seed=seed) for run, one in zip(runs, measured, strict=True)]
+    return Report(
+        model=_model(artifact),
+        metric="accuracy" if metric == "accuracy" else "agreement",
+        data=data.to_json(),
+        settings=_settings(settings, contracts, seed, batch_size, bench),
+        environment=_environment(artifact, time.perf_counter() - began),
+        **_sorted(points, contracts),
+    )
+
+
+def _contracts(settings: EvalConfig) -> tuple[GateContract, ...]:
+    for name in settings.contracts:
+        if name not in get_args(GateContract):
+            raise ConfigError(f"contract {name!r}: choose from {', '.join(get_args(GateContract))}")
+    return cast("tuple[GateContract, ...]", tuple(dict.fromkeys(settings.contracts)))
+
+
+def _metric_for(data: DataConfig | MixtureConfig, seed: int) -> Metric:
+    (example,) = examples_of(data, "heldout", count=1, seed=seed)
+    return "accuracy" if example.kind == "reasoning" else "nll"
+
+
+def _bench(
+    artifact: LoadedArtifact,
+    settings: EvalConfig,
+    data: DataConfig | MixtureConfig,
+    metric: Metric,
+    seed: int,
+    batch_size: int,
+) -> Bench:
+    if metric not in get_args(Metric):
+        raise ConfigError(f"metric {metric!r}: choose from {', '.join(get_args(Metric))}")
+    return Bench(
+        gated=artifact.gated,
+        tokenizer=artifact.tokenizer,
+        problems=held_out(data, artifact.tokenizer, metric=metric, count=settings.problems, seed=seed),
+        generation=GenerationConfig(max_think_tokens=settings.max_think_tokens),
+        batch_size=batch_size,
+    )
+
+
+def _gated_runs(
+    bench: Bench, budgets: Sequence[float], contracts: Sequence[GateContract], think_shares: Sequence[float]
+) -> list[Run]:
+    """All allocations are decided before anything is measured, so that a budget that cannot be kept fails at once."""
+    caps = [Budget(compute=value) for value in sorted(set(budgets), reverse=True)]
+    runs = [allocate(bench, budget, contract) for contract in contracts for budget in caps]
+    reference = bench.gated.gate_config.think_reference
+    limits = [Budget(think_tokens=round(share * reference)) for share in think_shares]
+    return runs + [allocate(bench, budget, "cap") for budget in limits]
+
+
+def _layer_sparsity(run: Run) -> float:
+    return sum(allocation.layer_sparsity for allocation in run.allocations) / len(run.allocations)
+
+
+def _references(bench: Bench, metric: Metric) -> tuple[str, ...]:
+    example = bench.problems[0].example
+    both = metric == "accuracy" and example.names_style and "short" in example.traces
+    return ("dense", "dense_short") if both else ("dense",)
+
+
+def _measure_all(bench: Bench, runs: Sequence[Run], metric: Metric, progress: Progress | None) -> list[Measured]:
+    total, done = len(runs) * len(bench.problems), 0
+
+    def tick(label: str, count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(label, done, total)
+
+    if progress is not None:
+        progress(runs[0].label, 0, total)
+    if metric == "nll":
+        return measure_likelihoods(bench, runs, tick)
+    distinct = list({_what_runs(run): run for run in runs}.values())
+    total = len(distinct) * len(bench.problems)
+    found = dict(zip(map(_what_runs, distinct), measure_runs(bench, distinct, tick), strict=True))
+    return [found[_what_runs(run)] for run in runs]
+
+
+def _what_runs(run: Run) -> Any:
+    """Equal for runs that give the same output: ``cap`` and ``mean`` meet at the whole budget."""
+    return run.allocations, run.budget, run.teacher, run.style
+
+
+def _calibration(artifact: LoadedArtifact, bench: Bench, seed: int) -> list[dict[str, Tensor]]:
+    """Whole examples of the recipe's calibration split; where its data is gone, the prompts that are evaluated."""
+    collate, encoded = Collator.of(artifact.tokenizer), []
+    try:
+        examples = examples_of(artifact.recipe.data, "calibration", count=_CALIBRATION_ROWS, seed=seed)
+    except DataError:
+        examples = [problem.example for problem in bench.problems[:_CALIBRATION_ROWS]]
+    for example in examples:
+        style = next(iter(example.traces), None)
+        try:
+            encoded.append(encode(example, artifact.tokenizer, style))
+        except UnfitError:
+            continue
+    device = artifact.gated.model.device
+    batches = [collate(encoded[start : start + 16]) for start in range(0, len(encoded), 16)]
+    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+
+
+def _sorted(points: Sequence[Point], contracts: Sequence[Contract]) -> dict[str, Any]:
+    """The report's fields that hold points."""
+    named = {point.name: point for point in points}
+    gated = [point for point in points if point.name == "l2a"]
+    frontier = tuple(point for point in gated if point.think_cap is None)
+    return {
+        "dense": named["dense"],
+        "dense_short": named.get("dense_short"),
+        "points": frontier,
+        "think_points": tuple(point for point in gated if point.think_cap is not None),
+        "baselines": tuple(p for p in points if p.name != "l2a" and not p.name.startswith("dense")),
+        "frontier": {
+            contract: check_frontier([point for point in frontier if point.contract == contract])
+            for contract in contracts
+        },
+    }
+
+
+def _model(artifact: LoadedArtifact) -> dict[str, Any]:
+    base, gated = artifact.config.base, artifact.gated
+    return {
+        **{name: base.get(name) for name in ("name", "family", "digest")},
+        "shape": gated.shape.to_json(),
+        "gates": gated.gate_config.to_json(),
+        "adapter": gated.adapter_config.to_json(),
+    }
+
+
+def _settings(
+    settings: EvalConfig, contracts: Sequence[Contract], seed: int, batch_size: int, bench: Bench
+) -> dict[str, Any]:
+    values = dataclasses.asdict(settings) | {"contracts": contracts, "seed": seed, "batch_size": batch_size}
+    values["tau_threshold"] = bench.generation.tau_threshold
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _environment(artifact: LoadedArtifact, seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": round(seconds, 1),
+        "device": str(artifact.gated.model.device),
+        "threads": torch.get_num_threads(),
+        "processors": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

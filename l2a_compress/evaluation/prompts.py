@@ -1,0 +1,126 @@
+"""Held-out problems as token ids, and the order in which they are batched."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.errors import ConfigError, DataError
+from l2a_compress.evaluation.values import Metric
+from l2a_compress.training.data import load_examples
+from l2a_compress.training.data_config import DataConfig, MixtureConfig
+from l2a_compress.training.encode import UnfitError, encode, encode_prompt
+from l2a_compress.training.examples import Encoded, Example, Split, Style
+
+__all__ = ["Problem", "examples_of", "held_out", "left_padded", "plan_batches"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One held-out problem.
+
+    Attributes:
+        example: As text.
+        prompt: Token ids that the allocator may read: up to and with ``<think>``, of a text its first quarter.
+        encoded: The whole example with its labels, for likelihoods.
+        length: Tokens that the reference solution takes. Only the order of the work depends on it.
+    """
+
+    example: Example
+    prompt: tuple[int, ...]
+    encoded: Encoded | None
+    length: int
+
+    def tag(self, name: str) -> str:
+        """What the example says of itself under that name, or nothing."""
+        return str(self.example.meta.get(name, ""))
+
+
+def held_out(
+    data: DataConfig | MixtureConfig, tokenizer: PreTrainedTokenizerBase, *, metric: Metric, count: int, seed: int
+) -> list[Problem]:
+    """Up to ``count`` problems of the held-out split, evenly spread over it.
+
+    Raises:
+        ConfigError: ``accuracy`` is asked of data without exact answers.
+        DataError: no example can be encoded.
+    """
+    problems = []
+    for example in examples_of(data, "heldout", count=count, seed=seed):
+        if metric == "accuracy" and example.kind != "reasoning":
+            raise ConfigError(f"data of kind {example.kind!r} has no exact answer to compare with; use --metric nll")
+        problem = _problem(example, tokenizer, _max_length(data), labelled=metric == "nll")
+        if problem is not None:
+            problems.append(problem)
+    if not problems:
+        raise DataError(f"no held-out example fits max_length = {_max_length(data)}; raise data.max_length")
+    return problems
+
+
+def examples_of(data: DataConfig | MixtureConfig, split: Split, *, count: int, seed: int) -> list[Example]:
+    """Up to ``count`` examples of a split, evenly spread over it (the parts of a mixture stand one after another)."""
+    if isinstance(data, DataConfig) and data.kind == "embedded" and data.limit is None:
+        data = dataclasses.replace(data, limit=count)  # generated problems: there are as many as are asked for
+    examples = load_examples(data, split, seed)
+    taken = min(count, len(examples))
+    return [examples[at * len(examples) // taken] for at in range(taken)]
+
+
+def _problem(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, *, labelled: bool
+) -> Problem | None:
+    try:
+        prompt = encode_prompt(example, tokenizer, max_length=max_length)
+        encoded = encode(example, tokenizer, _style(example), max_length) if labelled else None
+    except UnfitError:
+        return None
+    rest = len(encoded["input_ids"]) if encoded else len(max(example.traces.values(), key=len, default="").split())
+    return Problem(example=example, prompt=tuple(prompt), encoded=encoded, length=rest)
+
+
+def _style(example: Example) -> Style | None:
+    if example.kind != "reasoning":
+        return None
+    return "long" if "long" in example.traces else next(iter(example.traces))
+
+
+def _max_length(data: DataConfig | MixtureConfig) -> int:
+    sources = data.sources if isinstance(data, MixtureConfig) else (data,)
+    return max(source.max_length for source in sources)
+
+
+def plan_batches(allocations: Sequence[Allocation], lengths: Sequence[tuple[int, int]], size: int) -> list[list[int]]:
+    """Row numbers, in batches of at most ``size`` that share their layers as far as that does not make them tiny.
+
+    A layer that no row of a batch runs is not run at all, and rows of one length finish together. So rows are sorted
+    by layers, then length, and a batch ends where the layers change once it is half full.
+
+    Args:
+        allocations: One per row.
+        lengths: Per row the tokens to write and the tokens of the prompt.
+        size: Rows of a batch.
+    """
+    order = sorted(range(len(allocations)), key=lambda row: (allocations[row].layers, lengths[row], row))
+    batches: list[list[int]] = []
+    for row in order:
+        last = batches[-1] if batches else []
+        changes = bool(last) and allocations[last[-1]].layers != allocations[row].layers
+        if not last or len(last) >= size or (changes and len(last) >= size // 2):
+            batches.append([row])
+        else:
+            last.append(row)
+    return batches
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``(input_ids, attention_mask)``, both [rows, longest]."""
+    width = max(len(row) for row in rows)
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,59 @@
+"""Intervals and the shape of a frontier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from l2a_compress.evaluation.values import Point
+
+__all__ = ["FrontierCheck", "check_frontier", "wilson"]
+
+_Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion (Wilson 1927); unlike the normal one it stays in [0, 1]."""
+    if trials < 1 or not 0 <= hits <= trials:
+        raise ValueError(f"wilson: {hits} hits of {trials} trials")
+    share, spread = hits / trials, _Z95**2 / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = _Z95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
+    # At the ends the bound is exactly 0 or 1, and rounding must not say otherwise.
+    return (0.0 if hits == 0 else centre - half), (1.0 if hits == trials else centre + half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontierCheck:
+    """Whether more budget never means a lower quality than chance explains.
+
+    Attributes:
+        monotone: No point lies below one of a smaller budget with intervals that do not overlap.
+        largest_inversion: The most by which a smaller budget was better, as a difference of shares; 0 for none.
+        between: The two budgets of that inversion, the smaller first; empty for none.
+    """
+
+    monotone: bool
+    largest_inversion: float
+    between: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name."""
+        return {**self.__dict__, "between": list(self.between)}
+
+
+def check_frontier(points: Sequence[Point]) -> FrontierCheck:
+    """Compares each two points of one contract."""
+    ordered = sorted(points, key=lambda point: point.budget)
+    pairs = [(low, high) for at, low in enumerate(ordered) for high in ordered[at + 1 :]]
+    worst = max(pairs, key=lambda pair: pair[0].accuracy - pair[1].accuracy, default=None)
+    apart = any(low.accuracy_low > high.accuracy_high for low, high in pairs)
+    if worst is None or worst[0].accuracy <= worst[1].accuracy:
+        return FrontierCheck(monotone=not apart, largest_inversion=0.0)
+    return FrontierCheck(
+        monotone=not apart,
+        largest_inversion=worst[0].accuracy - worst[1].accuracy,
+        between=(worst[0].budget, worst[1].budget),
+    )

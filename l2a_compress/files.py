@@ -1,0 +1,218 @@
+"""Files that are either old or new, never half: checksums and atomic writes.
+
+Everything is written under a temporary name beside its target, flushed to the disk, and renamed. What a killed process
+leaves behind is such a temporary name, and the next write to the same target removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from l2a_compress.errors import L2AError, StorageError
+
+__all__ = ["atomic_dir", "sha256_of", "write_atomic"]
+
+_HINTS = {
+    errno.ENOSPC: "free some space or choose another disk",
+    errno.EDQUOT: "the quota is used up: free some space or choose another disk",
+    errno.EACCES: "choose a folder you may write to",
+    errno.EPERM: "choose a folder you may write to",
+    errno.EROFS: "the disk is read-only: choose another one",
+    errno.EEXIST: "choose another name",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "the path is a folder: choose another one",
+    errno.EIO: "the disk reports a fault",
+    errno.EFBIG: "the file system does not hold files of this size",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+# What libraries that write files themselves say in errors that are no OSError.
+_FULL_DISK_WORDS = ("No space left on device", "StorageFull", "os error 28")
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits.
+
+    Raises:
+        StorageError: The file cannot be read.
+    """
+    with _storage_errors(Path(path), "cannot read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that a reader, even after a crash, sees the old content or the new; text is UTF-8.
+
+    Raises:
+        StorageError: The disk is full or the folder is not writable; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = _beside(path, "tmp")
+    try:
+        with _storage_errors(path, "cannot write"):
+            _clean_up(path)
+            with open(temporary, "xb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Make a folder at once: yields a temporary sibling to fill, which takes the final name when the block ends well.
+
+    Where the system can exchange two names in one step (Linux), a reader finds the old folder or the new one at every
+    moment. Elsewhere the old one is moved aside first and comes back at the next write if the process died in between.
+
+    Args:
+        final: The folder to make; its parents are made too.
+        force: Replace a folder that is there and not empty.
+
+    Raises:
+        StorageError: The folder is taken (without ``force``), the disk is full or not writable. What was there stays.
+    """
+    final = Path(os.path.abspath(final))
+    with _storage_errors(final, "cannot write"):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _clean_up(final)
+        _check_free(final, force=force)
+        temporary = _beside(final, "tmp")
+        temporary.mkdir()
+    try:
+        with _storage_errors(final, "cannot write", only_known=True):
+            yield temporary
+        with _storage_errors(final, "cannot write"):
+            fsync_tree(temporary)
+            _check_free(final, force=force)
+            _put(temporary, final)
+            _fsync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_free(final: Path, *, force: bool) -> None:
+    if not os.path.lexists(final):
+        return
+    if not final.is_dir() or final.is_symlink():
+        raise StorageError(f"{final}: a file or link has this name: choose another one")
+    if not force and any(final.iterdir()):
+        raise StorageError(f"{final}: the folder exists and is not empty: choose another name or pass force (--force)")
+
+
+def _put(temporary: Path, final: Path) -> None:
+    """Give ``temporary`` the name ``final``; a folder that had it is removed, here or by the caller."""
+    if not final.exists():
+        os.rename(temporary, final)
+        return
+    if _exchange(temporary, final):  # the old folder now has the temporary name
+        return
+    aside = _beside(final, "old")
+    os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        os.rename(aside, final)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names in one step; False where the system or the file system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    done = rename(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE))
+    return bool(done == 0)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """Return a fresh hidden name beside ``path`` that says which process made it."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
+
+
+def _clean_up(final: Path) -> None:
+    """Remove what killed processes of this machine left beside ``final``, or bring the old folder back."""
+    prefix = f".{final.name}.{socket.gethostname()}."
+    for left in sorted(final.parent.iterdir()):
+        pid, _, rest = left.name.removeprefix(prefix).partition(".")
+        if not left.name.startswith(prefix) or not pid.isdecimal() or _is_running(int(pid)):
+            continue
+        if rest.endswith(".old") and not final.exists():
+            os.rename(left, final)
+        elif rest.endswith((".old", ".tmp")) and left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        elif rest.endswith(".tmp"):
+            left.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def fsync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root, name)
+            if not path.is_symlink():
+                _fsync(path)
+        _fsync(Path(root))
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _storage_errors(path: Path, what: str, *, only_known: bool = False) -> Iterator[None]:
+    """Turn errors of the file system into a ``StorageError`` about ``path`` that says what to do.
+
+    ``only_known`` lets an OSError that is not about storage (a missing input, say) through as it is.
+    """
+    try:
+        yield
+    except L2AError:
+        raise
+    except OSError as error:
+        if only_known and error.errno not in _HINTS:
+            raise
+        raise _storage_error(path, what, error) from error
+    except Exception as error:
+        if any(words in str(error) for words in _FULL_DISK_WORDS):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise _storage_error(path, what, full) from error
+        raise
+
+
+def _storage_error(path: Path, what: str, error: OSError) -> StorageError:
+    hint = _HINTS.get(error.errno or 0)
+    story = f"{path}: {what}: {error.strerror or error}"
+    result = StorageError(f"{story}; {hint}" if hint else story)
+    result.errno = error.errno
+    return result

@@ -1,0 +1,1 @@
+"""Gates inside Hugging Face causal language models: wrapping, allocating, generating."""

@@ -1,0 +1,193 @@
+"""Deciders: called before each layer of a forward, they turn gate scores into the plans of the layers to come.
+
+:class:`StemDecider` decides everything once, behind the stem. :class:`InlineDecider` is the paper's form: each gate
+reads its own layer's input and spends what the layers before it left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l2a_compress.cost import CostModel
+from l2a_compress.modeling.budgets import BudgetBatch
+from l2a_compress.modeling.gates import Allocator
+from l2a_compress.modeling.layers import GateState, LayerPlan, plan_from_masks
+from l2a_compress.modeling.projection import best_groups, effective_scores, project, straight_through
+
+
+@dataclass
+class GateRequest:
+    """What a forward is asked to decide.
+
+    Attributes:
+        budgets: one per row.
+        prompt_mask: [batch, length], 1 on the tokens that the gates may see.
+        temperature: of the gates.
+        noise: added to layer and group scores while exploring: [batch, gated layers, 1 + groups], or None.
+        after: a second set of budgets that holds from position ``switch`` [batch] on (a budget change in mid-sequence).
+    """
+
+    budgets: BudgetBatch
+    prompt_mask: Tensor
+    temperature: float = 1.0
+    noise: Tensor | None = None
+    after: BudgetBatch | None = None
+    switch: Tensor | None = None
+
+
+@dataclass
+class GateResult:
+    """What was decided: hard ``layers`` [batch, gated], ``groups`` [batch, gated, groups]; the soft cost is [batch]."""
+
+    layers: Tensor
+    groups: Tensor
+    soft_cost: Tensor
+    layer_scores: Tensor
+    group_scores: Tensor
+
+
+class StemDecider:
+    """Runs all gates at the first gated layer."""
+
+    def __init__(
+        self, request: GateRequest, allocator: Allocator, cost: CostModel, state: GateState, *, probe: bool = False
+    ) -> None:
+        self.request, self.allocator, self.cost, self.state, self.probe = request, allocator, cost, state, probe
+        self.config = allocator.config
+        self.min_groups = self.config.min_groups if self.config.heads else cost.shape.num_groups
+        self.result: GateResult | None = None
+
+    def __call__(self, index: int, hidden: Tensor) -> None:
+        """Decides when ``index`` is the first gated layer; ``hidden`` is [batch, length, width]."""
+        if index != self.config.stem_layers:
+            return
+        request = self.request
+        self.result, masks = self._decide(hidden, request.budgets)
+        if request.after is not None and request.switch is not None:
+            later = torch.arange(hidden.shape[1], device=hidden.device) >= request.switch[:, None]
+            _, after = self._decide(hidden, request.after)
+            masks = [_merge(later, first, second) for first, second in zip(masks, after, strict=True)]
+        exact = not torch.is_grad_enabled()
+        for offset, (layer, groups) in enumerate(masks):
+            plan = LayerPlan(skip=True) if self.probe else plan_from_masks(layer, groups, exact=exact)
+            self.state.plans[index + offset] = plan
+
+    def _decide(self, hidden: Tensor, budgets: BudgetBatch) -> tuple[GateResult, list[tuple[Tensor, Tensor]]]:
+        request, allocator = self.request, self.allocator
+        features = allocator.features(hidden, request.prompt_mask, budgets.features)
+        layer_scores, group_scores = allocator.scores(features)
+        soft_cost = soft_fraction(layer_scores, group_scores, self.cost, self.config.heads, request.temperature)
+        if request.noise is not None:
+            layer_scores = layer_scores + request.noise[..., 0]
+            group_scores = group_scores + request.noise[..., 1:]
+        hard = project(
+            layer_scores,
+            group_scores,
+            budgets.limits,
+            layer_units=self.cost.layer_units,
+            group_units=self.cost.group_units,
+            min_groups=self.min_groups,
+        )
+        result = GateResult(hard.layers, hard.groups, soft_cost, layer_scores, group_scores)
+        if not torch.is_grad_enabled():
+            layer_masks, group_masks = hard.layers.float(), hard.groups.float()
+        else:
+            threshold, heat = hard.threshold[:, None], request.temperature
+            effective = effective_scores(layer_scores, group_scores)
+            layer_masks = straight_through(hard.layers, layer_scores, threshold, heat)
+            group_masks = straight_through(hard.groups, effective, threshold[..., None], heat)
+            if not self.config.heads:
+                group_masks = hard.groups.float()
+        pairs = zip(layer_masks.unbind(1), group_masks.unbind(1), strict=True)
+        return result, [(layer[:, None], groups[:, None]) for layer, groups in pairs]
+
+
+class InlineDecider:
+    """Runs the gate of each layer on that layer's own input, and spends what is left of the budget as it goes."""
+
+    def __init__(
+        self, request: GateRequest, allocator: Allocator, cost: CostModel, state: GateState, *, probe: bool = False
+    ) -> None:
+        self.request, self.allocator, self.cost, self.state = request, allocator, cost, state
+        self.config = allocator.config
+        limits = request.budgets.limits
+        self.units, self.layers_left, self.heads_left = limits.units, limits.layers, limits.heads
+        self.decided: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    @property
+    def result(self) -> GateResult | None:
+        """All layers' decisions, once the last layer was reached."""
+        if not self.decided:
+            return None
+        layers, groups, layer_scores, group_scores = (
+            torch.stack(list(part), 1) for part in zip(*self.decided, strict=True)
+        )
+        soft = soft_fraction(layer_scores, group_scores, self.cost, self.config.heads, self.request.temperature)
+        return GateResult(layers, groups, soft, layer_scores, group_scores)
+
+    def __call__(self, index: int, hidden: Tensor) -> None:
+        """Decides layer ``index`` from its input [batch, length, width]."""
+        gate = index - self.config.stem_layers
+        if gate < 0:
+            return
+        request, price = self.request, self.request.budgets.limits.price
+        features = self.allocator.features(hidden, request.prompt_mask, request.budgets.features)
+        layer_score, group_score = self.allocator.scores_at(gate, features)
+        noisy_layer, noisy_group = layer_score, group_score
+        if request.noise is not None:
+            noisy_layer = layer_score + request.noise[:, gate, 0]
+            noisy_group = group_score + request.noise[:, gate, 1:]
+        threshold = torch.where(torch.isfinite(price), price, torch.zeros_like(price))
+        full = request.budgets.compute >= 1.0  # the whole budget forces every gate open
+        keep, groups = self._spend(noisy_layer, noisy_group, threshold, full)
+        self.decided.append((keep, groups, layer_score, group_score))
+        exact = not torch.is_grad_enabled()
+        layer_mask, group_mask = keep.float(), groups.float()
+        if not exact:
+            layer_mask = straight_through(keep, noisy_layer, threshold, request.temperature)
+            if self.config.heads:
+                group_mask = straight_through(groups, noisy_group, threshold[:, None], request.temperature)
+        self.state.plans[index] = plan_from_masks(layer_mask[:, None], group_mask[:, None], exact=exact)
+
+    @torch.no_grad()
+    def _spend(self, layer: Tensor, group: Tensor, threshold: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
+        """Hard decisions for one layer, [batch] and [batch, groups] scores -> bool masks; spends their cost."""
+        cost, total = self.cost, group.shape[-1]
+        least = self.config.min_groups if self.config.heads else total
+        wanted = best_groups(group, least) | (group > threshold[:, None]) | full[:, None]
+        rank = group.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        affordable = torch.div(self.units - cost.layer_units, cost.group_units, rounding_mode="floor")
+        affordable = torch.minimum(affordable, self.heads_left)
+        keep = ((layer > threshold) | full) & (affordable >= least) & (self.layers_left > 0)
+        groups = wanted & (rank < affordable[:, None]) & keep[:, None]
+        count = groups.sum(-1)
+        self.units = self.units - keep * cost.layer_units - count * cost.group_units
+        self.layers_left, self.heads_left = self.layers_left - keep.long(), self.heads_left - count
+        return keep, groups
+
+
+def soft_fraction(layer: Tensor, group: Tensor, cost: CostModel, heads: bool, temperature: float) -> Tensor:
+    """C(b) of the paper for each row: gate values times normalized cost, the always-on stem included.
+
+    Args:
+        layer: scores [batch, gated layers].
+        group: scores [batch, gated layers, groups].
+        cost: of the model.
+        heads: whether groups are gated; else a layer has them all.
+        temperature: of the gates.
+    """
+    alpha = torch.sigmoid(layer / temperature)
+    groups = torch.sigmoid(group / temperature).sum(-1) if heads else torch.full_like(alpha, group.shape[-1])
+    gated = (alpha * (cost.layer_units + groups * cost.group_units)).sum(-1)
+    stem = cost.dense_units * (1 - layer.shape[1] / cost.shape.num_layers)
+    return (gated + stem) / cost.dense_units
+
+
+def _merge(later: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Per-position masks: ``first`` before the switch, ``second`` from it on. ``later`` is [batch, length], bool."""
+    layer = torch.where(later, second[0], first[0])
+    groups = torch.where(later[..., None], second[1], first[1])
+    return layer, groups

@@ -1,0 +1,226 @@
+"""Greedy or sampled generation of `<think> ... </think><answer> ... </answer>` under budgets.
+
+The runtime keeps two promises that the network alone does not: reasoning ends at the think cap (or when the
+transition gate says so), and an answer always follows it.
+
+    prompt -> prefill (stem, gates, allocation) -> think tokens -> forced </think><answer> -> answer tokens -> end
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.errors import AllocationError
+from l2a_compress.modeling.budgets import Contract, batch_budgets
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.tags import Tags
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """Limits of a generation.
+
+    Attributes:
+        max_think_tokens: hard cap for every row; a budget's or allocation's own cap applies besides it.
+        max_answer_tokens: tokens between ``<answer>`` and ``</answer>``.
+        tau_threshold: reasoning stops once tau exceeds it; None does not ask the transition gate.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+    """
+
+    max_think_tokens: int = 160
+    max_answer_tokens: int = 16
+    tau_threshold: float | None = 0.9
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """One row's output: think and answer token ids without tags, why thinking ended, and what ran."""
+
+    think: list[int]
+    answer: list[int]
+    stopped_by: str  # "model", "cap" or "tau"
+    allocation: Allocation | None
+
+
+class _Rows:
+    """Where each row stands: thinking, between the tags, answering or done."""
+
+    def __init__(self, count: int, caps: Sequence[int], tags: Tags, opening: list[list[int]]) -> None:
+        self.tags, self.caps = tags, list(caps)
+        assert len({len(ids) for ids in opening}) == 1, "openings must be of one length"
+        self.opening = opening
+        self.think: list[list[int]] = [list(ids[:cap]) for ids, cap in zip(opening, caps, strict=True)]
+        self.answer: list[list[int]] = [[] for _ in range(count)]
+        self.stage = ["think"] * count
+        self.stopped_by = ["model"] * count
+
+    def advance(self, row: int, proposed: int, tau: bool, max_answer: int) -> int:
+        """Takes the token the model proposes for a row and returns the one that is fed next."""
+        tags = self.tags
+        if self.stage[row] == "think":
+            full = len(self.think[row]) >= self.caps[row]
+            if proposed not in (tags.end_think, tags.answer, tags.end_answer) and not full and not tau:
+                self.think[row].append(proposed)
+                return proposed
+            self.stopped_by[row] = (
+                "model" if proposed == tags.end_think else "cap" if full else "tau" if tau else "model"
+            )
+            self.stage[row] = "bridge"
+            return tags.end_think
+        if self.stage[row] == "bridge":
+            self.stage[row] = "answer"
+            return tags.answer
+        if self.stage[row] == "answer":
+            if proposed != tags.end_answer and len(self.answer[row]) < max_answer:
+                self.answer[row].append(proposed)
+                return proposed
+            self.stage[row] = "done"
+            return tags.end_answer
+        return tags.end_answer  # done: what is fed no longer matters
+
+    @property
+    def done(self) -> bool:
+        return all(stage == "done" for stage in self.stage)
+
+
+@torch.no_grad()
+def generate(
+    gated: GatedModel,
+    tags: Tags,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    *,
+    budgets: Sequence[Budget] | None = None,
+    allocations: Sequence[Allocation] | None = None,
+    contract: Contract = "cap",
+    config: GenerationConfig | None = None,
+    openings: list[list[int]] | None = None,
+    teacher: bool = False,
+) -> list[Generated]:
+    """Generates one output per row.
+
+    Args:
+        gated: the model; it is left dense.
+        tags: ids of the tags.
+        input_ids: [batch, length], left-padded prompts that end in ``<think>``.
+        attention_mask: [batch, length].
+        budgets: one per row: the gates allocate. Without gates' say give ``allocations``.
+        allocations: one per row, run as given (a baseline, or a decision made before); the budgets, if given as well,
+            are then only what the network is told at ``<think>``.
+        contract: under which the gates allocate.
+        config: limits.
+        openings: think tokens each row starts with (a style word, say), equally many; they count as think tokens, and a
+            row's cap cuts them.
+        teacher: run the frozen model, without adapters and gates: dense, or with ``allocations`` as a static baseline.
+
+    Raises:
+        AllocationError: an allocation skips layer 0, whose cache tells how long the text is.
+        BudgetError: a budget the model cannot keep to.
+    """
+    config = config or GenerationConfig()
+    count = input_ids.shape[0]
+    if any(not allocation.groups[0] for allocation in allocations or ()):
+        raise AllocationError("an allocation skips layer 0, which always runs in generation; keep it")
+    rows = _Rows(count, _caps(budgets, allocations, config, count), tags, openings or [[] for _ in range(count)])
+    was_training = gated.training
+    gated.eval()
+    try:
+        if teacher:
+            with gated.teacher(), gated.forced(allocations):
+                _decode(gated, rows, input_ids, attention_mask, None, config)
+            decided: Sequence[Allocation | None] = allocations or [None] * count
+        else:
+            decided = _allocate(gated, input_ids, attention_mask, budgets, allocations, contract)
+            told = budgets or [Budget()] * count
+            run = [item for item in decided if item is not None]
+            with gated.forced(run or None):
+                _decode(gated, rows, input_ids, attention_mask, told, config)
+    finally:
+        gated.train(was_training)
+    return [
+        Generated(
+            think=rows.think[row], answer=rows.answer[row], stopped_by=rows.stopped_by[row], allocation=decided[row]
+        )
+        for row in range(count)
+    ]
+
+
+def _allocate(
+    gated: GatedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    budgets: Sequence[Budget] | None,
+    allocations: Sequence[Allocation] | None,
+    contract: Contract,
+) -> Sequence[Allocation | None]:
+    if allocations is not None:
+        return allocations
+    if budgets is not None:
+        return gated.allocate(input_ids, attention_mask, budgets, contract=contract)
+    return [None] * input_ids.shape[0]
+
+
+def _caps(
+    budgets: Sequence[Budget] | None, allocations: Sequence[Allocation] | None, config: GenerationConfig, count: int
+) -> list[int]:
+    caps = [config.max_think_tokens] * count
+    for source in (budgets, allocations):
+        limits = [item.think_tokens for item in source or ()]
+        for row, limit in enumerate(limits):
+            caps[row] = caps[row] if limit is None else min(caps[row], limit)
+    return caps
+
+
+def _decode(
+    gated: GatedModel,
+    rows: _Rows,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    told: Sequence[Budget] | None,
+    config: GenerationConfig,
+) -> None:
+    device, tags = input_ids.device, rows.tags
+    features = None
+    if told is not None:
+        features = batch_budgets(told, gated.cost, gated.gate_config).to(device).features
+    generator = torch.Generator(device=device).manual_seed(config.seed)
+    opening = torch.tensor(rows.opening, dtype=torch.long, device=device).view(len(rows.think), -1)
+    kept = torch.tensor([len(ids) for ids in rows.think], device=device)
+    tokens = torch.cat([input_ids, opening], dim=1)
+    # What a cap cuts off an opening is hidden; such a row is full, so what it proposes there does not count.
+    mask = torch.cat([attention_mask, (torch.arange(opening.shape[1], device=device) < kept[:, None]).long()], dim=1)
+    cache = DynamicCache()
+    limit = max(rows.caps) + config.max_answer_tokens + 4
+    for step in range(limit):
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        if step == 0 and features is not None and gated.gate_config.tokens:
+            offset = gated.transition.think_offset(features)[:, None]
+            gated.state.offset = (tokens == tags.think)[..., None] * offset
+        hidden = gated(tokens, mask, cache=cache, position_ids=positions).hidden[:, -1:]
+        logits = gated.logits(hidden)[:, 0].float()
+        stop = [False] * len(rows.think)
+        if features is not None and config.tau_threshold is not None and gated.gate_config.tokens:
+            stop = (torch.sigmoid(gated.transition(hidden, features))[:, 0] > config.tau_threshold).tolist()
+        first = [row for row, stage in enumerate(rows.stage) if stage == "answer" and not rows.answer[row]]
+        logits[first, tags.end_answer] = -torch.inf  # an answer is never empty
+        if config.temperature > 0:
+            proposed = torch.multinomial(torch.softmax(logits / config.temperature, -1), 1, generator=generator)[:, 0]
+        else:
+            proposed = logits.argmax(-1)
+        fed = [
+            rows.advance(row, token, stop[row], config.max_answer_tokens) for row, token in enumerate(proposed.tolist())
+        ]
+        if rows.done:
+            return
+        tokens = torch.tensor(fed, device=device)[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(fed), 1)], dim=1)

@@ -1,0 +1,109 @@
+"""One static allocation carried out physically: skipped layers are not called, pruned KV groups are sliced out.
+
+    q_proj   rows of the heads of kept groups       (bias too)
+    k_proj   rows of kept groups                    (bias too)
+    v_proj   rows of kept groups                    (bias too)
+    o_proj   columns of the heads of kept groups
+
+Heads of group g are g * heads_per_group and those after it, in all families. The KV cache shrinks with the groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.cost import ModelShape
+from l2a_compress.errors import AllocationError
+from l2a_compress.modeling.adapters import ADAPTER_NAME
+from l2a_compress.modeling.families import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, attention_of, decoder_layers
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.layers import GatedProjection, LayerPlan
+
+
+@contextmanager
+def specialized(gated: GatedModel, allocation: Allocation) -> Iterator[None]:
+    """Runs ``gated`` under ``allocation`` for every row, with dense matrices of just the size that is needed.
+
+    Adapters are merged into copies of the weights (in 32 bits, then rounded to the base's type); within
+    ``gated.teacher()`` they are left out. The original modules are set aside and put back as they were, bit for bit.
+    For inference: no gradient reaches the adapters, and gates are not asked. A KV cache that was filled inside fits
+    this allocation only.
+
+    Raises:
+        AllocationError: the allocation is of another model shape, or skips the first layer, whose cache tells the
+            length.
+    """
+    plans = gated.plans_of([allocation])
+    if not allocation.groups[0]:
+        raise AllocationError("the allocation skips layer 0, which always runs; keep it")
+    before = gated.state.plans
+    with ExitStack() as stack:
+        for index, wrapper in enumerate(decoder_layers(gated.model)):
+            if allocation.groups[index]:
+                _specialize(wrapper.layer, allocation.groups[index], gated.shape, stack)
+        gated.state.reset()
+        gated.state.plans = [LayerPlan(skip=plan.skip) for plan in plans]
+        try:
+            yield
+        finally:
+            gated.state.plans = before
+
+
+def _specialize(layer: nn.Module, groups: Sequence[int], shape: ModelShape, stack: ExitStack) -> None:
+    """Replaces the projections of one layer until ``stack`` is closed."""
+    per_group = shape.num_heads // shape.num_groups
+    keys = _ranges(groups, shape.head_dim)
+    queries = _ranges(groups, per_group * shape.head_dim)
+    attention = attention_of(layer)
+    whole = len(groups) == shape.num_groups
+    for name in ATTENTION_PROJECTIONS:
+        rows = None if whole or name == "o_proj" else queries if name == "q_proj" else keys
+        columns = queries if name == "o_proj" and not whole else None
+        _replace(attention, name, rows, columns, stack)
+    for name in MLP_PROJECTIONS:
+        _replace(layer.mlp, name, None, None, stack)  # type: ignore[arg-type]
+
+
+def _ranges(groups: Sequence[int], width: int) -> Tensor:
+    """Indices of the kept groups' rows, where each group has ``width`` of them."""
+    return (torch.tensor(groups)[:, None] * width + torch.arange(width)).flatten()
+
+
+def _replace(parent: nn.Module, name: str, rows: Tensor | None, columns: Tensor | None, stack: ExitStack) -> None:
+    original = getattr(parent, name)
+    stack.callback(setattr, parent, name, original)
+    setattr(parent, name, _sliced(original, rows, columns))
+
+
+@torch.no_grad()
+def _sliced(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
+    """The linear layer that ``module`` is on those rows and columns; the base layer itself where nothing changes."""
+    if isinstance(module, GatedProjection):
+        module = module.projection
+    base, weight = module, None
+    if isinstance(module, LoraLayer):
+        base = module.get_base_layer()
+        if not module.disable_adapters:
+            delta = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[operator]
+            weight = (base.weight.float() + delta.float()).to(base.weight.dtype)
+    assert isinstance(base, nn.Linear)
+    if weight is None and rows is None and columns is None:
+        return base
+    weight = base.weight.detach() if weight is None else weight
+    bias = base.bias
+    if rows is not None:
+        weight = weight[rows.to(weight.device)]
+        bias = bias[rows.to(weight.device)] if bias is not None else None
+    if columns is not None:
+        weight = weight[:, columns.to(weight.device)]
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return made.train(module.training)

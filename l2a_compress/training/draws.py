@@ -1,0 +1,127 @@
+"""What is drawn at random for one training sample: budget, contract, think share, switch point, exploration noise.
+
+Everything depends on (seed, sample index) alone. A resumed run, and a run on more processes, therefore draw the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from l2a_compress.errors import ConfigError
+
+CONTRACTS = ("cap", "mean", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """Shares and ranges of the draws.
+
+    Attributes:
+        minimum: smallest compute budget of a sample.
+        dense_share: share of samples at b = 1 (the sandwich's top).
+        minimum_share: share of samples at the minimum (its bottom); the rest is uniform between.
+        contract: ``cap``, ``mean`` or ``both`` (half the samples each).
+        full_think_share: share of samples whose reasoning is not limited; the rest draw a share uniformly.
+        condensed_below: think share under which a sample is shown its condensed trace.
+        switch_share: share of samples whose budget changes in the middle of the sequence.
+    """
+
+    minimum: float = 0.4
+    dense_share: float = 0.15
+    minimum_share: float = 0.15
+    contract: str = "both"
+    full_think_share: float = 0.4
+    condensed_below: float = 0.6
+    switch_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.contract not in CONTRACTS:
+            raise ConfigError(f"contract {self.contract!r}: choose one of {', '.join(CONTRACTS)}")
+        for name in ("minimum", "dense_share", "minimum_share", "full_think_share", "condensed_below", "switch_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: must lie in [0, 1]")
+        if self.minimum == 0 or self.dense_share + self.minimum_share > 1:
+            raise ConfigError("minimum must be above 0, and dense_share + minimum_share at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One sample's draw. ``after`` is the compute budget behind the switch, ``switch`` the share before it."""
+
+    compute: float
+    mean: bool
+    think: float
+    condensed: bool
+    after: float
+    switch: float
+
+
+def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, stream]))
+
+
+def draw(config: DrawConfig, seed: int, index: int) -> Draw:
+    """The draw of sample ``index``."""
+    u = _generator(seed, index, 0).random(8)
+    compute = _compute(config, u[0], u[1])
+    think = 1.0 if u[2] < config.full_think_share else 0.1 + 0.9 * u[3]
+    switched = u[4] < config.switch_share
+    return Draw(
+        compute=compute,
+        mean=config.contract == "mean" or (config.contract == "both" and u[7] < 0.5),
+        think=float(think),
+        condensed=bool(think < config.condensed_below),
+        after=_compute(config, u[5], u[6]) if switched else compute,
+        switch=float(0.2 + 0.7 * u[6]) if switched else 1.0,
+    )
+
+
+def _compute(config: DrawConfig, kind: float, value: float) -> float:
+    if kind < config.dense_share:
+        return 1.0
+    if kind < config.dense_share + config.minimum_share:
+        return config.minimum
+    return float(config.minimum + (1 - config.minimum) * value)
+
+
+def gumbel_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """Standard Gumbel noise of that shape for sample ``index``: scores perturbed by it sample a ranking."""
+    return _generator(seed, index, 1).gumbel(size=shape).astype(np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annealing:
+    """How the gates' temperature and the exploration noise fall over a run.
+
+    The first ``explore`` share of the steps runs allocations that are random apart from the prior (phase 1 of the
+    method: make the network robust to many allocations); from there the noise falls linearly to ``noise_end`` at
+        ``settle``.
+    """
+
+    temperature_start: float = 1.0
+    temperature_end: float = 0.3
+    noise_start: float = 1.0
+    noise_end: float = 0.0
+    explore: float = 0.3
+    settle: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.explore <= self.settle <= 1:
+            raise ConfigError(
+                f"annealing: explore {self.explore} and settle {self.settle} must be 0 <= explore <= settle <= 1"
+            )
+        if not (self.temperature_start > 0 and self.temperature_end > 0 and min(self.noise_start, self.noise_end) >= 0):
+            raise ConfigError("annealing: temperatures must be above 0 and noise 0 or more")
+
+    def temperature(self, progress: float) -> float:
+        """At ``progress`` in [0, 1], geometric between start and end."""
+        ratio = self.temperature_end / self.temperature_start
+        return float(self.temperature_start * ratio ** min(1.0, max(0.0, progress)))
+
+    def noise(self, progress: float) -> float:
+        """Scale of the exploration noise at ``progress``."""
+        span = max(self.settle - self.explore, 1e-9)
+        done = min(1.0, max(0.0, (progress - self.explore) / span))
+        return self.noise_start + (self.noise_end - self.noise_start) * done

@@ -1,0 +1,135 @@
+"""Examples to token ids with exact spans.
+
+The pieces of an example (prompt, tag, reasoning, tag, answer) are tokenized one by one and their ids joined, so that no
+token ever crosses a border and a prompt encoded alone for generation is exactly the start of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from l2a_compress.errors import DataError
+from l2a_compress.modeling.tags import Tags, read_tags
+from l2a_compress.training.chat import chat_pieces
+from l2a_compress.training.examples import NO_STYLE, Encoded, Example, Style, style_id
+from l2a_compress.training.pieces import begin_ids, token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORE", "UnfitError", "encode", "encode_prompt"]
+
+IGNORE = -100
+
+
+class UnfitError(DataError):
+    """An example that cannot be encoded: too long, too short, or with a tag in its own text."""
+
+
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = 512
+) -> Encoded:
+    """Encodes one example for training.
+
+    Args:
+        example: What to encode.
+        tokenizer: Must have the four tags where the example has reasoning.
+        style: Which trace; needed for ``reasoning``, not looked at for ``chat`` and ``text``.
+        max_length: Most tokens. ``chat`` and ``text`` are cut at the end; reasoning is never cut.
+
+    Raises:
+        DataError: The example has no trace of that style.
+        UnfitError: A reasoning example is longer than ``max_length``, nothing is left to train on, or the example's
+            own text contains a tag.
+        TokenizerError: A tag is not in the tokenizer.
+    """
+    if example.kind == "text":
+        return _encode_text(example, tokenizer, max_length)
+    if example.kind == "chat":
+        return _encode_chat(example, tokenizer, max_length)
+    if style is None:
+        raise DataError(f"a reasoning example needs a style; it has {', '.join(example.traces) or 'none'}")
+    return _encode_reasoning(example, tokenizer, style, max_length)
+
+
+def encode_prompt(
+    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = 512
+) -> list[int]:
+    """What a generation starts from: the first ``prompt_length`` ids of the encoded example.
+
+    With a ``style``, an example whose reasoning names its style also gets that word, the first think token.
+    """
+    if example.kind != "reasoning":
+        encoded = encode(example, tokenizer, max_length=max_length)
+        return encoded["input_ids"][: encoded["prompt_length"]]
+    opening = example.opening(style) if style is not None else ""
+    prompt, opened = token_ids(tokenizer, [example.prompt, opening])
+    return [*begin_ids(tokenizer), *prompt, read_tags(tokenizer).think, *opened]
+
+
+def _encode_reasoning(example: Example, tokenizer: PreTrainedTokenizerBase, style: Style, max_length: int) -> Encoded:
+    tags = read_tags(tokenizer)
+    full_styles: list[Style] = ["long"] if "long" in example.traces else list(example.traces)
+    thoughts = [part for name in [style, *full_styles] for part in example.thinking(name)]
+    prompt, answer, gap, *parts = token_ids(tokenizer, [example.prompt, example.answer, "\n", *thoughts])
+    _refuse_tags(example, tags, [*prompt, *answer, *parts[0], *parts[1]])
+    head = [*begin_ids(tokenizer), *prompt, tags.think]
+    think = [*parts[0], *parts[1]]
+    tail = [tags.end_think, *gap, tags.answer, *answer, tags.end_answer]
+    if tokenizer.eos_token_id not in (None, tags.end_answer):
+        tail.append(tokenizer.eos_token_id)
+    ids = [*head, *think, *tail]
+    if len(ids) > max_length:
+        raise UnfitError(f"the example takes {len(ids)} tokens and max_length is {max_length}")
+    return Encoded(
+        input_ids=ids,
+        labels=[IGNORE] * len(head) + ids[len(head) :],
+        prompt_length=len(head),
+        think_start=len(head),
+        think_end=len(head) + len(think),
+        style=style_id(style),
+        think_full=max(len(parts[at]) + len(parts[at + 1]) for at in range(2, len(parts), 2)),
+    )
+
+
+def _refuse_tags(example: Example, tags: Tags, ids: Sequence[int]) -> None:
+    if {tags.think, tags.end_think, tags.answer, tags.end_answer} & set(ids):
+        raise UnfitError(f"the example's own text contains a think or answer tag (prompt {example.prompt[:60]!r})")
+
+
+def _encode_text(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    (text,) = token_ids(tokenizer, [example.prompt])
+    ids = [*begin_ids(tokenizer), *text]
+    if tokenizer.eos_token_id is not None:
+        ids.append(tokenizer.eos_token_id)
+    ids = ids[:max_length]
+    if len(ids) < 2:
+        raise UnfitError(f"the text takes {len(ids)} token(s), which leaves nothing to predict")
+    return _without_reasoning(ids, [*ids], max(1, len(ids) // 4))
+
+
+def _encode_chat(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    ids: list[int] = []
+    labels: list[int] = []
+    prompt_length = 0
+    for piece, trained in chat_pieces(example.messages, tokenizer):
+        if trained and not prompt_length:
+            prompt_length = len(ids)
+        ids += piece
+        labels += piece if trained else [IGNORE] * len(piece)
+    if prompt_length >= max_length:
+        raise UnfitError(f"the first reply starts at token {prompt_length} and max_length is {max_length}")
+    return _without_reasoning(ids[:max_length], labels[:max_length], prompt_length)
+
+
+def _without_reasoning(ids: list[int], labels: list[int], prompt_length: int) -> Encoded:
+    return Encoded(
+        input_ids=ids,
+        labels=[IGNORE] * prompt_length + labels[prompt_length:],
+        prompt_length=prompt_length,
+        think_start=0,
+        think_end=0,
+        style=NO_STYLE,
+        think_full=0,
+    )

@@ -1,0 +1,129 @@
+"""What one training example is, before and after the tokenizer, and which split it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NotRequired, TypedDict, get_args
+
+from l2a_compress.errors import DataError
+
+__all__ = [
+    "NO_STYLE",
+    "SPLITS",
+    "STYLES",
+    "Encoded",
+    "Example",
+    "ExampleKind",
+    "Message",
+    "Split",
+    "Style",
+    "position",
+    "split_of",
+    "style_id",
+]
+
+Style = Literal["long", "short", "none"]
+Split = Literal["train", "heldout", "calibration"]
+ExampleKind = Literal["reasoning", "chat", "text"]
+
+STYLES: tuple[Style, ...] = get_args(Style)
+SPLITS: tuple[Split, ...] = get_args(Split)
+NO_STYLE = -1  # the style id of an example without reasoning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message:
+    """One turn of a conversation. ``role`` is ``system``, ``user``, ``assistant`` or what the chat template knows."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One example as text, whatever file it came from.
+
+    Attributes:
+        prompt: What the model is given. Of a ``chat`` everything before the first reply, of a ``text`` the whole text.
+        traces: The same reasoning at one or more lengths, by style; empty for ``chat`` and ``text``.
+        answer: The final answer; of a ``chat`` the last reply; empty for ``text``.
+        kind: Decides how the example is encoded.
+        meta: Anything a report groups by, for example ``difficulty`` and ``family``. ``source`` is always there.
+        messages: The turns of a ``chat``; empty otherwise.
+        names_style: The first word of the reasoning is the style itself (the embedded task asks for a length so).
+    """
+
+    prompt: str
+    traces: Mapping[Style, str]
+    answer: str
+    kind: ExampleKind
+    meta: Mapping[str, str | int] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+    names_style: bool = False
+
+    def thinking(self, style: Style) -> tuple[str, str]:
+        """What stands between ``<think>`` and ``</think>``: the opening that asks for a style, and the rest.
+
+        The two are tokenized apart, so that a generation can be started with the opening alone.
+
+        Raises:
+            DataError: The example has no trace of that style.
+        """
+        if style not in self.traces:
+            found = ", ".join(self.traces) or "none"
+            raise DataError(f"no {style!r} trace in this example, which has: {found} (prompt {self.prompt[:60]!r})")
+        trace = self.traces[style]
+        if self.names_style:
+            return self.opening(style), f" {trace}\n"
+        return "", f"\n{trace}\n" if trace else ""
+
+    def opening(self, style: Style) -> str:
+        """The text right after ``<think>`` that asks for a style; empty unless ``names_style``."""
+        return f"\n{style}" if self.names_style else ""
+
+
+class Encoded(TypedDict):
+    """One example as token ids. Lists have length T; spans are half-open positions in ``input_ids``.
+
+    Keys:
+        input_ids: Token ids [T].
+        labels: The same ids with -100 where there is no loss, at least on the prompt [T].
+        prompt_length: Leading tokens that the allocator may read: up to and with ``<think>``, of a chat up to the
+            first trained reply, of a text its first quarter.
+        think_start: First token after ``<think>``; 0 where there is no reasoning.
+        think_end: Position of ``</think>``; 0 where there is no reasoning.
+        style: Index into ``STYLES``, or ``NO_STYLE``.
+        think_full: Tokens of the ``long`` trace of the same example (of its longest one where there is no ``long``),
+            so that ``(think_end - think_start) / think_full`` is the share that this style spends; 0 without one.
+        index: Place in the data set that the example was taken from; absent where it was encoded on its own.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+    think_start: int
+    think_end: int
+    style: int
+    think_full: int
+    index: NotRequired[int]
+
+
+def style_id(style: Style) -> int:
+    """The number that stands for a style in tensors."""
+    return STYLES.index(style)
+
+
+def position(prompt: str) -> float:
+    """A fixed number in [0, 1) for a prompt, the same on every machine; runs of white space count as one space."""
+    digest = hashlib.blake2b(" ".join(prompt.split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2.0**53
+
+
+def split_of(prompt: str, *, heldout_share: float, calibration_share: float) -> Split:
+    """Which split a prompt belongs to. Equal prompts always fall into the same one, whatever file or seed."""
+    place = position(prompt)
+    if place < heldout_share:
+        return "heldout"
+    return "calibration" if place < heldout_share + calibration_share else "train"

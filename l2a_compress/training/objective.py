@@ -1,0 +1,148 @@
+"""The objective: L = L_ce + gamma KL(teacher || student) + lambda |C(b) - B(b)| + lambda_T R_tok (paper, section 3).
+
+Every term is a mean over rows, and within a row over its own tokens, so that a sample counts once whatever its length
+and the loss of a global batch is the same however it is split over processes. Each term can be switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from l2a_compress.errors import ConfigError
+
+TERMS = ("kl", "budget", "tokens", "heads")  # what `--without` knows; "heads" switches the head gates off
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """Weights of the terms.
+
+    Attributes:
+        kl: gamma, weight of the logical-consistency term.
+        budget: lambda, weight of the resource cost.
+        tokens: lambda_T, weight of R_tok, the mean of 1 - tau over the think tokens.
+        transition: weight of the supervised targets of tau (our addition: R_tok alone only pushes tau up).
+        without: terms that are switched off, of :data:`TERMS`.
+    """
+
+    kl: float = 1.0
+    budget: float = 1.0
+    tokens: float = 0.01
+    transition: float = 0.1
+    without: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.without if name not in TERMS]
+        if unknown:
+            raise ConfigError(f"--without {','.join(unknown)}: unknown term; choose of {', '.join(TERMS)}")
+        for name in ("kl", "budget", "tokens", "transition"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"objective weight {name} = {getattr(self, name)}: must be 0 or more")
+
+    def weight(self, term: str) -> float:
+        """The weight of a term, 0 when it is switched off."""
+        return 0.0 if term in self.without else float(getattr(self, term))
+
+
+@dataclass
+class Supervised:
+    """The positions that predict a labelled token, as flat lists.
+
+    ``rows`` [n] is each position's row, ``weights`` [n] makes a sum a mean of row means, ``targets`` [n] the token ids.
+    """
+
+    mask: Tensor
+    rows: Tensor
+    weights: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Supervised:
+        """From ``labels`` [batch, length], -100 where nothing is to be learned."""
+        mask = torch.zeros_like(labels, dtype=torch.bool)
+        mask[:, :-1] = labels[:, 1:] != -100
+        rows = mask.nonzero()[:, 0]
+        counts = mask.sum(1).clamp(min=1)
+        weights = 1.0 / (counts[rows] * labels.shape[0])
+        return cls(mask, rows, weights, labels[:, 1:][mask[:, :-1]])
+
+
+def cross_entropy(logits: Tensor, where: Supervised) -> Tensor:
+    """L_ce. ``logits`` [n, vocabulary] of the supervised positions."""
+    return (functional.cross_entropy(logits.float(), where.targets, reduction="none") * where.weights).sum()
+
+
+def kl_divergence(logits: Tensor, teacher: Tensor, where: Supervised) -> Tensor:
+    """KL(teacher || student); both [n, vocabulary] logits of the supervised positions."""
+    student = functional.log_softmax(logits.float(), -1)
+    target = functional.log_softmax(teacher.float(), -1)
+    return ((target.exp() * (target - student)).sum(-1) * where.weights).sum()
+
+
+def kl_top_k(logits: Tensor, values: Tensor, indices: Tensor, where: Supervised) -> Tensor:
+    """KL against cached teacher log-probabilities, all words outside the top k lumped into one.
+
+    Args:
+        logits: [n, vocabulary] of the student.
+        values: [n, k] log-probabilities of the teacher's best words.
+        indices: [n, k] their ids.
+        where: the supervised positions.
+    """
+    student = functional.log_softmax(logits.float(), -1).gather(-1, indices)
+    teacher = values.float()
+    rest_teacher = (1 - teacher.exp().sum(-1)).clamp(min=1e-6)
+    rest_student = (1 - student.exp().sum(-1)).clamp(min=1e-6)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    divergence = divergence + rest_teacher * (rest_teacher.log() - rest_student.log())
+    return (divergence * where.weights).sum()
+
+
+def budget_gap(soft_cost: Tensor, target: Tensor, mean_rows: Tensor, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """|C(b) - B(b)|: per row under ``cap``, of the mean over all ``mean`` rows of the global batch under ``mean``.
+
+    Args:
+        soft_cost: C of each row [batch], with gradient.
+        target: B of each row [batch].
+        mean_rows: [batch], bool: rows under the ``mean`` contract.
+        gather: collects a detached tensor from all processes.
+    """
+    gap = soft_cost - target
+    cap = (gap.abs() * ~mean_rows).mean()
+    mean = (gap * mean_rows).mean()
+    sign = gather(mean.detach().reshape(1)).mean().sign()
+    return cap + sign * mean
+
+
+def token_terms(tau_logits: Tensor, think_mask: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """R_tok and the supervised loss of tau.
+
+    Args:
+        tau_logits: [batch, length].
+        think_mask: [batch, length], 1 on reasoning tokens.
+        stop: [batch, length], 1 where reasoning may end after this token.
+
+    Returns:
+        (mean over rows of the mean of 1 - tau over their think tokens, binary cross entropy against ``stop``).
+    """
+    mask = think_mask.float()
+    weights = mask / mask.sum(1, keepdim=True).clamp(min=1) / mask.shape[0]
+    tau = torch.sigmoid(tau_logits.float())
+    supervised = functional.binary_cross_entropy_with_logits(tau_logits.float(), stop.float(), reduction="none")
+    return ((1 - tau) * weights).sum(), (supervised * weights).sum()
+
+
+def stop_targets(think_mask: Tensor, think_limit: Tensor) -> Tensor:
+    """Where reasoning may end: at its last token, and from the row's own limit on.
+
+    Args:
+        think_mask: [batch, length], 1 on reasoning tokens.
+        think_limit: [batch], most think tokens that the row's budget grants.
+    """
+    count = think_mask.cumsum(1)
+    last = count == think_mask.sum(1, keepdim=True)
+    return (last | (count >= think_limit[:, None])) & think_mask.bool()

@@ -1,0 +1,226 @@
+"""`l2a compress train` as one function: recipe -> artifact folder.
+
+recipe -> base model + tokenizer -> wrap -> prior from single-drop losses -> Trainer (resumable) -> prices -> artifact
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from l2a_compress.errors import ConfigError
+from l2a_compress.files import write_atomic
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.importance import drop_losses, prior_scores
+from l2a_compress.modeling.loading import digest_of, load_base
+from l2a_compress.modeling.prices import calibrate_prices, price_grid
+from l2a_compress.modeling.tags import ensure_tags
+from l2a_compress.training.collate import Collator
+from l2a_compress.training.data import load_examples
+from l2a_compress.training.data_config import DataConfig, MixtureConfig
+from l2a_compress.training.encode import UnfitError, encode_prompt
+from l2a_compress.training.examples import Example
+from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.samples import SampleCollator, Samples
+from l2a_compress.training.step import TrainingStep
+from l2a_compress.training.store import save_artifact
+from l2a_compress.training.trainer import L2ATrainer, last_checkpoint, training_arguments
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+RECIPE_FILE = "recipe.json"
+LOG_FILE = "training_log.jsonl"
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    trackers: Sequence[str] = (),
+    resume: bool = True,
+    force: bool = False,
+    quiet: bool = False,
+) -> Path:
+    """Trains gates and adapters and writes the artifact to ``out / "artifact"``.
+
+    Checkpoints stand in ``out / "checkpoints"``; a run that was cut off goes on from the last one when it is started
+    again with the same recipe.
+
+    Args:
+        recipe: all settings.
+        out: the run's folder.
+        trackers: names of the Trainer's trackers (tensorboard, wandb, ...).
+        resume: go on from the last checkpoint; else start again.
+        force: replace an artifact that is already there, and accept checkpoints of another recipe being thrown away.
+        quiet: no progress bar.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings.
+        TrainingError: the loss is not finite, or a checkpoint cannot be read.
+        StorageError: the disk is full or not writable.
+    """
+    state = PartialState()
+    if recipe.optim.threads:
+        torch.set_num_threads(recipe.optim.threads)
+    checkpoints = _prepare(recipe, out, resume=resume, force=force, main=state.is_main_process)
+    state.wait_for_everyone()
+    gated, tokenizer, digest = build(recipe)
+    samples = training_samples(recipe, tokenizer)
+    collate = SampleCollator(tokenizer)
+    if recipe.optim.teacher == "cached":
+        from l2a_compress.training.teacher import TeacherCache
+
+        samples.teacher = TeacherCache.build(gated, samples, collate, recipe.optim, out / "teacher")
+    start = last_checkpoint(checkpoints)
+    if start is None:
+        _set_prior(gated, samples, collate, recipe.optim.prior_rows)
+    step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
+    trainer = L2ATrainer(
+        annealing=recipe.annealing,
+        optim=recipe.optim,
+        model=step,
+        args=training_arguments(
+            recipe.optim,
+            folder=checkpoints,
+            seed=recipe.seed,
+            trackers=list(trackers),
+            world_size=state.num_processes,
+            quiet=quiet,
+        ),
+        train_dataset=samples,
+        data_collator=collate,
+    )
+    began = time.time()
+    trainer.train(resume_from_checkpoint=start)
+    if samples.unfit:
+        log.warning("%d examples were longer than max_length and were replaced", samples.unfit)
+    if not state.is_main_process:
+        return out / "artifact"
+    _write_log(trainer, out / LOG_FILE)
+    calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration)
+    gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
+    last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
+    metrics = {"steps": trainer.state.global_step, "seconds": round(time.time() - began, 1), "last": last}
+    save_artifact(
+        gated,
+        tokenizer,
+        recipe,
+        out / "artifact",
+        base_digest=digest,
+        metrics=metrics,
+        force=(out / "artifact").exists(),
+    )
+    return out / "artifact"
+
+
+def build(recipe: Recipe) -> tuple[GatedModel, PreTrainedTokenizerBase, str]:
+    """The wrapped model, its tokenizer, and the digest of the base weights (with added tags, where asked)."""
+    settings = recipe.model
+    set_seed(recipe.seed)
+    model, tokenizer = load_base(
+        settings.name, gguf_file=settings.gguf_file, dtype=settings.dtype, attention=settings.attention
+    )
+    tags = ensure_tags(tokenizer, model, add=settings.add_tags)
+    digest = digest_of(model)
+    gates = recipe.gates
+    if "heads" in recipe.objective.without:
+        gates = dataclasses.replace(gates, heads=False)
+    gated = GatedModel.wrap(model, gates, recipe.adapter)
+    gated.think_id = tags.think
+    return gated, tokenizer, digest
+
+
+def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samples:
+    """All samples of the run, in order."""
+    return Samples(
+        load_examples(MixtureConfig(sources=_sources(recipe)), "train", recipe.seed),  # a mixture is shuffled
+        tokenizer,
+        recipe.draws,
+        count=recipe.optim.steps * recipe.optim.batch_size,
+        seed=recipe.seed,
+        max_length=_max_length(recipe),
+        think_reference=recipe.gates.think_reference,
+    )
+
+
+def calibration_prompts(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int, batch_size: int = 64
+) -> list[tuple[Tensor, Tensor]]:
+    """Left-padded ``(input_ids, attention_mask)`` batches of prompts of the calibration split, by length."""
+    examples = load_examples(recipe.data, "calibration", recipe.seed)
+    found = (_prompt_ids(examples[i], tokenizer, _max_length(recipe)) for i in range(min(count, len(examples))))
+    rows = sorted((ids for ids in found if ids is not None), key=len)
+    return [
+        left_pad(rows[at : at + batch_size], Collator.of(tokenizer).pad_token_id)
+        for at in range(0, len(rows), batch_size)
+    ]
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """``(input_ids, attention_mask)``, both [rows, longest], real tokens at the end."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int] | None:
+    try:
+        return encode_prompt(example, tokenizer, max_length=max_length)
+    except UnfitError:
+        return None
+
+
+def _sources(recipe: Recipe) -> tuple[DataConfig, ...]:
+    return recipe.data.sources if isinstance(recipe.data, MixtureConfig) else (recipe.data,)
+
+
+def _max_length(recipe: Recipe) -> int:
+    return max(source.max_length for source in _sources(recipe))
+
+
+def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:
+    """Starts the gates from what dropping each layer and group alone does to the frozen model."""
+    rows = min(rows, len(samples))
+    starts = range(0, rows, 16)
+    batches = [collate([samples[at] for at in range(start, min(start + 16, rows))])["batch"] for start in starts]
+    gated.eval()
+    with gated.teacher():  # adapters still do nothing: leaving them out is the same and faster
+        gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches)))
+    gated.train()
+
+
+def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool) -> Path:
+    """The checkpoints' folder, after making sure that it belongs to this recipe."""
+    import shutil
+
+    checkpoints, noted = out / CHECKPOINTS, out / RECIPE_FILE
+    if not main:
+        return checkpoints
+    text = json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
+    other = noted.is_file() and noted.read_text() != text
+    if other and not force:
+        raise ConfigError(f"{out}: holds a run with other settings; choose another --out, or --force to replace it")
+    if other or not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(noted, text)
+    return checkpoints
+
+
+def _write_log(trainer: L2ATrainer, path: Path) -> None:
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in trainer.state.log_history))
+
+
+def is_main_process() -> bool:
+    """Whether this process writes files and talks to the user (the first one of a launch)."""
+    return bool(PartialState().is_main_process)

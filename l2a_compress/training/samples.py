@@ -1,0 +1,97 @@
+"""Training samples: an encoded example together with what was drawn for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from l2a_compress.errors import DataError
+from l2a_compress.training.collate import Collator
+from l2a_compress.training.draws import Draw, DrawConfig, draw
+from l2a_compress.training.encode import UnfitError, encode
+from l2a_compress.training.examples import Encoded, Example, Style
+
+Sample = dict[str, Any]
+_TRIES = 64
+
+
+class Samples(Dataset[Sample]):
+    """Sample ``i`` depends on (seed, i) alone: example, style, budget, noise. One that does not fit is replaced."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        draws: DrawConfig,
+        *,
+        count: int,
+        seed: int,
+        max_length: int,
+        think_reference: int,
+    ) -> None:
+        self.examples, self.tokenizer, self.draws = examples, tokenizer, draws
+        self.count, self.seed, self.max_length, self.think_reference = count, seed, max_length, think_reference
+        self.teacher: Callable[[Encoded], tuple[Tensor, Tensor]] | None = None
+        self.unfit = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample: the keys of ``Encoded`` and those of ``Draw``, with ``index`` and ``think_limit`` (tokens)."""
+        drawn = draw(self.draws, self.seed, index)
+        encoded = self._encode(index, drawn)
+        limit = encoded["input_ids"].__len__() if drawn.think >= 1 else round(drawn.think * self.think_reference)
+        sample: Sample = {**encoded, **drawn.__dict__, "index": index, "think_limit": limit}
+        if self.teacher is not None:
+            sample["teacher"] = self.teacher(encoded)
+        return sample
+
+    def _encode(self, index: int, drawn: Draw) -> Encoded:
+        for offset in range(_TRIES):
+            example = self.examples[(index + offset * self.count) % len(self.examples)]
+            try:
+                return encode(example, self.tokenizer, _style(example, drawn), self.max_length)
+            except UnfitError:
+                self.unfit += 1
+        raise DataError(f"{_TRIES} examples in a row do not fit max_length = {self.max_length}; raise data.max_length")
+
+
+def _style(example: Example, drawn: Draw) -> Style | None:
+    if example.kind != "reasoning":
+        return None
+    wanted: Style = "short" if drawn.condensed else "long"
+    return wanted if wanted in example.traces else next(iter(example.traces))
+
+
+class SampleCollator:
+    """Pads samples to one batch, as :class:`Collator` does, and stacks what was drawn."""
+
+    FLOATS = ("compute", "think", "after", "switch")
+    INTEGERS = ("mean", "index", "think_limit")
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.pad = Collator.of(tokenizer)
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, dict[str, Tensor]]:
+        """One batch under the key ``batch``, the argument of ``TrainingStep.forward``."""
+        batch = self.pad(samples)  # type: ignore[arg-type]
+        for name in self.FLOATS:
+            batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.float32)
+        for name in self.INTEGERS:
+            batch[name] = torch.tensor([int(sample[name]) for sample in samples])
+        if "teacher" in samples[0]:
+            width = batch["input_ids"].shape[1]
+            batch["teacher_values"] = torch.stack([_widen(sample["teacher"][0], width) for sample in samples])
+            batch["teacher_indices"] = torch.stack([_widen(sample["teacher"][1], width) for sample in samples])
+        return {"batch": batch}
+
+
+def _widen(rows: Tensor, width: int) -> Tensor:
+    """[length, k] -> [width, k], zeros behind."""
+    return torch.cat([rows, rows.new_zeros(width - rows.shape[0], rows.shape[1])])

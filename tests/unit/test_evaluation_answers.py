@@ -1,0 +1,126 @@
+"""Which answers count as equal, and the statistics over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l2a_compress.evaluation.answers import matches, normalized
+from l2a_compress.evaluation.statistics import check_frontier, wilson
+from l2a_compress.evaluation.values import Point
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ("72", "72"),
+        (" 72.", "72"),
+        ("72.00", "72"),
+        ("$1,250.50", "1250.5"),
+        ("2,000", "2000"),
+        ("0.0", "0"),
+        ("-0", "0"),
+        ("+5", "5"),
+        (".5", "0.50"),
+        ("3 4", "3  4"),
+        ("Ann .", "Ann"),
+    ],
+)
+def test_equal_answers(found: str, expected: str) -> None:
+    assert matches(found, expected)
+    assert matches(expected, found)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("", ""), (" ", "0"), ("12", "1 2"), ("3", "4"), ("ann", "Ann"), ("1e3", "1000"), ("nan", "0"), ("7 apples", "7")],
+)
+def test_different_answers(found: str, expected: str) -> None:
+    assert not matches(found, expected)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
+def test_a_number_is_normalized_once_and_for_all(value: object) -> None:
+    once = normalized(str(value))
+    assert normalized(once) == once
+    assert float(once) == float(str(value))
+
+
+# From scipy.stats.binomtest(hits, trials).proportion_ci(method="wilson").
+GOLDEN = [
+    (8, 10, 0.490162471537, 0.943317848546),
+    (0, 10, 0.000000000000, 0.277532799863),
+    (10, 10, 0.722467200137, 1.000000000000),
+    (1, 3, 0.061491944720, 0.792340399198),
+    (485, 500, 0.951096333164, 0.981736786802),
+]
+
+
+@pytest.mark.parametrize(("hits", "trials", "low", "high"), GOLDEN)
+def test_wilson_golden(hits: int, trials: int, low: float, high: float) -> None:
+    assert wilson(hits, trials) == pytest.approx((low, high), abs=1e-9)
+
+
+@given(st.integers(1, 10**6), st.floats(0, 1))
+def test_wilson_contains_the_share(trials: int, share: float) -> None:
+    hits = math.floor(share * trials)
+    low, high = wilson(hits, trials)
+    assert 0.0 <= low <= hits / trials <= high <= 1.0
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 0), (-1, 5), (6, 5)])
+def test_wilson_refuses_what_is_no_proportion(hits: int, trials: int) -> None:
+    with pytest.raises(ValueError, match="trials"):
+        wilson(hits, trials)
+
+
+POINT = Point(
+    name="l2a",
+    budget=1.0,
+    contract="cap",
+    accuracy=0.5,
+    accuracy_low=0.4,
+    accuracy_high=0.6,
+    layer_sparsity=0.0,
+    head_sparsity=0.0,
+    think_tokens=3.0,
+    cost=1.0,
+    over_budget=0,
+    n=10,
+    seed=0,
+)
+
+
+def frontier(*points: tuple[float, float]) -> list[Point]:
+    """Points of (budget, accuracy) with intervals of 0.05 to each side."""
+    return [
+        dataclasses.replace(POINT, budget=b, accuracy=a, accuracy_low=a - 0.05, accuracy_high=a + 0.05)
+        for b, a in points
+    ]
+
+
+def test_a_frontier_that_grows_is_monotone() -> None:
+    check = check_frontier(frontier((1.0, 0.9), (0.5, 0.6), (0.7, 0.8)))
+    assert (check.monotone, check.largest_inversion, check.between) == (True, 0.0, ())
+
+
+def test_an_inversion_within_the_interval_is_forgiven_and_reported() -> None:
+    check = check_frontier(frontier((1.0, 0.80), (0.7, 0.88), (0.5, 0.6)))
+    assert check.monotone
+    assert check.largest_inversion == pytest.approx(0.08)
+    assert check.between == (0.7, 1.0)
+
+
+def test_an_inversion_beyond_the_interval_is_not() -> None:
+    # No two neighbours are apart, but the ends are.
+    check = check_frontier(frontier((1.0, 0.74), (0.7, 0.80), (0.5, 0.86)))
+    assert not check.monotone
+    assert check.between == (0.5, 1.0)
+
+
+def test_a_single_point_is_monotone() -> None:
+    assert check_frontier(frontier((1.0, 0.5))).monotone

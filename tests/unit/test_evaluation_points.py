@@ -1,0 +1,215 @@
+"""Runs by generation: rows do not depend on their batch, and a point says what its rows did."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.errors import ConfigError, DataError
+from l2a_compress.evaluation.baselines import BASELINES, Context, baseline_runs, known_baselines
+from l2a_compress.evaluation.points import Bench, allocate, dense_run, measure, point_of
+from l2a_compress.evaluation.prompts import held_out, left_padded, plan_batches
+from l2a_compress.evaluation.values import THINK_BIN, Measured, Point, Row, Run
+from l2a_compress.evaluation.workers import measure_runs
+from l2a_compress.modeling.generation import generate
+from l2a_compress.modeling.tags import read_tags
+from l2a_compress.training.data_config import DataConfig
+from toy_data import word_tokenizer
+from toy_evaluation import THINK, new_bench
+from toy_models import GROUPS, LAYERS, new_gated, random_allocations
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return new_bench()
+
+
+def point(bench: Bench, run: Run, measured: Measured | None = None) -> Point:
+    return point_of(run, measured or measure(bench, run), bench.gated.cost, metric="accuracy", seed=0)
+
+
+def mixed(bench: Bench) -> Run:
+    """A run whose problems have different allocations."""
+    allocations = tuple(random_allocations(len(bench.problems)))
+    return Run(name="l2a", budget=Budget(compute=0.9), contract="cap", allocations=allocations)
+
+
+def test_the_problems_are_held_out_and_end_in_think(bench: Bench) -> None:
+    think = read_tags(bench.tokenizer).think
+    assert {problem.prompt[-1] for problem in bench.problems} == {think}
+    assert {problem.tag("difficulty") for problem in bench.problems} >= {"easy", "hard"}
+    assert len({problem.prompt for problem in bench.problems}) == 9
+
+
+def test_batched_rows_equal_rows_run_alone(bench: Bench) -> None:
+    run = mixed(bench)
+    assert len(set(run.allocations)) > 5
+    together = measure(bench, run).rows
+    alone = measure(dataclasses.replace(bench, batch_size=1), run).rows
+    assert together == alone
+
+
+def test_rows_keep_the_order_of_the_problems(bench: Bench) -> None:
+    run = mixed(bench)
+    rows = measure(bench, run).rows
+    assert tuple(row.allocation for row in rows) == run.allocations
+    assert [row.difficulty for row in rows] == [problem.tag("difficulty") for problem in bench.problems]
+
+
+def test_workers_give_the_same_rows(bench: Bench) -> None:
+    runs, told = [dense_run(bench), mixed(bench)], []
+    forked = measure_runs(bench, runs, lambda label, count: told.append((label, count)), workers=2)
+    here = measure_runs(bench, runs, lambda label, count: None, workers=1)
+    assert [one.rows for one in forked] == [one.rows for one in here]
+    assert sorted(told) == [("cap 0.9", 9), ("dense", 9)]
+
+
+def test_right_answers_are_counted(bench: Bench) -> None:
+    run = dense_run(bench)
+    tags, text = read_tags(bench.tokenizer), bench.tokenizer
+    problems = []
+    for row, problem in enumerate(bench.problems):
+        ids, mask = left_padded([problem.prompt], 0, torch.device("cpu"))
+        opening = [[text.convert_tokens_to_ids("long")]]
+        (output,) = generate(bench.gated, tags, ids, mask, config=bench.generation, openings=opening, teacher=True)
+        answer = text.decode(output.answer) if row < 4 else "no such answer"
+        problems.append(dataclasses.replace(problem, example=dataclasses.replace(problem.example, answer=answer)))
+    found = point(bench, run, measure(dataclasses.replace(bench, problems=problems), run))
+    assert found.accuracy == 4 / 9
+    assert found.accuracy_low < 4 / 9 < found.accuracy_high
+    assert sum(part.n for part in found.by_difficulty.values()) == 9
+    assert sum(part.n * part.accuracy for part in found.by_family.values()) == pytest.approx(4)
+
+
+def test_the_dense_run_is_the_frozen_model_with_its_style(bench: Bench) -> None:
+    long, short = dense_run(bench), dense_run(bench, "dense_short")
+    assert (long.style, short.style) == ("long", "short")
+    found = point(bench, long)
+    assert (found.cost, found.layer_sparsity, found.over_budget, found.dropped_layers) == (1.0, 0.0, 0, ())
+    before = measure(bench, long).rows
+    with torch.no_grad():
+        for parameter in bench.gated.adapter_parameters.values():
+            parameter.add_(1.0)
+    try:
+        assert measure(bench, long).rows == before
+    finally:
+        with torch.no_grad():
+            for parameter in bench.gated.adapter_parameters.values():
+                parameter.sub_(1.0)
+
+
+@pytest.mark.parametrize("contract", ["cap", "mean"])
+def test_the_gates_allocate_per_problem(bench: Bench, contract: str) -> None:
+    run = allocate(bench, Budget(compute=0.6), contract)  # type: ignore[arg-type]
+    prompt = bench.problems[5].prompt
+    ids, mask = left_padded([prompt], 0, torch.device("cpu"))
+    alone = bench.gated.allocate(ids, mask, [run.budget], contract=contract)  # type: ignore[arg-type]
+    assert run.allocations[5] == alone[0]
+    found = point(bench, run)
+    assert found.over_budget == 0
+    assert found.distinct_allocations == len(set(run.allocations)) > 1
+    if contract == "cap":
+        assert found.mean_error is None
+    else:
+        assert found.mean_error == pytest.approx(found.cost - 0.6)
+
+
+def test_over_budget_counts_the_rows_that_cost_too_much(bench: Bench) -> None:
+    run = mixed(bench)
+    tight = dataclasses.replace(run, budget=Budget(compute=0.55))
+    cost = bench.gated.cost
+    expected = sum(cost.fraction(allocation) > 0.55 for allocation in run.allocations)
+    assert 0 < expected < 9
+    rows = measure(bench, run)
+    assert point(bench, tight, rows).over_budget == expected
+    assert point(bench, dataclasses.replace(tight, contract="mean"), rows).over_budget == 0
+
+
+def test_a_think_cap_holds_and_breaking_it_counts(bench: Bench) -> None:
+    run = allocate(bench, Budget(think_tokens=3), "cap")
+    rows = measure(bench, run)
+    found = point(bench, run, rows)
+    assert max(row.think or 0 for row in rows.rows) <= 3
+    assert (found.think_cap, found.over_budget) == (3, 0)
+    longer = dataclasses.replace(rows, rows=tuple(dataclasses.replace(row, think=4) for row in rows.rows))
+    assert point(bench, run, longer).over_budget == 9
+
+
+def test_heat_is_the_share_of_inputs_per_layer() -> None:
+    whole, none = (0, 1), ()
+    first = Allocation(num_groups=GROUPS, groups=(whole, whole, none, (1,), none, whole))
+    second = Allocation(num_groups=GROUPS, groups=(whole, none, none, whole, none, whole))
+    rows = tuple(
+        Row(trials=1, hits=1, allocation=a, difficulty=d, think=THINK_BIN * k)
+        for a, d, k in [(first, "easy", 0), (second, "easy", 1), (second, "hard", 3)]
+    )
+    run = Run(name="l2a", budget=Budget(), contract="cap", allocations=tuple(row.allocation for row in rows))
+    cost = new_gated().cost
+    found = point_of(run, Measured(rows=rows, wall=1, cpu=1, tokens=10), cost, metric="accuracy", seed=0)
+    assert list(found.heat) == ["easy", "hard"]
+    assert found.heat["easy"].layers == (1.0, 0.5, 0.0, 1.0, 0.0, 1.0)
+    assert found.heat["easy"].groups == (1.0, 0.5, 0.0, 0.75, 0.0, 1.0)
+    assert found.heat["hard"].layers == (1.0, 0.0, 0.0, 1.0, 0.0, 1.0)
+    assert found.think_histogram == (1, 1, 0, 1)
+    assert found.layer_sparsity == pytest.approx((2 + 3 + 3) / 3 / LAYERS)
+    assert found.head_sparsity == pytest.approx((1 / 8 + 0 + 0) / 3)
+    assert (found.wall_ms_per_token, found.distinct_allocations) == (100.0, 2)
+    assert Point.from_json(found.to_json()) == found
+
+
+def test_batches_share_layers_and_hold_every_row_once() -> None:
+    kinds = random_allocations(3)
+    allocations = [kinds[row % 3] for row in range(30)]
+    batches = plan_batches(allocations, [(row, 5) for row in range(30)], 8)
+    assert sorted(row for batch in batches for row in batch) == list(range(30))
+    assert max(map(len, batches)) == 8
+    assert sum(len({allocations[row].layers for row in batch}) == 1 for batch in batches) >= 3
+    assert [len(batch) for batch in plan_batches(random_allocations(20), [(1, 1)] * 20, 8)] != [1] * 20
+
+
+def test_baselines_drop_gated_layers_only(bench: Bench) -> None:
+    context = Context(bench.gated, list)
+    context.influence = [0.0, 0.5, 0.1, 0.4, 0.2, 0.3]  # the stem's is lowest
+    assert BASELINES["uniform"](context, 2).layers == (0, 1, 3, 5)
+    assert BASELINES["uniform"](context, 5).layers == (0,)
+    assert BASELINES["block_influence"](context, 2).layers == (0, 1, 3, 5)
+    assert BASELINES["block_influence"](context, 3).layers == (0, 1, 3)
+
+
+def test_baselines_are_measured_at_the_realized_sparsities(bench: Bench) -> None:
+    context = Context(bench.gated, list)
+    runs = baseline_runs(bench, context, ["uniform"], [0.0, 1 / 6, 0.18, 0.5, 0.99])
+    assert [len(run.allocations[0].layers) for run in runs] == [5, 3, 1]
+    found = point(bench, runs[1])
+    assert (found.name, found.contract, found.over_budget) == ("uniform", "static", 0)
+    assert found.dropped_layers == tuple(sorted(set(range(6)) - set(runs[1].allocations[0].layers)))
+    assert found.budget == found.cost == pytest.approx(0.5)
+
+
+def test_a_baseline_is_the_frozen_model_without_gates(bench: Bench) -> None:
+    (run,) = baseline_runs(bench, Context(bench.gated, list), ["uniform"], [0.5])
+    before = measure(bench, run).rows
+    other = dataclasses.replace(bench, gated=new_gated(trained=False))
+    assert measure(other, run).rows == before  # untrained adapters and gates change nothing
+
+
+def test_an_unknown_baseline_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'magic' is not known; choose from block_influence, uniform"):
+        known_baselines(["uniform", "magic"])
+
+
+def test_problems_that_do_not_fit() -> None:
+    data = DataConfig(max_length=8)
+    with pytest.raises(DataError, match="max_length = 8"):
+        held_out(data, word_tokenizer(), metric="nll", count=3, seed=0)
+
+
+def test_the_caps_of_generation_hold(bench: Bench) -> None:
+    rows = measure(bench, mixed(bench)).rows
+    assert max(row.think or 0 for row in rows) <= THINK
+    assert {row.stopped_by for row in rows} <= {"model", "cap", "tau"}
+    assert max(row.answer for row in rows) <= 3
