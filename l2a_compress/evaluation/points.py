@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp
 from statistics import fmean
 
@@ -16,12 +16,13 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel
 from l2a_compress.evaluation.answers import matches
-from l2a_compress.evaluation.prompts import Problem, left_padded, plan_batches
+from l2a_compress.evaluation.prompts import Problem, plan_batches
 from l2a_compress.evaluation.statistics import wilson
 from l2a_compress.evaluation.values import THINK_BIN, Contract, Heat, Measured, Metric, Point, Row, Run, Slice
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import Generated, GenerationConfig, generate
-from l2a_compress.modeling.tags import Tags, read_tags
+from l2a_compress.modeling.tags import read_tags
+from l2a_compress.training.collate import left_padded
 from l2a_compress.training.pieces import token_ids
 
 __all__ = ["Bench", "Tick", "allocate", "dense_run", "measure", "point_of"]
@@ -29,6 +30,7 @@ __all__ = ["Bench", "Tick", "allocate", "dense_run", "measure", "point_of"]
 Tick = Callable[[str, int], None]
 """Called with the label of the run and the number of problems just done."""
 
+_PATIENCE = 1.25  # of the reference reasoning
 _DIFFICULTIES = ("easy", "medium", "hard")
 
 
@@ -88,22 +90,44 @@ def dense_run(bench: Bench, name: str = "dense") -> Run:
 
 
 def measure(bench: Bench, run: Run, tick: Tick | None = None) -> Measured:
-    """Generates an answer to every problem and compares it."""
-    tags = read_tags(bench.tokenizer)
+    """Generates an answer to every problem and compares it.
+
+    A batch runs until its last row is done, and a model that is lost writes on up to the limit. So a row that thinks
+    for longer than its reference does by far is stopped, and run again from its start in a batch of its like.
+    """
     found: dict[int, Row] = {}
-    lengths = [(problem.length, len(problem.prompt)) for problem in bench.problems]
     wall, cpu = time.perf_counter(), time.process_time()
-    for rows in plan_batches(run.allocations, lengths, bench.batch_size):
-        for row, output in zip(rows, _generate(bench, run, tags, rows), strict=True):
-            found[row] = _row(bench, run, row, output)
-        if tick is not None:
-            tick(run.label, len(rows))
+    lost = _measure_some(bench, run, range(len(bench.problems)), found, tick, patience=_PATIENCE)
+    _measure_some(bench, run, lost, found, tick, patience=None)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     outcomes = tuple(found[row] for row in range(len(bench.problems)))
     return Measured(rows=outcomes, wall=wall, cpu=cpu, tokens=sum((row.think or 0) + row.answer for row in outcomes))
 
 
-def _generate(bench: Bench, run: Run, tags: Tags, rows: Sequence[int]) -> list[Generated]:
+def _measure_some(
+    bench: Bench, run: Run, some: Sequence[int], found: dict[int, Row], tick: Tick | None, *, patience: float | None
+) -> list[int]:
+    """Adds the rows that end in time to ``found`` and returns the others."""
+    cap, lost = run.budget.think_tokens, list[int]()
+    full = bench.generation.max_think_tokens if cap is None else min(bench.generation.max_think_tokens, cap)
+    allocations = [run.allocations[row] for row in some]
+    lengths = [(bench.problems[row].length, len(bench.problems[row].prompt)) for row in some]
+    for batch in plan_batches(allocations, lengths, bench.batch_size):
+        rows = [some[at] for at in batch]
+        reference = max(bench.problems[row].length for row in rows)
+        limit = full if patience is None else min(full, round(patience * reference) + 8)
+        before = len(found)
+        for row, output in zip(rows, _generate(bench, run, rows, limit), strict=True):
+            if output.stopped_by == "cap" and limit < full:
+                lost.append(row)
+            else:
+                found[row] = _row(bench, run, row, output)
+        if tick is not None:
+            tick(run.label, len(found) - before)
+    return lost
+
+
+def _generate(bench: Bench, run: Run, rows: Sequence[int], limit: int) -> list[Generated]:
     problems = [bench.problems[row] for row in rows]
     ids, mask = left_padded([problem.prompt for problem in problems], bench.pad, bench.gated.model.device)
     openings = None
@@ -111,12 +135,12 @@ def _generate(bench: Bench, run: Run, tags: Tags, rows: Sequence[int]) -> list[G
         openings = token_ids(bench.tokenizer, [problem.example.opening(run.style) for problem in problems])
     return generate(
         bench.gated,
-        tags,
+        read_tags(bench.tokenizer),
         ids,
         mask,
         budgets=[run.budget] * len(rows),
         allocations=[run.allocations[row] for row in rows],
-        config=bench.generation,
+        config=replace(bench.generation, max_think_tokens=limit),
         openings=openings,
         teacher=run.teacher,
     )

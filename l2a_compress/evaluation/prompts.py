@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.allocation import Allocation
@@ -17,8 +15,9 @@ from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.encode import UnfitError, encode, encode_prompt
 from l2a_compress.training.examples import Encoded, Example, Split, Style
+from l2a_compress.training.pieces import token_ids
 
-__all__ = ["Problem", "examples_of", "held_out", "left_padded", "plan_batches"]
+__all__ = ["Problem", "examples_of", "held_out", "plan_batches"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,8 @@ class Problem:
         example: As text.
         prompt: Token ids that the allocator may read: up to and with ``<think>``, of a text its first quarter.
         encoded: The whole example with its labels, for likelihoods.
-        length: Tokens that the reference solution takes. Only the order of the work depends on it.
+        length: Tokens of the reference reasoning, or of the whole example where it is encoded. Only the order of the
+            work depends on it.
     """
 
     example: Example
@@ -80,8 +80,11 @@ def _problem(
         encoded = encode(example, tokenizer, _style(example), max_length) if labelled else None
     except UnfitError:
         return None
-    rest = len(encoded["input_ids"]) if encoded else len(max(example.traces.values(), key=len, default="").split())
-    return Problem(example=example, prompt=tuple(prompt), encoded=encoded, length=rest)
+    if encoded is not None:
+        length = len(encoded["input_ids"])
+    else:
+        length = max(map(len, token_ids(tokenizer, list(example.traces.values()))), default=0)
+    return Problem(example=example, prompt=tuple(prompt), encoded=encoded, length=length)
 
 
 def _style(example: Example) -> Style | None:
@@ -116,11 +119,3 @@ def plan_batches(allocations: Sequence[Allocation], lengths: Sequence[tuple[int,
         else:
             last.append(row)
     return batches
-
-
-def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``(input_ids, attention_mask)``, both [rows, longest]."""
-    width = max(len(row) for row in rows)
-    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -90,10 +90,12 @@ class GatedModel(nn.Module):
         parts = {"allocator": self.allocator, "transition": self.transition}
         return {f"{part}.{name}": value for part, module in parts.items() for name, value in module.named_parameters()}
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         """As the wrapped model's own method (the Trainer calls it)."""
-        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
 
     def forward(
         self,

@@ -138,21 +138,29 @@ class Allocator(nn.Module):
 
     def features(self, hidden: Tensor, prompt_mask: Tensor, budget: Tensor) -> Tensor:
         """What every gate reads: [summary; e(b)]. Shapes as in :meth:`summarize`; ``budget`` is [batch, 2]."""
-        return torch.cat([self.summarize(hidden, prompt_mask), self.embedding(budget)], dim=-1)
+        with _full_precision(hidden):
+            return torch.cat([self.summarize(hidden, prompt_mask), self.embedding(budget)], dim=-1)
 
     def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Layer scores [batch, gated layers] and group scores [batch, gated layers, groups]."""
-        return self.layer_gates(features).squeeze(-1), self.head_gates(features)
+        with _full_precision(features):
+            return self.layer_gates(features).squeeze(-1), self.head_gates(features)
 
     def scores_at(self, index: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of one gated layer: [batch] and [batch, groups]."""
-        return self.layer_gates.one(index, features).squeeze(-1), self.head_gates.one(index, features)
+        with _full_precision(features):
+            return self.layer_gates.one(index, features).squeeze(-1), self.head_gates.one(index, features)
 
     @torch.no_grad()
     def set_prior(self, layer_scores: Tensor, group_scores: Tensor) -> None:
         """Starts the gates from measured importance: [gated layers] and [gated layers, groups]."""
         self.layer_gates.outer_bias.copy_(layer_scores[:, None])
         self.head_gates.outer_bias.copy_(group_scores)
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    """Scores and costs of 16 bits would differ from those at inference, and by more than a budget may be missed by."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class TransitionGate(nn.Module):

@@ -7,7 +7,7 @@ Transformers is copied: a gated layer calls the layer it wraps, or does not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,7 +40,6 @@ class GateState:
     plans: list[LayerPlan]
     hook: Callable[[int, Tensor], None] | None = None
     offset: Tensor | None = None
-    probe: bool = field(default=False)
 
     def reset(self) -> None:
         """Back to dense: every layer and group runs."""
@@ -109,8 +108,3 @@ def plan_from_masks(layer: Tensor, groups: Tensor, *, exact: bool) -> LayerPlan:
     # A row that does not run the layer has no groups in its mask; that must not stop the others' shortcut.
     every_group = bool((groups.bool() | ~layer.bool()[..., None]).all())
     return LayerPlan(layer=None if every_layer else layer[..., None], groups=None if every_group else groups)
-
-
-def count_true(mask: Tensor) -> int:
-    """Number of true entries, as an int."""
-    return int(torch.count_nonzero(mask))

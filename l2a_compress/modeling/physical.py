@@ -23,7 +23,7 @@ from l2a_compress.errors import AllocationError
 from l2a_compress.modeling.adapters import ADAPTER_NAME
 from l2a_compress.modeling.families import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, attention_of, decoder_layers
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.layers import GatedProjection, LayerPlan
+from l2a_compress.modeling.layers import GatedLayer, GatedProjection, LayerPlan
 
 
 @contextmanager
@@ -46,6 +46,7 @@ def specialized(gated: GatedModel, allocation: Allocation) -> Iterator[None]:
     with ExitStack() as stack:
         for index, wrapper in enumerate(decoder_layers(gated.model)):
             if allocation.groups[index]:
+                assert isinstance(wrapper, GatedLayer)
                 _specialize(wrapper.layer, allocation.groups[index], gated.shape, stack)
         gated.state.reset()
         gated.state.plans = [LayerPlan(skip=plan.skip) for plan in plans]
@@ -83,20 +84,20 @@ def _replace(parent: nn.Module, name: str, rows: Tensor | None, columns: Tensor 
 
 @torch.no_grad()
 def _sliced(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
-    """The linear layer that ``module`` is on those rows and columns; the base layer itself where nothing changes."""
+    """The linear layer that ``module`` amounts to on those rows and columns; the base layer where nothing changes."""
     if isinstance(module, GatedProjection):
         module = module.projection
-    base, weight = module, None
+    base, adapted = module, None
     if isinstance(module, LoraLayer):
         base = module.get_base_layer()
         if not module.disable_adapters:
             delta = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[operator]
-            weight = (base.weight.float() + delta.float()).to(base.weight.dtype)
+            adapted = (base.weight.float() + delta.float()).to(base.weight.dtype)
     assert isinstance(base, nn.Linear)
-    if weight is None and rows is None and columns is None:
+    if adapted is None and rows is None and columns is None:
         return base
-    weight = base.weight.detach() if weight is None else weight
-    bias = base.bias
+    weight = base.weight if adapted is None else adapted
+    bias: Tensor | None = base.bias
     if rows is not None:
         weight = weight[rows.to(weight.device)]
         bias = bias[rows.to(weight.device)] if bias is not None else None
@@ -105,5 +106,5 @@ def _sliced(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> n
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        made.bias = nn.Parameter(bias.clone(), requires_grad=False)
     return made.train(module.training)

@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Decision:
-    """Bool ``layers`` [batch, gated layers] and ``groups`` [batch, gated layers, KV groups]; a dropped layer has no group.
+    """What is kept, as bool: ``layers`` [batch, layers], ``groups`` [batch, layers, groups] of the gated layers.
 
     ``threshold`` [batch]: the score between what was kept and what was not.
     """

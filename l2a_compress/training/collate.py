@@ -15,7 +15,7 @@ from l2a_compress.training.examples import Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Collator"]
+__all__ = ["Collator", "left_padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,3 +82,13 @@ def _column(examples: Sequence[Encoded], key: str, fill: int, width: int) -> tor
         values: list[int] = example[key]  # type: ignore[literal-required]
         column[row, : len(values)] = torch.tensor(values, dtype=torch.long)
     return column
+
+
+def left_padded(
+    rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(input_ids, attention_mask)`` for generation, both [rows, longest], the real tokens at the end."""
+    width = max(len(row) for row in rows)
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

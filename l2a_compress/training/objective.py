@@ -71,29 +71,36 @@ class Supervised:
         weights = 1.0 / (counts[rows] * labels.shape[0])
         return cls(mask, rows, weights, labels[:, 1:][mask[:, :-1]])
 
-
-def cross_entropy(logits: Tensor, where: Supervised) -> Tensor:
-    """L_ce. ``logits`` [n, vocabulary] of the supervised positions."""
-    return (functional.cross_entropy(logits.float(), where.targets, reduction="none") * where.weights).sum()
-
-
-def kl_divergence(logits: Tensor, teacher: Tensor, where: Supervised) -> Tensor:
-    """KL(teacher || student); both [n, vocabulary] logits of the supervised positions."""
-    student = functional.log_softmax(logits.float(), -1)
-    target = functional.log_softmax(teacher.float(), -1)
-    return ((target.exp() * (target - student)).sum(-1) * where.weights).sum()
+    def part(self, positions: slice) -> Supervised:
+        """Those of the flat lists; weights stay those of the whole."""
+        return Supervised(self.mask, self.rows[positions], self.weights[positions], self.targets[positions])
 
 
-def kl_top_k(logits: Tensor, values: Tensor, indices: Tensor, where: Supervised) -> Tensor:
+def log_probabilities(logits: Tensor) -> Tensor:
+    """[n, vocabulary], in 32 bits."""
+    return functional.log_softmax(logits.float(), -1)
+
+
+def cross_entropy(student: Tensor, where: Supervised) -> Tensor:
+    """L_ce. ``student`` [n, vocabulary]: log-probabilities at the supervised positions."""
+    return (functional.nll_loss(student, where.targets, reduction="none") * where.weights).sum()
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, where: Supervised) -> Tensor:
+    """KL(teacher || student); both [n, vocabulary] log-probabilities at the supervised positions."""
+    return (functional.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * where.weights).sum()
+
+
+def kl_top_k(student: Tensor, values: Tensor, indices: Tensor, where: Supervised) -> Tensor:
     """KL against cached teacher log-probabilities, all words outside the top k lumped into one.
 
     Args:
-        logits: [n, vocabulary] of the student.
+        student: [n, vocabulary] log-probabilities.
         values: [n, k] log-probabilities of the teacher's best words.
         indices: [n, k] their ids.
         where: the supervised positions.
     """
-    student = functional.log_softmax(logits.float(), -1).gather(-1, indices)
+    student = student.gather(-1, indices)
     teacher = values.float()
     rest_teacher = (1 - teacher.exp().sum(-1)).clamp(min=1e-6)
     rest_student = (1 - student.exp().sum(-1)).clamp(min=1e-6)

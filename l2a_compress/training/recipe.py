@@ -192,7 +192,7 @@ def _section(kind: type, name: str, table: object) -> Any:
 
 
 def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``data`` with each ``section.key=value`` put in.
+    """``data`` with each ``section.key=value`` put in; ``section.key=`` takes the setting out, for its default.
 
     Raises:
         ConfigError: an override is not of that form.
@@ -212,5 +212,8 @@ def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         target = merged if len(path) == 1 else merged.setdefault(path[0], {})
         if not isinstance(target, dict):
             raise ConfigError(f"--set {text!r}: {path[0]} is a list of sources here; edit the recipe file instead")
-        target[path[-1]] = parsed
+        if value.strip():
+            target[path[-1]] = parsed
+        else:
+            target.pop(path[-1], None)
     return merged

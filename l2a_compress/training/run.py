@@ -24,7 +24,7 @@ from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
 from l2a_compress.modeling.tags import ensure_tags
-from l2a_compress.training.collate import Collator
+from l2a_compress.training.collate import Collator, left_padded
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.encode import UnfitError, encode_prompt
@@ -160,17 +160,9 @@ def calibration_prompts(
     found = (_prompt_ids(examples[i], tokenizer, _max_length(recipe)) for i in range(min(count, len(examples))))
     rows = sorted((ids for ids in found if ids is not None), key=len)
     return [
-        left_pad(rows[at : at + batch_size], Collator.of(tokenizer).pad_token_id)
+        left_padded(rows[at : at + batch_size], Collator.of(tokenizer).pad_token_id)
         for at in range(0, len(rows), batch_size)
     ]
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """``(input_ids, attention_mask)``, both [rows, longest], real tokens at the end."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int] | None:

@@ -54,7 +54,7 @@ class Samples(Dataset[Sample]):
 
     def _encode(self, index: int, drawn: Draw) -> Encoded:
         for offset in range(_TRIES):
-            example = self.examples[(index + offset * self.count) % len(self.examples)]
+            example = self.examples[(index + offset) % len(self.examples)]
             try:
                 return encode(example, self.tokenizer, _style(example, drawn), self.max_length)
             except UnfitError:
@@ -76,7 +76,7 @@ class SampleCollator:
     INTEGERS = ("mean", "index", "think_limit")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = Collator.of(tokenizer)
+        self.pad = Collator.of(tokenizer, pad_to_multiple_of=16)  # few shapes: kernels are built per shape
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, dict[str, Tensor]]:
         """One batch under the key ``batch``, the argument of ``TrainingStep.forward``."""

@@ -6,6 +6,7 @@ It is a module, so that data-parallel wrappers see one forward per step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from l2a_compress.modeling.projection import Limits
 from l2a_compress.training import objective
 from l2a_compress.training.draws import gumbel_noise
 from l2a_compress.training.objective import ObjectiveConfig, Supervised
+from l2a_compress.training.readout import Teacher, readout
 
 Batch = Mapping[str, Tensor]
 
@@ -37,9 +39,9 @@ class TrainingStep(nn.Module):
         if not gated.gate_config.heads:
             gated.allocator.head_gates.requires_grad_(False)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, object] | None = None) -> None:
+    def activation_checkpointing_enable(self, **options: Any) -> None:
         """As the model's own method (the Trainer calls it)."""
-        self.gated.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.gated.activation_checkpointing_enable(**options)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The terms by name, ``loss`` among them; all scalars.
@@ -53,15 +55,12 @@ class TrainingStep(nn.Module):
             TrainingError: the loss is not a number.
         """
         where = Supervised.of(batch["labels"])
-        teacher = self._teacher_logits(batch, where)
+        teacher = self._teacher(batch, where)
         request = self.request(batch)
         output = self.gated(batch["input_ids"], batch["attention_mask"], request=request)
-        logits = self.gated.logits(output.hidden[where.mask])
-        terms = {"ce": objective.cross_entropy(logits, where)}
-        loss = terms["ce"]
-        if self.objective.weight("kl"):
-            terms["kl"] = self._kl(logits, teacher, batch, where)
-            loss = loss + self.objective.weight("kl") * terms["kl"]
+        states = output.hidden[where.mask]
+        gamma, vocabulary = self.objective.weight("kl"), int(self.gated.model.config.vocab_size)
+        loss, terms = readout(states, self.gated.logits, where, teacher, kl_weight=gamma, vocabulary=vocabulary)
         gates = output.gates
         assert gates is not None
         if self.objective.weight("budget"):
@@ -120,18 +119,14 @@ class TrainingStep(nn.Module):
         )
 
     @torch.no_grad()
-    def _teacher_logits(self, batch: Batch, where: Supervised) -> Tensor | None:
-        if not self.objective.weight("kl") or "teacher_values" in batch:
+    def _teacher(self, batch: Batch, where: Supervised) -> Teacher | None:
+        """The dense model's states at the labelled positions, or what the cache has of them; None without KL."""
+        if not self.objective.weight("kl"):
             return None
+        if "teacher_values" in batch:
+            return Teacher(values=batch["teacher_values"][where.mask], indices=batch["teacher_indices"][where.mask])
         with self.gated.teacher():
-            hidden = self.gated(batch["input_ids"], batch["attention_mask"]).hidden
-            return self.gated.logits(hidden[where.mask])
-
-    def _kl(self, logits: Tensor, teacher: Tensor | None, batch: Batch, where: Supervised) -> Tensor:
-        if teacher is not None:
-            return objective.kl_divergence(logits, teacher, where)
-        values, indices = batch["teacher_values"][where.mask], batch["teacher_indices"][where.mask]
-        return objective.kl_top_k(logits, values, indices.long(), where)
+            return Teacher(hidden=self.gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask])
 
 
 def _realized(gates: GateResult, gated: GatedModel) -> dict[str, Tensor]:

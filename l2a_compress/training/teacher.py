@@ -24,7 +24,7 @@ import torch
 from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from l2a_compress.errors import DataError
 from l2a_compress.files import atomic_dir, sha256_of, write_atomic
@@ -72,7 +72,7 @@ class TeacherCache:
         return key in self._places
 
     def __call__(self, encoded: Encoded) -> tuple[Tensor, Tensor]:
-        """``(values, indices)``, both [length, k]: row t is of the words predicted for position t + 1, 0 without a label.
+        """``(values, indices)``, both [length, k]: row t has the words predicted for position t + 1, 0 without a label.
 
         Raises:
             DataError: the sequence was not there when the cache was built.
@@ -160,7 +160,7 @@ def key_of(encoded: Encoded) -> bytes:
     """16 bytes that stand for a sequence and what is labelled in it."""
     total = hashlib.blake2b(digest_size=16)
     for name in ("input_ids", "labels"):
-        total.update(np.asarray(encoded[name], dtype=np.int64).tobytes())  # type: ignore[literal-required]
+        total.update(np.asarray(encoded[name], dtype=np.int64).tobytes())
     return total.digest()
 
 

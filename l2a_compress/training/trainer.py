@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from l2a_compress.artifact import describe_files
 from l2a_compress.errors import StorageError, TrainingError
 from l2a_compress.files import fsync_tree
 from l2a_compress.training.draws import Annealing
 from l2a_compress.training.recipe import OptimConfig
 from l2a_compress.training.step import TrainingStep
 
+CHECKSUMS = "checksums.json"
 WEIGHTS = "model.safetensors"  # the name the Trainer looks for
 _PARTIAL = ".partial"
 
@@ -96,6 +99,18 @@ class L2ATrainer(Trainer):
             self._terms, self._term_count = {}, 0
         super().log(logs, start_time)
 
+    def train(  # type: ignore[override]  # its other parameters are deprecated or for searches
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As the Trainer's own method, after making sure that the checkpoint is what was written.
+
+        Raises:
+            TrainingError: a file of the checkpoint is missing or damaged.
+        """
+        if isinstance(resume_from_checkpoint, str):
+            verify_checkpoint(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, _PARTIAL) if self._saving else folder
@@ -113,14 +128,21 @@ class L2ATrainer(Trainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                files = json.dumps(describe_files(partial / name), indent=2)
+                (partial / name / CHECKSUMS).write_text(files)
                 fsync_tree(partial / name)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial / name, final)
                 shutil.rmtree(partial, ignore_errors=True)
                 _remove_old(folder, keep=self.args.save_total_limit or 2)
-        except OSError as error:
+        except (
+            OSError,
+            RuntimeError,
+            safetensors.SafetensorError,
+        ) as error:  # the latter two from torch.save, save_file
             shutil.rmtree(partial, ignore_errors=True)
-            raise StorageError(f"{final}: cannot save the checkpoint: {error}; free space and resume") from error
+            what = str(error).strip().partition("\n")[0]
+            raise StorageError(f"{final}: cannot save the checkpoint: {what}; free space and resume") from error
         finally:
             self._saving = False
         self.accelerator.wait_for_everyone()
@@ -158,6 +180,24 @@ def load_trained_tensors(step: TrainingStep, tensors: dict[str, Tensor]) -> None
         if parameter.shape != tensors[name].shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(parameter.shape)}")
         parameter.copy_(tensors[name])
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compares every file with the checksums written beside them.
+
+    Raises:
+        TrainingError: a file is missing or damaged; the message names it.
+    """
+    then = "delete that checkpoint folder: the run goes on from the one before, or from the start"
+    try:
+        noted = json.loads((folder / CHECKSUMS).read_bytes())
+        found = describe_files(folder)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{folder / CHECKSUMS}: cannot resume from it: {error}; {then}") from error
+    for name, entry in noted.items():
+        if found.get(name) != entry:
+            state = "damaged" if name in found else "missing"
+            raise TrainingError(f"{folder / name}: cannot resume from it: the file is {state}; {then}")
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -1,0 +1,118 @@
+"""What the benchmarks share: interleaved timing, ratios with intervals, results on disk, the machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from l2a_compress.files import write_atomic
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("l2a-compress", "torch", "transformers", "peft", "accelerate", "gguf")
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[int], object]], rounds: int, *, warm_up: int = 1
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each variant in each round; every round runs all of them, in an order that turns by one.
+
+    Args:
+        variants: Functions of the round's number.
+        rounds: That count.
+        warm_up: Rounds before them that do not.
+
+    Returns:
+        By variant the process CPU time (``cpu``) and the wall-clock time (``wall``) of each round.
+    """
+    names = list(variants)
+    found: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in names}
+    for number in range(-warm_up, rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            variants[name](number)
+            spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+            if number >= 0:
+                for clock, seconds in spent.items():
+                    found[name][clock].append(seconds)
+        if number >= 0:
+            print(f"  round {number + 1}/{rounds}", end="\r", flush=True)
+    print(" " * 40, end="\r")
+    return found
+
+
+def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> dict[str, float]:
+    """Median over rounds of above / below, with a 95 % bootstrap interval of that median."""
+    ratios = [a / b for a, b in zip(above, below, strict=True)]
+    draw = random.Random(seed)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return {
+        "median": round(statistics.median(ratios), 4),
+        "low": round(medians[50], 4),
+        "high": round(medians[1949], 4),
+        "rounds": len(ratios),
+    }
+
+
+def shown(value: Mapping[str, float]) -> str:
+    """``0.712 [0.705, 0.720]``."""
+    return f"{value['median']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def verdict(text: str, value: float, bar: float, *, at_most: bool) -> bool:
+    """Prints one line that compares a figure with its bar, and says whether it is met."""
+    met = value <= bar if at_most else value >= bar
+    print(f"{text}  (bar {'<=' if at_most else '>='} {bar:g}: {'met' if met else 'MISSED'})", flush=True)
+    return met
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What a reader needs to judge the figures."""
+    return {
+        "processor": _processor(),
+        "logical_cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "threads": threads,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+class Results:
+    """Sections of one benchmark in one JSON file; one that was measured under the same settings is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.sections: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def get(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The section, if it is there and was measured under these settings."""
+        section: dict[str, Any] | None = self.sections.get(name)
+        return section if section is not None and section.get("settings") == dict(settings) else None
+
+    def put(self, name: str, section: Mapping[str, Any], settings: Mapping[str, Any], *, threads: int) -> None:
+        """Writes the section, with its settings and the machine, at once."""
+        self.sections[name] = {**section, "settings": dict(settings), "machine": machine(threads)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path, json.dumps(self.sections, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,112 @@
+"""``l2a compress evaluate`` on an artifact on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from l2a_compress._cli import main
+from l2a_compress.modeling.loading import digest_of, load_base
+from l2a_compress.training.data_config import DataConfig
+from l2a_compress.training.recipe import EvalConfig, Recipe
+from l2a_compress.training.store import save_artifact
+from toy_data import word_tokenizer, write_jsonl
+from toy_models import new_gated, save_base, tiny_recipe
+
+
+def saved_artifact(folder: Path) -> Path:
+    """A tiny artifact with random gates beside its base model."""
+    base = save_base(folder / "base")
+    recipe: Recipe = tiny_recipe(base, evaluation={"problems": 5, "max_think_tokens": 6, "budgets": [1.0, 0.6]})
+    model, tokenizer = load_base(str(base), attention="eager")
+    digest = digest_of(model)
+    gated = new_gated(model=model, rank=2, think_reference=96)
+    gated.prices = [(0.3, 0.0), (1.0, -1.0)]
+    save_artifact(gated, tokenizer, recipe, folder / "artifact", base_digest=digest, metrics={})
+    return folder / "artifact"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_artifact(tmp_path_factory.mktemp("saved"))
+
+
+def evaluate(*arguments: object) -> int:
+    return main(["compress", "evaluate", *map(str, arguments), "--quiet", "--threads", "1"])
+
+
+def test_the_recipe_decides_what_is_not_said(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("-a", artifact) == 0
+    report = json.loads((artifact / "evaluation" / "report.json").read_text())
+    assert [(p["contract"], p["budget"]) for p in report["points"]] == [
+        (c, b) for c in EvalConfig().contracts for b in (1.0, 0.6)
+    ]
+    assert report["baselines"] == []
+    out = capsys.readouterr().out
+    assert "L2A cap 0.6" in out
+    assert str(artifact / "evaluation" / "report.html") in out
+
+
+def test_flags_override_the_recipe(artifact: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    flags = ["--budgets", "0.8,0.5", "--contract", "cap", "--problems", 3, "--baselines", "uniform,block_influence"]
+    assert evaluate("-a", artifact, *flags, "--seed", 4, "--think-shares", "0.1", "--out", out) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [(p["contract"], p["budget"], p["n"], p["seed"]) for p in report["points"]] == [
+        ("cap", 0.8, 3, 4),
+        ("cap", 0.5, 3, 4),
+    ]
+    assert [p["think_cap"] for p in report["think_points"]] == [10]
+    assert {p["name"] for p in report["baselines"]} == {"uniform", "block_influence"}
+
+
+def test_a_file_of_ones_own(artifact: Path, tmp_path: Path) -> None:
+    rows = [{"q": f"{n} + 1 = ?", "t": f"{n} + 1", "answer": str(n + 1)} for n in range(4)]
+    path = write_jsonl(tmp_path / "mine.jsonl", rows)
+    flags = ["--data", path, "--kind", "reasoning", "--columns", "prompt=q,trace=t", "--contract", "cap"]
+    assert evaluate("-a", artifact, *flags, "--out", tmp_path / "out", "--baselines", "block_influence") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["dense"]["n"] == 4  # all of the file
+    assert report["dense_short"] is None
+    assert DataConfig.from_json(report["data"]).source == str(path)
+
+
+def test_nll(artifact: Path, tmp_path: Path) -> None:
+    assert evaluate("-a", artifact, "--metric", "nll", "--contract", "cap", "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metric"] == "agreement"
+    assert all(point["kl"] > 0 for point in report["points"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--budgets", "1.5"], "1.5"),
+        (["--budgets", "high"], "--budgets 'high': expected numbers"),
+        (["--contract", "best"], "'best'"),
+        (["--baselines", "magic"], "'magic'"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--kind", "poem", "--data", "x.jsonl"], "poem"),
+        (["--metric", "speed"], "speed"),
+        (["--device", "abacus"], "--device 'abacus'"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    artifact: Path, flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate("-a", artifact, *flags) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("error: ")
+    assert said in err[-1]
+
+
+def test_no_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("-a", tmp_path / "none") == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_tokenizer_of_the_artifact_is_the_tasks(artifact: Path) -> None:
+    assert (artifact / "tokenizer").is_dir()
+    assert len(word_tokenizer()) == json.loads((artifact / "artifact.json").read_text())["shape"]["vocab_size"]

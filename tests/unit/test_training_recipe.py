@@ -1,0 +1,141 @@
+"""Recipes: exact round trips, overrides by dotted names, and every mistake named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from l2a_compress import profiles
+from l2a_compress.errors import ConfigError
+from l2a_compress.training.data_config import DataConfig, MixtureConfig
+from l2a_compress.training.recipe import Recipe, with_overrides
+
+positive = st.floats(1e-6, 10, exclude_min=True)
+share = st.floats(0, 0.5)
+sections = st.fixed_dictionaries(
+    {},
+    optional={
+        "seed": st.integers(0, 2**31),
+        "model": st.fixed_dictionaries({"name": st.sampled_from(["embedded", "some/model"]), "add_tags": st.booleans()}),
+        "gates": st.fixed_dictionaries({"hidden": st.integers(1, 99), "mode": st.sampled_from(["stem", "inline"])}),
+        "adapter": st.fixed_dictionaries({"rank": st.integers(0, 64), "dropout": share}),
+        "objective": st.fixed_dictionaries({"kl": positive, "without": st.lists(st.sampled_from(["kl", "heads"]))}),
+        "draws": st.fixed_dictionaries({"minimum": st.floats(0.1, 1), "dense_share": share}),
+        "annealing": st.fixed_dictionaries({"temperature_end": positive}),
+        "optim": st.fixed_dictionaries({"lr": positive, "steps": st.integers(1, 10**6), "bf16": st.booleans()}),
+        "evaluation": st.fixed_dictionaries({"budgets": st.lists(st.floats(0.1, 1)), "problems": st.integers(1, 99)}),
+        "data": st.fixed_dictionaries({"limit": st.integers(1, 99), "subset": st.sampled_from(["easy", "hard"])}),
+    },
+)
+
+
+def toml_of(data: Mapping[str, Any]) -> str:
+    """A TOML document of inline tables; what is None is left out, since TOML has no such value."""
+    return "\n".join(f"{name} = {_inline(value)}" for name, value in data.items())
+
+
+def _inline(value: object) -> str:
+    if not isinstance(value, Mapping):
+        return json.dumps(value)
+    inner = ", ".join(f"{name} = {_inline(part)}" for name, part in value.items() if part is not None)
+    return "{" + inner + "}"
+
+
+@settings(max_examples=60)
+@given(sections)
+def test_a_recipe_survives_json_exactly(data: dict[str, Any]) -> None:
+    recipe = Recipe.from_json(data)
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_a_recipe_survives_toml_exactly(tmp_path: Path) -> None:
+    recipe = Recipe.from_json(
+        {
+            "seed": 3,
+            "objective": {"without": ["kl"], "kl": 0.1},
+            "optim": {"lr": 1e-4, "bf16": True},
+            "evaluation": {"budgets": [1.0, 0.3], "baselines": ["uniform"]},
+            "data": {"source": "x.jsonl", "kind": "gsm8k", "columns": {"prompt": "q"}, "limit": 5},
+        }
+    )
+    path = tmp_path / "recipe.toml"
+    path.write_text(toml_of(recipe.to_json()))
+    assert Recipe.named(str(path)) == recipe
+
+
+def test_a_mixture_survives_json() -> None:
+    sources = (DataConfig(weight=2.0), DataConfig(source="a.txt", kind="text"))
+    recipe = Recipe(data=MixtureConfig(sources=sources))
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+
+
+def test_every_shipped_recipe_reads() -> None:
+    for name in profiles.names("recipes"):
+        assert Recipe.from_json(Recipe.named(name).to_json()) == Recipe.named(name)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"optimizer": {}}, "unknown section 'optimizer'; known: .*optim"),
+        ({"optim": {"learning_rate": 1}}, r"\[optim\] has no setting 'learning_rate'; known: steps, .*lr"),
+        ({"gates": {"stems": 1}}, r"\[gates\] has no setting 'stems'"),
+        ({"optim": 3}, r"\[optim\] must be a table"),
+        ({"seed": -1}, "seed = -1"),
+        ({"seed": True}, "seed = True"),
+        ({"optim": {"steps": 0}}, "optim.steps = 0"),
+        ({"optim": {"steps": 10.0}}, "optim.steps = 10.0"),
+        ({"optim": {"lr": 0}}, "optim.lr = 0"),
+        ({"optim": {"lr": "fast"}}, "optim"),
+        ({"optim": {"batch_size": 10, "accumulate": 4}}, "batch_size 10 must be a multiple of accumulate 4"),
+        ({"optim": {"teacher": "none"}}, "choose online or cached"),
+        ({"optim": {"warmup": 1.5}}, "shares of the steps"),
+        ({"model": {"dtype": "int8"}}, "model dtype 'int8'"),
+        ({"adapter": {"rank": -1}}, "adapter rank = -1"),
+        ({"adapter": {"dropout": 1.0}}, "adapter dropout = 1.0"),
+        ({"objective": {"without": ["kd"]}}, "unknown term"),
+        ({"data": {"kind": "books"}}, "data.kind"),
+    ],
+)
+def test_mistakes_are_named(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Recipe.from_json(data)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "base.toml"
+    path.write_text("seed = 1\n[optim]\nsteps = 5\nlr = 0.1\n")
+    recipe = Recipe.named(
+        str(path),
+        ["optim.steps=7", "gates.mode=inline", 'model.name="a b"', "seed = 4", 'objective.without=["kl"]', "optim.bf16=true"],
+    )
+    assert (recipe.optim.steps, recipe.optim.lr, recipe.optim.bf16, recipe.seed) == (7, 0.1, True, 4)
+    assert (recipe.gates.mode, recipe.model.name, recipe.objective.without) == ("inline", "a b", ("kl",))
+
+
+@pytest.mark.parametrize("text", ["optim.steps", "optim.=3", ".steps=3", "a.b.c=3", "=3"])
+def test_overrides_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"expected section.key=value"):
+        with_overrides({}, [text])
+
+
+def test_an_override_does_not_change_what_it_was_made_from() -> None:
+    data = {"optim": {"steps": 5}}
+    assert with_overrides(data, ["optim.steps=6"]) == {"optim": {"steps": 6}}
+    assert data == {"optim": {"steps": 5}}
+
+
+def test_a_list_of_sources_cannot_be_overridden_by_key() -> None:
+    with pytest.raises(ConfigError, match=r"expected section.key=value"):
+        with_overrides({"data": {"sources": []}}, ["data.sources.0=1"])
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown recipe 'nothing'"):
+        Recipe.named("nothing")

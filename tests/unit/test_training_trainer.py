@@ -1,0 +1,257 @@
+"""Training runs: rates, schedules, resuming bit by bit, and checkpoints that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from l2a_compress.errors import ConfigError, StorageError, TrainingError
+from l2a_compress.training.objective import ObjectiveConfig
+from l2a_compress.training.recipe import OptimConfig, Recipe
+from l2a_compress.training.run import train
+from l2a_compress.training.step import TrainingStep
+from l2a_compress.training.trainer import (
+    L2ATrainer,
+    last_checkpoint,
+    load_trained_tensors,
+    trained_tensors,
+    training_arguments,
+    verify_checkpoint,
+)
+from toy_models import new_gated, save_base, tiny_recipe
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder."""
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def recipe(base: Path) -> Recipe:
+    """Six steps with checkpoints at 3 and 6, with dropout, so that the generators' state matters."""
+    return tiny_recipe(base, adapter={"dropout": 0.2}, draws={"switch_share": 0.3})
+
+
+@pytest.fixture(scope="module")
+def straight(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was never interrupted."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train(recipe, out, quiet=True)
+    return out
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    """The lines with a loss, without how long they took."""
+    rows = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+def copy_until(run: Path, step: int, to: Path) -> Path:
+    """A run's folder as it was when it was cut off after that step's checkpoint."""
+    to.mkdir()
+    shutil.copy(run / "recipe.json", to)
+    shutil.copytree(run / "checkpoints" / f"checkpoint-{step}", to / "checkpoints" / f"checkpoint-{step}")
+    return to
+
+
+def test_a_run_leaves_artifact_log_and_two_checkpoints(straight: Path) -> None:
+    assert {path.name for path in straight.iterdir()} == {
+        "artifact",
+        "checkpoints",
+        "recipe.json",
+        "training_log.jsonl",
+    }
+    assert {path.name for path in (straight / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-6"}
+    rows = log_of(straight)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"ce", "kl", "budget", "tokens", "transition", "cost", "layer_sparsity", "temperature", "noise"} <= {*rows[0]}
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_a_resumed_run_continues_bit_by_bit(recipe: Recipe, straight: Path, tmp_path: Path) -> None:
+    out = copy_until(straight, 3, tmp_path / "run")
+    train(recipe, out, quiet=True)
+    for name in ("gates.safetensors", "adapter/adapter_model.safetensors"):
+        assert (out / "artifact" / name).read_bytes() == (straight / "artifact" / name).read_bytes()
+    assert log_of(out) == log_of(straight)
+    first, second = (json.loads((run / "artifact" / "artifact.json").read_text()) for run in (out, straight))
+    assert first["prices"] == second["prices"]
+    before = safetensors.torch.load_file(straight / "checkpoints" / "checkpoint-3" / "model.safetensors")
+    after = safetensors.torch.load_file(straight / "checkpoints" / "checkpoint-6" / "model.safetensors")
+    assert all(not torch.equal(before[name], after[name]) for name in before)  # everything was trained in between
+
+
+def test_a_finished_run_can_be_started_again(recipe: Recipe, straight: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    train(recipe, out, quiet=True)
+    assert (out / "artifact" / "gates.safetensors").read_bytes() == (
+        straight / "artifact" / "gates.safetensors"
+    ).read_bytes()
+
+
+def test_another_seed_is_another_run(base: Path, recipe: Recipe, straight: Path, tmp_path: Path) -> None:
+    other = tiny_recipe(base, adapter={"dropout": 0.2}, draws={"switch_share": 0.3}, seed=4)
+    train(other, tmp_path / "run", quiet=True)
+    assert [row["loss"] for row in log_of(tmp_path / "run")] != [row["loss"] for row in log_of(straight)]
+
+
+def test_gradient_accumulation_gives_the_same_losses(base: Path, tmp_path: Path) -> None:
+    # Under `mean` the budget term looks at the rows of one forward, so the two differ there by design.
+    losses = {}
+    for accumulate in (1, 2):
+        changes = {"draws": {"contract": "cap"}, "optim": {"accumulate": accumulate, "steps": 4}}
+        train(tiny_recipe(base, **changes), tmp_path / str(accumulate), quiet=True)
+        losses[accumulate] = log_of(tmp_path / str(accumulate))
+    for one, two in zip(losses[1], losses[2], strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert two["kl"] == pytest.approx(one["kl"], abs=2e-5)
+
+
+def test_gradient_checkpointing_and_bf16_train(base: Path, straight: Path, tmp_path: Path) -> None:
+    changes = {"optim": {"gradient_checkpointing": True, "bf16": True, "steps": 2}}
+    train(tiny_recipe(base, **changes), tmp_path / "run", quiet=True)
+    assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path / "run"))
+
+
+def test_settings_of_another_run_are_refused_unless_forced(base: Path, straight: Path, tmp_path: Path) -> None:
+    out = copy_until(straight, 6, tmp_path / "run")
+    other = tiny_recipe(base, optim={"steps": 1})
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        train(other, out, quiet=True)
+    assert last_checkpoint(out / "checkpoints") is not None
+    train(other, out, quiet=True, force=True)
+    assert [row["step"] for row in log_of(out)] == [1]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize("fault", ["flipped", "cut", "missing"])
+def test_a_damaged_checkpoint_is_one_clear_error(
+    recipe: Recipe, straight: Path, tmp_path: Path, name: str, fault: str
+) -> None:
+    out = copy_until(straight, 3, tmp_path / "run")
+    path = out / "checkpoints" / "checkpoint-3" / name
+    content = bytearray(path.read_bytes())
+    if fault == "missing":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 0x10
+        path.write_bytes(content if fault == "flipped" else content[: len(content) // 2])
+    with pytest.raises(TrainingError, match=f"checkpoint-3/{name}: cannot resume .*delete that checkpoint folder"):
+        verify_checkpoint(out / "checkpoints" / "checkpoint-3")
+    if name == "optimizer.pt" and fault == "flipped":  # and that is what a run does first
+        with pytest.raises(TrainingError, match=name):
+            train(recipe, out, quiet=True)
+
+
+def test_a_checkpoint_of_another_model_is_one_clear_error(straight: Path) -> None:
+    tensors = safetensors.torch.load_file(straight / "checkpoints" / "checkpoint-3" / "model.safetensors")
+    step = TrainingStep(new_gated(rank=3), ObjectiveConfig(), seed=0)
+    with pytest.raises(ValueError, match="has shape .* expected"):
+        load_trained_tensors(step, tensors)
+    tensors.popitem()
+    with pytest.raises(ValueError, match="1 tensors differ"):
+        load_trained_tensors(TrainingStep(new_gated(rank=2), ObjectiveConfig(), seed=0), tensors)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Every write beyond ``size`` bytes of a file fails, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+def test_a_full_disk_is_a_storage_error_and_the_older_checkpoint_stays(
+    recipe: Recipe, straight: Path, tmp_path: Path, file: str
+) -> None:
+    out = copy_until(straight, 3, tmp_path / "run")
+    old = out / "checkpoints" / "checkpoint-3"
+    size = (old / file).stat().st_size
+    with largest_file(size - 1), pytest.raises(StorageError, match="checkpoint-6: cannot save the checkpoint: .*free space"):
+        train(recipe, out, quiet=True)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
+    train(recipe, out, quiet=True)  # with space again it goes on
+    assert (out / "artifact" / "gates.safetensors").read_bytes() == (
+        straight / "artifact" / "gates.safetensors"
+    ).read_bytes()
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(base: Path, tmp_path: Path) -> None:
+    wild = tiny_recipe(base, optim={"lr": 1e20, "gate_lr": 1e20, "clip": 1e30})
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        train(wild, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "artifact").exists()
+
+
+def new_trainer(tmp_path: Path, **optim: Any) -> L2ATrainer:
+    settings = OptimConfig(**{"steps": 100, "batch_size": 8} | optim)
+    recipe = Recipe(optim=settings)
+    return L2ATrainer(
+        annealing=recipe.annealing,
+        optim=settings,
+        model=TrainingStep(new_gated(), ObjectiveConfig(), seed=0),
+        args=training_arguments(settings, folder=tmp_path, seed=0, trackers=[], world_size=1, quiet=True),
+    )
+
+
+def test_adapters_and_gates_have_their_own_rates(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path, lr=1e-3, gate_lr=5e-3)
+    optimizer = trainer.create_optimizer()
+    gated = trainer.model.gated
+    wanted = {id(p): 5e-3 for p in gated.gate_parameters.values()} | {id(p): 1e-3 for p in gated.adapter_parameters.values()}
+    found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert found == wanted
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
+
+
+def test_the_schedule_warms_up_stays_and_falls_to_zero(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path, lr=1.0, gate_lr=2.0, warmup=0.1, decay=0.5)
+    optimizer = trainer.create_optimizer()
+    scheduler = trainer.create_scheduler(100)
+    rates = []
+    for _ in range(100):
+        rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+        optimizer.step()
+        scheduler.step()
+    expected = [min((step + 1) / 10, 1.0, (100 - step) / 50) for step in range(100)]
+    assert [rate[0] for rate in rates] == pytest.approx([2 * value for value in expected])
+    assert [rate[1] for rate in rates] == pytest.approx(expected)
+    assert scheduler.get_last_lr() == [0.0, 0.0]
+
+
+def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="batch_size 8 does not split over 3 processes x 1"):
+        training_arguments(OptimConfig(batch_size=8), folder=tmp_path, seed=0, trackers=[], world_size=3, quiet=True)
+
+
+def test_trained_tensors_round_trip() -> None:
+    first, second = (TrainingStep(new_gated(seed=seed), ObjectiveConfig(), seed=0) for seed in (0, 1))
+    tensors = {name: value.clone() for name, value in trained_tensors(first).items()}
+    load_trained_tensors(second, tensors)
+    assert all(torch.equal(value, tensors[name]) for name, value in trained_tensors(second).items())
+
+
+def test_no_checkpoint_in_an_empty_or_missing_folder(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    assert last_checkpoint(tmp_path / "none") is None
+    (tmp_path / ".partial" / "checkpoint-9").mkdir(parents=True)
+    assert last_checkpoint(tmp_path) is None
