@@ -115,7 +115,7 @@ def real_run(setup: Setup, overrides: list[str]) -> dict[str, Any]:
         "baselines": [_short(point) for point in report.baselines],
     }
     _table(points)
-    ends = [{name: row.get(name) for name in ("step", *COMPARED, "cost")} for row in (log[0], log[-1])]
+    ends = [{name: row.get(name) for name in ("step", *COMPARED, "cost")} for row in log[:1] + log[-1:]]
     return {"points": points, "training": {"minutes": round(minutes, 1), "resumed_from": before, "first_last": ends}}
 
 

@@ -30,7 +30,7 @@ from l2a_compress.modeling.layers import GatedLayer, GatedProjection, LayerPlan
 def specialized(gated: GatedModel, allocation: Allocation) -> Iterator[None]:
     """Runs ``gated`` under ``allocation`` for every row, with dense matrices of just the size that is needed.
 
-    Adapters are merged into copies of the weights (in 32 bits, then rounded to the base's type); within
+    Adapters are merged into copies of the weights (in at least 32 bits, then rounded to the base's type); within
     ``gated.teacher()`` they are left out. The original modules are set aside and put back as they were, bit for bit.
     For inference: no gradient reaches the adapters, and gates are not asked. A KV cache that was filled inside fits
     this allocation only.
@@ -92,7 +92,8 @@ def _sliced(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> n
         base = module.get_base_layer()
         if not module.disable_adapters:
             delta = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[operator]
-            adapted = (base.weight.float() + delta.float()).to(base.weight.dtype)
+            wide = torch.promote_types(base.weight.dtype, torch.float32)
+            adapted = (base.weight.to(wide) + delta.to(wide)).to(base.weight.dtype)
     assert isinstance(base, nn.Linear)
     if adapted is None and rows is None and columns is None:
         return base

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from l2a_compress.errors import TokenizerError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["TAGS", "Tags", "ensure_tags", "read_tags"]
@@ -46,11 +47,12 @@ def ensure_tags(tokenizer: PreTrainedTokenizerBase, model: Any = None, *, add: b
     Args:
         tokenizer: Changed in place when tags are added.
         model: A Hugging Face causal LM, or ``None`` to look at the tokenizer alone.
-        add: Add missing tags as special tokens. New rows of the embedding (and of an untied output layer) start at the
-            mean of the old ones: an untrained token then neither stands out nor is ever the most likely one by far.
+        add: Add missing tags as special tokens. New rows of the embedding (and of an untied output layer) are drawn
+            around the mean of the old ones, as far from it as those: an untrained token then does not stand out.
 
     Returns:
-        The ids, and which of them are new. With a frozen base the new rows stay at the mean unless they are trained.
+        The ids, and which of them are new. With a frozen base the new rows stay as they are, so they must differ: a
+        network with equal rows could neither tell the tags apart nor write the right one.
 
     Raises:
         TokenizerError: A tag is not one token, or the model has no row for it, and ``add`` is false.
@@ -94,8 +96,22 @@ def _ensure_rows(model: Any, size: int, highest: int, added: tuple[int, ...], ad
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     with torch.no_grad():
         for weight in {id(layer.weight): layer.weight for layer in layers}.values():  # tied layers are one tensor
-            old = [row for row in range(weight.shape[0]) if row not in set(new)]
-            weight[new] = weight[old].float().mean(dim=0).to(weight.dtype)
+            weight[new] = 0
+            count = weight.shape[0] - len(new)
+            mean = weight.sum(dim=0, dtype=torch.float64) / count
+            spread = (
+                (torch.linalg.vector_norm(weight, dim=0, dtype=torch.float64) ** 2 / count - mean**2)
+                .clamp(min=0)
+                .sqrt()
+            )
+            weight[new] = (mean + spread * _directions(len(new), weight.shape[1]).to(mean.device)).to(weight.dtype)
+
+
+def _directions(count: int, width: int) -> Tensor:
+    """Fixed standard normal rows: a base model with added tags must have the same digest each time it is loaded."""
+    import torch
+
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def _missing(tags: list[str]) -> TokenizerError:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.artifact import SCHEMA_VERSION, ArtifactConfig, describe_files
-from l2a_compress.errors import ArtifactError
+from l2a_compress.errors import ArtifactError, ConfigError
 from l2a_compress.files import atomic_dir
 from l2a_compress.modeling.adapters import AdapterConfig
 from l2a_compress.modeling.families import family_of
@@ -108,7 +108,11 @@ def load_artifact(folder: str | Path, *, base: str | None = None) -> LoadedArtif
         raise ArtifactError(
             f"{folder}: was trained on another base model than {base or settings.name!r}; give the right one (--base)"
         )
-    gated = GatedModel.wrap(model, GateConfig.from_json(config.gates), AdapterConfig(**config.adapter))
+    try:
+        gates, adapter = GateConfig.from_json(config.gates), AdapterConfig(**config.adapter)
+    except (ConfigError, TypeError) as error:
+        raise ArtifactError(f"{folder}: gates or adapter settings that this version does not know: {error}") from error
+    gated = GatedModel.wrap(model, gates, adapter)
     _fill(gated.gate_parameters, folder / GATES_FILE)
     if gated.adapter_parameters:
         _fill(gated.adapter_parameters, folder / ADAPTER_FOLDER / "adapter_model.safetensors")
@@ -125,7 +129,10 @@ def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 @torch.no_grad()
 def _fill(parameters: Mapping[str, torch.nn.Parameter], path: Path) -> None:
-    tensors = safetensors.torch.load_file(path)
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ArtifactError(f"{path}: not a safetensors file ({error}); copy the folder or train it again") from error
     if set(tensors) != set(parameters):
         raise ArtifactError(f"{path}: holds {len(tensors)} tensors of other names than the {len(parameters)} expected")
     for name, parameter in parameters.items():

@@ -54,6 +54,21 @@ def test_batched_rows_equal_rows_run_alone(bench: Bench) -> None:
     assert together == alone
 
 
+def test_rows_that_are_lost_are_run_again_to_the_same_end(bench: Bench) -> None:
+    run, wide = mixed(bench), dataclasses.replace(bench.generation, max_think_tokens=40)
+    short, long = (
+        dataclasses.replace(
+            bench, generation=wide, problems=[dataclasses.replace(problem, length=length) for problem in bench.problems]
+        )
+        for length in (1, 1000)
+    )
+    told: list[int] = []
+    rows = measure(short, run, lambda label, count: told.append(count)).rows
+    assert sum(told) == 9
+    assert max(row.think or 0 for row in rows) > 9  # what the first try allows
+    assert rows == measure(long, run).rows
+
+
 def test_rows_keep_the_order_of_the_problems(bench: Bench) -> None:
     run = mixed(bench)
     rows = measure(bench, run).rows
