@@ -87,14 +87,13 @@ def _sliced(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> n
     """The linear layer that ``module`` amounts to on those rows and columns; the base layer where nothing changes."""
     if isinstance(module, GatedProjection):
         module = module.projection
-    base, adapted = module, None
-    if isinstance(module, LoraLayer):
-        base = module.get_base_layer()
-        if not module.disable_adapters:
-            delta = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[operator]
-            wide = torch.promote_types(base.weight.dtype, torch.float32)
-            adapted = (base.weight.to(wide) + delta.to(wide)).to(base.weight.dtype)
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     assert isinstance(base, nn.Linear)
+    adapted = None
+    if isinstance(module, LoraLayer) and not module.disable_adapters:
+        wide = torch.promote_types(base.weight.dtype, torch.float32)
+        delta: Tensor = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[operator]
+        adapted = (base.weight.to(wide) + delta.to(wide)).to(base.weight.dtype)
     if adapted is None and rows is None and columns is None:
         return base
     weight = base.weight if adapted is None else adapted

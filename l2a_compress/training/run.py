@@ -30,7 +30,7 @@ from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.encode import UnfitError, encode_prompt
 from l2a_compress.training.examples import Example
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.samples import SampleCollator, Samples
+from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples
 from l2a_compress.training.step import TrainingStep
 from l2a_compress.training.store import save_artifact
 from l2a_compress.training.trainer import L2ATrainer, last_checkpoint, training_arguments
@@ -96,7 +96,7 @@ def train(
             world_size=state.num_processes,
             quiet=quiet,
         ),
-        train_dataset=samples,
+        train_dataset=LengthGrouped(samples, batch_size=recipe.optim.batch_size),
         data_collator=collate,
     )
     began = time.time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,6 +68,38 @@ def _style(example: Example, drawn: Draw) -> Style | None:
         return None
     wanted: Style = "short" if drawn.condensed else "long"
     return wanted if wanted in example.traces else next(iter(example.traces))
+
+
+class LengthGrouped(Dataset[Sample]):
+    """Samples in another order: batches of samples of like length, so that little is padding.
+
+    Pools of ``pool`` batches are sorted by length, cut into batches, and the batches of a pool are shuffled. The order
+    depends on the samples alone, and a global batch holds the same samples whatever number of processes share it.
+    """
+
+    def __init__(self, samples: Samples, *, batch_size: int, pool: int = 16) -> None:
+        self.samples, self.batch_size, self.size = samples, batch_size, pool * batch_size
+        self._number = -1
+        self._pool: list[Sample] = []
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, position: int) -> Sample:
+        """The sample at that place of the grouped order."""
+        number, offset = divmod(position, self.size)
+        if number != self._number:
+            self._number, self._pool = number, self._grouped(number)
+        return self._pool[offset]
+
+    def _grouped(self, number: int) -> list[Sample]:
+        start = number * self.size
+        members = [self.samples[index] for index in range(start, min(start + self.size, len(self.samples)))]
+        members.sort(key=lambda sample: (len(sample["input_ids"]), sample["index"]))
+        whole = len(members) // self.batch_size
+        batches = [members[at * self.batch_size : (at + 1) * self.batch_size] for at in range(whole)]
+        random.Random(f"{self.samples.seed}-{number}").shuffle(batches)
+        return [sample for batch in batches for sample in batch] + members[whole * self.batch_size :]
 
 
 class SampleCollator:

@@ -19,6 +19,7 @@ from l2a_compress.errors import StorageError, TrainingError
 from l2a_compress.files import fsync_tree
 from l2a_compress.training.draws import Annealing
 from l2a_compress.training.recipe import OptimConfig
+from l2a_compress.training.samples import LengthGrouped
 from l2a_compress.training.step import TrainingStep
 
 CHECKSUMS = "checksums.json"
@@ -71,6 +72,10 @@ class L2ATrainer(Trainer):
                 optimizer or cast(torch.optim.Optimizer, self.optimizer), rate
             )
         return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        """In order: the samples are drawn at random and grouped by length already."""
+        return torch.utils.data.SequentialSampler(cast(LengthGrouped, train_dataset or self.train_dataset))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -86,14 +86,14 @@ def test_what_is_loaded_runs_as_what_was_saved(family: str, rank: int, tmp_path:
 @torch.no_grad()
 def test_the_adapter_is_one_that_peft_loads(made: tuple[GatedModel, Recipe, Path]) -> None:
     gated, recipe, folder = made
-    base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
-    ids, mask = prompts()
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name, attn_implementation="eager")
+    ids, mask = prompts(padded=False)
     untouched = base(ids, attention_mask=mask).logits
     plain = PeftModel.from_pretrained(base, folder / "adapter").eval()
     found = plain(ids, attention_mask=mask).logits
     with gated.forced([Allocation.dense(LAYERS, GROUPS)]):
         expected = gated.logits(gated(ids, mask).hidden)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (found - untouched).abs().max() > 0.1
 
 

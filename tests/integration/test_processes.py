@@ -1,0 +1,75 @@
+"""Runs in processes of their own: two of them at once, and one that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from l2a_compress.training.run import train
+from toy_models import save_base, tiny_recipe
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run(*command: str, timeout: float = 500) -> str:
+    """Runs a command with the repository's library; what it printed is in the failure."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def log_of(out: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    recipe = tiny_recipe(base, optim={"steps": 4, "save_steps": 4}, evaluation={"calibration": 4})
+    train(recipe, tmp_path / "one", quiet=True)
+    path = tmp_path / "recipe.toml"
+    tables = {name: table for name, table in recipe.to_json().items() if isinstance(table, dict)}
+    lines = [f"seed = {recipe.seed}"]
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value not in (None, {})]
+    path.write_text("\n".join(lines))
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = ["-m", "l2a_compress", "compress", "train", "--recipe", str(path), "--out", str(tmp_path / "two")]
+    run(*launch, *command, "--no-evaluate", "--quiet")
+
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert [row["step"] for row in two] == [1, 2, 3, 4]
+    for single, double in zip(one, two, strict=True):
+        assert double["learning_rate"] == single["learning_rate"]
+        for term in ("ce", "kl", "budget", "tokens", "transition", "cost"):
+            assert double[term] == pytest.approx(single[term], abs=1.1e-5), (term, single["step"])  # logged to 5 digits
+        assert double["loss"] == pytest.approx(single["loss"], abs=1e-4)
+        assert double["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-3)
+    assert json.loads((tmp_path / "two" / "artifact" / "artifact.json").read_text())["metrics"]["steps"] == 4
+    assert {path.name for path in (tmp_path / "two" / "checkpoints" / "checkpoint-4").iterdir()} >= {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_nothing_before_its_last_checkpoint(tmp_path: Path) -> None:
+    results = tmp_path / "kills.json"
+    run(str(REPOSITORY / "benchmarks" / "kill_resume.py"), "--kills", "5", "--longest", "1.0", "--results", str(results))
+    found = json.loads(results.read_text())
+    assert found["kills"] == 5
+    assert (found["unloadable"], found["lost"], found["stuck"]) == (0, 0, 0)
+    assert found["same_as_never_killed"] is True
+    assert found["last_step"] >= 5
