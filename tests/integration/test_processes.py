@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def run(*command: str, timeout: float = 500) -> str:
     """Runs a command with the repository's library; what it printed is in the failure."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
@@ -44,7 +44,8 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
         lines.append(f"[{name}]")
         lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value not in (None, {})]
     path.write_text("\n".join(lines))
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--cpu"]
+    # `accelerate launch --cpu` leaves starting the processes to mpirun; this starts them itself, with gloo.
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "l2a_compress", "compress", "train", "--recipe", str(path), "--out", str(tmp_path / "two")]
     run(*launch, *command, "--no-evaluate", "--quiet")
@@ -67,7 +68,9 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_run_loses_nothing_before_its_last_checkpoint(tmp_path: Path) -> None:
     results = tmp_path / "kills.json"
-    run(str(REPOSITORY / "benchmarks" / "kill_resume.py"), "--kills", "5", "--longest", "1.0", "--results", str(results))
+    run(
+        str(REPOSITORY / "benchmarks" / "kill_resume.py"), "--kills", "5", "--longest", "1.0", "--results", str(results)
+    )
     found = json.loads(results.read_text())
     assert found["kills"] == 5
     assert (found["unloadable"], found["lost"], found["stuck"]) == (0, 0, 0)

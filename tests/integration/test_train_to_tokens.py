@@ -1,4 +1,4 @@
-"""From a recipe to tokens: train, artifact, load, allocate, generate, through the library and through the command line."""
+"""From a recipe to tokens: train, artifact, load, allocate, generate, by library and by command."""
 
 from __future__ import annotations
 
@@ -108,7 +108,16 @@ calibration = 8
 
 def test_the_command_line_trains_the_same_artifact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = toml_recipe(tmp_path)
-    options = ["--recipe", str(path), "--set", "optim.steps=2", "--set", "gates.budget_dim=4", "--no-evaluate", "--quiet"]
+    options = [
+        "--recipe",
+        str(path),
+        "--set",
+        "optim.steps=2",
+        "--set",
+        "gates.budget_dim=4",
+        "--no-evaluate",
+        "--quiet",
+    ]
     assert main(["compress", "train", "--out", str(tmp_path / "cli"), *options]) == 0
     recipe = Recipe.named(str(path), ["optim.steps=2", "gates.budget_dim=4"])
     train(recipe, tmp_path / "library", quiet=True)

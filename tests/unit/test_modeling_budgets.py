@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -117,7 +118,7 @@ def test_calibrated_prices_hold_on_fresh_prompts(seed: int) -> None:
     assert gated.training  # the mode is left as it was
     gated.eval()
     fresh = prompts(2000, 6, seed=12)
-    between = [(low + high) / 2 for low, high in zip(grid, grid[1:], strict=False)]
+    between = [(low + high) / 2 for low, high in itertools.pairwise(grid)]
     for budget in [*grid[::8], *between[1::8], *between[-3:]]:
         mean, deviation = mean_cost(gated, budget, *fresh)
         assert abs(mean - budget) <= 0.01, (budget, mean)

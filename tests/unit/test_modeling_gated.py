@@ -224,7 +224,7 @@ def test_bfloat16_runs_and_agrees_roughly() -> None:
 
 def test_other_families_are_refused() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=32))
-    with pytest.raises(UnsupportedModelError, match="gpt2.*llama, qwen2, qwen3, mistral"):
+    with pytest.raises(UnsupportedModelError, match=r"gpt2.*llama, qwen2, qwen3, mistral"):
         GatedModel.wrap(model)
 
 

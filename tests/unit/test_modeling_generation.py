@@ -83,7 +83,9 @@ def test_budgets_in_one_batch_are_as_if_alone(family: str) -> None:
     together = generate(gated, tags(), ids, mask, budgets=budgets, config=SHORT)
     for row, budget in enumerate(budgets):
         start = int((mask[row] == 0).sum())
-        alone = generate(gated, tags(), ids[row : row + 1, start:], mask[row : row + 1, start:], budgets=[budget], config=SHORT)
+        alone = generate(
+            gated, tags(), ids[row : row + 1, start:], mask[row : row + 1, start:], budgets=[budget], config=SHORT
+        )
         assert alone == together[row : row + 1]
 
 

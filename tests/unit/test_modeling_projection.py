@@ -183,8 +183,10 @@ def test_no_allocation_of_10000_exceeds_its_budget(mode: str, contract: str) -> 
         budgets = [random_budget(draw) for _ in range(1000)]
         found = gated.allocate(ids, mask, budgets, contract=contract)  # type: ignore[arg-type]
         for allocation, budget in zip(found, budgets, strict=True):
-            held = budget if contract == "cap" else Budget(
-                layers=budget.layers, heads=budget.heads, think_tokens=budget.think_tokens
+            held = (
+                budget
+                if contract == "cap"
+                else Budget(layers=budget.layers, heads=budget.heads, think_tokens=budget.think_tokens)
             )
             assert gated.cost.fits(allocation, held), (allocation, budget)
             assert allocation.groups[0] == (0, 1)  # the stem runs whole

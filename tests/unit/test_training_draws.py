@@ -128,7 +128,7 @@ def test_an_over_long_example_is_replaced_by_one_that_fits(count: int) -> None:
 
 
 def test_only_over_long_examples_are_an_error() -> None:
-    with pytest.raises(DataError, match="do not fit max_length = 32; raise data.max_length"):
+    with pytest.raises(DataError, match=r"do not fit max_length = 32; raise data.max_length"):
         samples([example(number, words=50) for number in range(3)], 4)[0]
 
 
@@ -157,7 +157,10 @@ def test_a_sample_shows_the_trace_its_think_share_asks_for() -> None:
 
 def test_the_collator_stacks_what_was_drawn() -> None:
     found = samples([example(number) for number in range(4)], 4)
-    found.teacher = lambda encoded: (torch.ones(len(encoded["input_ids"]), 2), torch.zeros(len(encoded["input_ids"]), 2))
+    found.teacher = lambda encoded: (
+        torch.ones(len(encoded["input_ids"]), 2),
+        torch.zeros(len(encoded["input_ids"]), 2),
+    )
     rows = [found[index] for index in (2, 0, 3)]
     batch = SampleCollator(word_tokenizer())(rows)["batch"]
     assert batch["index"].tolist() == [2, 0, 3]

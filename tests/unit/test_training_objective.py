@@ -63,7 +63,9 @@ def test_kl_divergence() -> None:
     student, teacher, where = words(0), words(1), Supervised.of(LABELS)
     expected = 0.0
     for ours, theirs in zip(rows_of(student), rows_of(teacher), strict=True):
-        tokens = [sum(math.exp(t) * (t - s) for s, t in zip(a, b, strict=True)) for a, b in zip(ours, theirs, strict=True)]
+        tokens = [
+            sum(math.exp(t) * (t - s) for s, t in zip(a, b, strict=True)) for a, b in zip(ours, theirs, strict=True)
+        ]
         expected += sum(tokens) / max(1, len(tokens)) / 3
     assert kl_divergence(student[where.mask], teacher[where.mask], where).item() == pytest.approx(expected, rel=1e-5)
     assert kl_divergence(student[where.mask], student[where.mask], where).item() == pytest.approx(0, abs=1e-7)

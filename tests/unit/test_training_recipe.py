@@ -22,7 +22,9 @@ sections = st.fixed_dictionaries(
     {},
     optional={
         "seed": st.integers(0, 2**31),
-        "model": st.fixed_dictionaries({"name": st.sampled_from(["embedded", "some/model"]), "add_tags": st.booleans()}),
+        "model": st.fixed_dictionaries(
+            {"name": st.sampled_from(["embedded", "some/model"]), "add_tags": st.booleans()}
+        ),
         "gates": st.fixed_dictionaries({"hidden": st.integers(1, 99), "mode": st.sampled_from(["stem", "inline"])}),
         "adapter": st.fixed_dictionaries({"rank": st.integers(0, 64), "dropout": share}),
         "objective": st.fixed_dictionaries({"kl": positive, "without": st.lists(st.sampled_from(["kl", "heads"]))}),
@@ -113,7 +115,14 @@ def test_overrides(tmp_path: Path) -> None:
     path.write_text("seed = 1\n[optim]\nsteps = 5\nlr = 0.1\n")
     recipe = Recipe.named(
         str(path),
-        ["optim.steps=7", "gates.mode=inline", 'model.name="a b"', "seed = 4", 'objective.without=["kl"]', "optim.bf16=true"],
+        [
+            "optim.steps=7",
+            "gates.mode=inline",
+            'model.name="a b"',
+            "seed = 4",
+            'objective.without=["kl"]',
+            "optim.bf16=true",
+        ],
     )
     assert (recipe.optim.steps, recipe.optim.lr, recipe.optim.bf16, recipe.seed) == (7, 0.1, True, 4)
     assert (recipe.gates.mode, recipe.model.name, recipe.objective.without) == ("inline", "a b", ("kl",))

@@ -159,7 +159,11 @@ def test_a_budget_that_changes_in_mid_sequence_changes_only_what_follows() -> No
     step.noise = 0.0
     with torch.no_grad():
         whole = gated(batch["input_ids"], batch["attention_mask"], request=step.request(batch)).hidden
-        changed = {**batch, "after": torch.full_like(batch["after"], 0.2), "switch": torch.full_like(batch["switch"], 0.6)}
+        changed = {
+            **batch,
+            "after": torch.full_like(batch["after"], 0.2),
+            "switch": torch.full_like(batch["switch"], 0.6),
+        }
         request = step.request(changed)
         after = gated(batch["input_ids"], batch["attention_mask"], request=request).hidden
     assert request.switch is not None

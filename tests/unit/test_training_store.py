@@ -121,7 +121,10 @@ def flip(path: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: flip(folder / "gates.safetensors"), "gates.safetensors: is corrupt"),
-        (lambda folder: flip(folder / "adapter" / "adapter_model.safetensors"), "adapter_model.safetensors: is corrupt"),
+        (
+            lambda folder: flip(folder / "adapter" / "adapter_model.safetensors"),
+            "adapter_model.safetensors: is corrupt",
+        ),
         (lambda folder: (folder / "gates.safetensors").write_bytes(b""), "gates.safetensors: has 0 bytes instead of"),
         (lambda folder: (folder / "gates.safetensors").unlink(), "gates.safetensors: the file is missing"),
         (lambda folder: (folder / "artifact.json").unlink(), "holds no artifact.json"),
@@ -152,7 +155,7 @@ def test_gates_of_other_names_or_shapes_are_refused(copy: Path) -> None:
 def test_a_gates_file_that_is_no_safetensors_is_refused(copy: Path) -> None:
     (copy / "gates.safetensors").write_bytes(b"not a tensor file")
     rewrite(copy)
-    with pytest.raises(ArtifactError, match="gates.safetensors"):
+    with pytest.raises(ArtifactError, match=r"gates.safetensors"):
         load_artifact(copy)
 
 
@@ -179,7 +182,7 @@ def test_a_base_model_that_has_moved_can_be_given(made: tuple[GatedModel, Recipe
     shutil.copytree(folder, tmp_path / "artifact")
     training = {**data["training"], "model": {**data["training"]["model"], "name": str(tmp_path / "gone")}}
     rewrite(tmp_path / "artifact", training=training)
-    with pytest.raises(ConfigError, match="gone.* cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"gone.* cannot be loaded"):
         load_artifact(tmp_path / "artifact")
     assert load_artifact(tmp_path / "artifact", base=str(tmp_path / "moved")).gated.shape.num_layers == LAYERS
 
@@ -205,7 +208,7 @@ def test_a_failed_save_leaves_nothing(
 
     tokenizer = load_base(recipe.model.name)[1]
     monkeypatch.setattr(tokenizer, "save_pretrained", full)
-    with pytest.raises(StorageError, match="artifact.*No space left.*free some space"):
+    with pytest.raises(StorageError, match=r"artifact.*No space left.*free some space"):
         save_artifact(gated, tokenizer, recipe, tmp_path / "artifact", base_digest="0" * 64, metrics={})
     assert list(tmp_path.iterdir()) == []
 

@@ -76,7 +76,9 @@ def test_a_run_leaves_artifact_log_and_two_checkpoints(straight: Path) -> None:
     assert {path.name for path in (straight / "checkpoints").iterdir()} == {"checkpoint-3", "checkpoint-6"}
     rows = log_of(straight)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert {"ce", "kl", "budget", "tokens", "transition", "cost", "layer_sparsity", "temperature", "noise"} <= {*rows[0]}
+    assert {"ce", "kl", "budget", "tokens", "transition", "cost", "layer_sparsity", "temperature", "noise"} <= {
+        *rows[0]
+    }
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
@@ -136,7 +138,9 @@ def test_settings_of_another_run_are_refused_unless_forced(base: Path, straight:
     assert [row["step"] for row in log_of(out)] == [1]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
 @pytest.mark.parametrize("fault", ["flipped", "cut", "missing"])
 def test_a_damaged_checkpoint_is_one_clear_error(
     recipe: Recipe, straight: Path, tmp_path: Path, name: str, fault: str
@@ -159,7 +163,7 @@ def test_a_damaged_checkpoint_is_one_clear_error(
 def test_a_checkpoint_of_another_model_is_one_clear_error(straight: Path) -> None:
     tensors = safetensors.torch.load_file(straight / "checkpoints" / "checkpoint-3" / "model.safetensors")
     step = TrainingStep(new_gated(rank=3), ObjectiveConfig(), seed=0)
-    with pytest.raises(ValueError, match="has shape .* expected"):
+    with pytest.raises(ValueError, match=r"has shape .* expected"):
         load_trained_tensors(step, tensors)
     tensors.popitem()
     with pytest.raises(ValueError, match="1 tensors differ"):
@@ -186,7 +190,10 @@ def test_a_full_disk_is_a_storage_error_and_the_older_checkpoint_stays(
     out = copy_until(straight, 3, tmp_path / "run")
     old = out / "checkpoints" / "checkpoint-3"
     size = (old / file).stat().st_size
-    with largest_file(size - 1), pytest.raises(StorageError, match="checkpoint-6: cannot save the checkpoint: .*free space"):
+    with (
+        largest_file(size - 1),
+        pytest.raises(StorageError, match=r"checkpoint-6: cannot save the checkpoint: .*free space"),
+    ):
         train(recipe, out, quiet=True)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["checkpoint-3"]
     train(recipe, out, quiet=True)  # with space again it goes on
@@ -217,7 +224,9 @@ def test_adapters_and_gates_have_their_own_rates(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, lr=1e-3, gate_lr=5e-3)
     optimizer = trainer.create_optimizer()
     gated = trainer.model.gated
-    wanted = {id(p): 5e-3 for p in gated.gate_parameters.values()} | {id(p): 1e-3 for p in gated.adapter_parameters.values()}
+    wanted = {id(p): 5e-3 for p in gated.gate_parameters.values()} | {
+        id(p): 1e-3 for p in gated.adapter_parameters.values()
+    }
     found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert found == wanted
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0}
