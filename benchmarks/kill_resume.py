@@ -4,7 +4,8 @@
 
 A tiny random model saves a checkpoint after every step. After each kill the newest checkpoint must load whole
 (``unloadable``), must not be older than the newest one that was seen before the kill (``lost``), and the next process
-must get beyond it (``stuck``). At the end the weights are compared, bit by bit, with those of a run that was never killed.
+must get beyond it (``stuck``). At the end the weights are compared, bit by bit, with those of a run that was
+never killed.
 """
 
 from __future__ import annotations

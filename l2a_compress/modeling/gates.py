@@ -17,6 +17,7 @@ from l2a_compress.errors import ConfigError
 
 GateMode = Literal["stem", "inline"]
 Summary = Literal["mean+last", "mean", "none"]
+SCORE_LIMIT = 6.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ class GateConfig:
         if unknown:
             raise ConfigError(f"gates: unknown settings {sorted(unknown)}; known: {sorted(cls.__dataclass_fields__)}")
         return cls(**data)
+
+
+def bounded(raw: Tensor) -> Tensor:
+    """A score within +-SCORE_LIMIT: a gate that is pushed one way for long still gets a gradient to come back."""
+    return SCORE_LIMIT * torch.tanh(raw / SCORE_LIMIT)
 
 
 class BudgetEmbedding(nn.Module):
@@ -144,12 +150,13 @@ class Allocator(nn.Module):
     def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Layer scores [batch, gated layers] and group scores [batch, gated layers, groups]."""
         with _full_precision(features):
-            return self.layer_gates(features).squeeze(-1), self.head_gates(features)
+            return bounded(self.layer_gates(features).squeeze(-1)), bounded(self.head_gates(features))
 
     def scores_at(self, index: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of one gated layer: [batch] and [batch, groups]."""
         with _full_precision(features):
-            return self.layer_gates.one(index, features).squeeze(-1), self.head_gates.one(index, features)
+            layer, groups = self.layer_gates.one(index, features).squeeze(-1), self.head_gates.one(index, features)
+        return bounded(layer), bounded(groups)
 
     @torch.no_grad()
     def set_prior(self, layer_scores: Tensor, group_scores: Tensor) -> None:

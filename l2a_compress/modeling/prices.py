@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,13 +13,18 @@ from l2a_compress.budget import Budget
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets, minimum_compute
 from l2a_compress.modeling.deciders import GateRequest
 from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.gates import SCORE_LIMIT
 from l2a_compress.modeling.projection import best_groups, effective_scores
 
 Prompts = Sequence[tuple[Tensor, Tensor]]  # (input_ids, attention_mask), left-padded, ending in <think>
 
 
-def price_grid(gated: GatedModel, count: int = 33) -> list[float]:
-    """Budgets to calibrate, from just above the stem's cost to 1, close enough to interpolate between."""
+def price_grid(gated: GatedModel) -> list[float]:
+    """Budgets to calibrate, from just above the stem's cost to 1, close enough to interpolate between.
+
+    Of inline gates, where every price that is tried takes a forward of the whole model, they are fewer.
+    """
+    count = 33 if gated.gate_config.mode == "stem" else 9
     least = minimum_compute(gated.cost, gated.gate_config) + 0.5 / gated.shape.num_layers
     step = (1 - least) / (count - 1)
     # Near 1 the price falls steeply, to the lowest score of any prompt.
@@ -37,15 +43,17 @@ def calibrate_prices(gated: GatedModel, prompts: Prompts, budgets: Sequence[floa
         if gated.gate_config.mode == "stem":
             scores = [_scores(gated, ids, mask, budget) for ids, mask in prompts]
             layers, groups = (torch.cat(part) for part in zip(*scores, strict=True))
-            table.append((budget, _bisect(lambda price: _stem_cost(gated, layers, groups, price), budget)))  # noqa: B023
+            table.append((budget, _bisect(partial(_stem_cost, gated, layers, groups), budget)))
         else:
-            table.append((budget, _bisect(lambda price: _inline_cost(gated, prompts, budget, price), budget)))  # noqa: B023
+            cost = partial(_inline_cost, gated, prompts, budget)
+            table.append((budget, _bisect(cost, budget, rounds=14)))
     gated.train(was_training)
     return table
 
 
-def _bisect(mean_cost, budget: float, low: float = -30.0, high: float = 30.0) -> float:  # type: ignore[no-untyped-def]
-    for _ in range(30):
+def _bisect(mean_cost: Callable[[float], float], budget: float, *, rounds: int = 30) -> float:
+    low, high = -1.5 * SCORE_LIMIT, 1.5 * SCORE_LIMIT
+    for _ in range(rounds):
         middle = (low + high) / 2
         if mean_cost(middle) >= budget:  # at budget 1 the highest price at which everything runs, not the lowest
             low = middle
