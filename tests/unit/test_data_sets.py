@@ -71,7 +71,7 @@ def test_an_embedded_problem_depends_on_seed_and_place_alone() -> None:
     assert (len(load_examples(DataConfig())), len(load_examples(DataConfig(), "heldout"))) == (1_000_000, 2_000)
 
 
-@pytest.mark.parametrize(("subset", "key"), [("track", "family"), ("nested", "wording"), ("hard", "difficulty")])
+@pytest.mark.parametrize(("subset", "key"), [("clock", "family"), ("nested", "wording"), ("hard", "difficulty")])
 def test_an_embedded_subset_holds_one_sort(subset: str, key: str) -> None:
     assert {example.meta[key] for example in load_examples(DataConfig(subset=subset, limit=30))} == {subset}
 
@@ -79,7 +79,7 @@ def test_an_embedded_subset_holds_one_sort(subset: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("config", "split", "seed", "words"),
     [
-        (DataConfig(subset="rhyme"), "train", 0, "must be one of chain, compare, .*; found 'rhyme'"),
+        (DataConfig(subset="rhyme"), "train", 0, "must be one of chain, clock, .*; found 'rhyme'"),
         (EMBEDDED, "test", 0, "split must be one of train, heldout, calibration, found 'test'"),
         (EMBEDDED, "train", -1, "seed must be an integer of at least 0"),
     ],
