@@ -133,6 +133,19 @@ def test_the_threshold_separates_what_is_kept() -> None:
     assert priced.threshold.tolist() == [2.5]
 
 
+def test_a_group_whose_layer_does_not_run_takes_nothing_from_the_others() -> None:
+    # Layer 1 stands behind the cap of one layer; its second group outranks that of layer 0 but must not be paid for.
+    decision = project(
+        torch.tensor([[3.0, 2.0]]),
+        torch.tensor([[[5.0, 0.5], [5.0, 1.0]]]),
+        limits(11, layers=1),
+        layer_units=9,
+        group_units=1,
+        min_groups=1,
+    )
+    assert kept_of(decision) == {0: {0, 1}}
+
+
 def test_rows_are_projected_independently() -> None:
     generator = torch.Generator().manual_seed(0)
     layer_scores, group_scores = torch.randn(20, 5, generator=generator), torch.randn(20, 5, 3, generator=generator)
