@@ -58,7 +58,7 @@ def train(
 
     A run that was cut off goes on from its last checkpoint when the same command is given again.
 
-    For several processes: accelerate launch -m l2a_compress compress train ...
+    For several processes: accelerate launch --multi_gpu --num_processes N -m l2a_compress compress train ...
     """
     from l2a_compress.profiles import load_recipe
     from l2a_compress.training.data_config import parse_columns
