@@ -7,12 +7,14 @@ in ``l2a_compress.evaluation``.
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ARTIFACT_FILE, ArtifactConfig
 from l2a_compress.budget import Budget
+from l2a_compress.bundle import MANIFEST_FILE, Bundle
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.device import DeviceProfile, list_devices
 from l2a_compress.errors import (
     AllocationError,
     ArtifactError,
     BudgetError,
+    BundleError,
     ConfigError,
     DataError,
     L2AError,
@@ -26,12 +28,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ARTIFACT_FILE",
+    "MANIFEST_FILE",
     "Allocation",
     "AllocationError",
     "ArtifactConfig",
     "ArtifactError",
     "Budget",
     "BudgetError",
+    "Bundle",
+    "BundleError",
     "ConfigError",
     "CostModel",
     "DataError",

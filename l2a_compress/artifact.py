@@ -7,31 +7,31 @@ An artifact folder holds ``artifact.json`` beside the safetensors that it lists.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path, PurePosixPath
-from typing import Any, TypedDict
+from pathlib import Path
+from typing import Any
 
+from l2a_compress import _listing as listing
 from l2a_compress import _validate
+from l2a_compress._listing import FileEntry
 from l2a_compress.cost import ModelShape
-from l2a_compress.errors import ArtifactError, ConfigError, StorageError
-from l2a_compress.files import sha256_of, write_atomic
+from l2a_compress.errors import ArtifactError, ConfigError
+from l2a_compress.files import write_atomic
 
 __all__ = ["ARTIFACT_FILE", "SCHEMA_VERSION", "ArtifactConfig", "FileEntry", "describe_files"]
 
 ARTIFACT_FILE = "artifact.json"
 SCHEMA_VERSION = 1
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_KIND = listing.Kind(
+    what="artifact",
+    file=ARTIFACT_FILE,
+    maker="training",
+    remedy="copy the folder or train it again",
+    error=ArtifactError,
+)
 _BASE_TEXTS = ("name", "family", "digest")
-
-
-class FileEntry(TypedDict):
-    """What is known of one file: its SHA-256 as 64 hexadecimal digits and its size in bytes."""
-
-    sha256: str
-    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class ArtifactConfig:
         object.__setattr__(self, "base", _base(self.base))
         object.__setattr__(self, "prices", _prices(self.prices))
         object.__setattr__(self, "versions", _versions(self.versions))
-        object.__setattr__(self, "files", _files(self.files))
+        object.__setattr__(self, "files", listing.parse(self.files, _KIND))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal description."""
@@ -119,12 +119,12 @@ class ArtifactConfig:
         """
         folder = Path(folder)
         path = folder / ARTIFACT_FILE
+        data = listing.read_json(path, _KIND)
         try:
-            config = cls.from_json(_read_json(path))
+            config = cls.from_json(data)
         except ArtifactError as error:
-            raise error if str(error).startswith(str(folder)) else ArtifactError(f"{path}: {error}") from None
-        for name, entry in config.files.items():
-            _verify(folder, name, entry)
+            raise ArtifactError(f"{path}: {error}") from None
+        listing.verify(folder, config.files, _KIND)
         return config
 
 
@@ -134,48 +134,7 @@ def describe_files(folder: str | Path) -> dict[str, FileEntry]:
     Raises:
         StorageError: A file cannot be read.
     """
-    folder = Path(folder)
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {
-        name: {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
-        for name in names
-        if name != ARTIFACT_FILE
-    }
-
-
-def _read_json(path: Path) -> object:
-    if not path.parent.is_dir():
-        raise ArtifactError(f"{path.parent}: no such folder; give the folder that training wrote")
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path.parent}: not an artifact: it holds no {ARTIFACT_FILE}; give the folder that training wrote"
-        ) from None
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path}: not JSON ({error}); the file is corrupt: copy or train it again") from error
-
-
-def _verify(folder: Path, name: str, entry: FileEntry) -> None:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ArtifactError(f"{path}: leaves the artifact folder through a link; put the file itself there")
-    if not path.is_file():
-        raise ArtifactError(f"{path}: the file is missing; copy the whole folder or train it again")
-    size = path.stat().st_size
-    if size != entry["size"]:
-        raise ArtifactError(f"{path}: has {size} bytes instead of {entry['size']}; copy the folder or train it again")
-    try:
-        digest = sha256_of(path)
-    except StorageError as error:
-        raise ArtifactError(str(error)) from error
-    if digest != entry["sha256"]:
-        raise ArtifactError(
-            f"{path}: is corrupt: its SHA-256 is {digest[:12]}... instead of {entry['sha256'][:12]}...; "
-            "copy the folder or train it again"
-        )
+    return listing.describe(Path(folder), ARTIFACT_FILE)
 
 
 def _object(value: object, name: str) -> dict[str, Any]:
@@ -215,27 +174,3 @@ def _pairs(value: object, name: str) -> tuple[tuple[float, float], ...]:
 def _versions(value: object) -> dict[str, str]:
     versions = _object(value, "versions")
     return {name: _validate.text(version, f"versions.{name}", ArtifactError) for name, version in versions.items()}
-
-
-def _files(value: object) -> dict[str, FileEntry]:
-    return {_inside(name): _entry(entry, f"files.{name}") for name, entry in _object(value, "files").items()}
-
-
-def _entry(value: object, name: str) -> FileEntry:
-    if not isinstance(value, dict) or set(value) != {"sha256", "size"}:
-        raise ArtifactError(f"{name} must hold exactly sha256 and size, found {value!r}")
-    if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
-        raise ArtifactError(f"{name}.sha256 must be 64 hexadecimal digits, found {value['sha256']!r}")
-    return {
-        "sha256": value["sha256"],
-        "size": _validate.integer(value["size"], f"{name}.size", ArtifactError, minimum=0),
-    }
-
-
-def _inside(name: str) -> str:
-    """Return a relative path that stays in the folder, on every system."""
-    parts = PurePosixPath(name)
-    clean = name and name == parts.as_posix() and "\\" not in name and ":" not in name and "\0" not in name
-    if not clean or parts.is_absolute() or ".." in parts.parts or name in (".", ARTIFACT_FILE):
-        raise ArtifactError(f"files: {name!r} is not a path inside the artifact folder")
-    return name

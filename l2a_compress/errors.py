@@ -10,6 +10,7 @@ Tree:
     ├── UnsupportedModelError  (ValueError)    a model family that is not known
     ├── TokenizerError         (ValueError)    a tokenizer without the think and answer tags
     ├── ArtifactError          (ValueError)    an artifact folder that is missing, corrupt or foreign
+    ├── BundleError            (ValueError)    a bundle folder that is missing, corrupt or foreign
     ├── StorageError           (OSError)       a full disk, a folder that is not writable
     └── TrainingError          (RuntimeError)  a loss that is not finite, a run that cannot go on
 
@@ -23,6 +24,7 @@ __all__ = [
     "AllocationError",
     "ArtifactError",
     "BudgetError",
+    "BundleError",
     "ConfigError",
     "DataError",
     "L2AError",
@@ -63,6 +65,10 @@ class TokenizerError(L2AError, ValueError):
 
 class ArtifactError(L2AError, ValueError):
     """An artifact folder is missing, corrupt, too new or not an artifact."""
+
+
+class BundleError(L2AError, ValueError):
+    """A bundle folder is missing, corrupt or not ours."""
 
 
 class StorageError(L2AError, OSError):

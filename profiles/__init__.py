@@ -1,4 +1,4 @@
-"""Settings that come with the package: devices and training recipes, as TOML files."""
+"""Settings that come with the package: devices, ladders and training recipes, as TOML files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from l2a_compress.errors import ConfigError
 
-__all__ = ["load", "load_device", "load_recipe", "load_toml", "names"]
+__all__ = ["load", "load_device", "load_ladder", "load_recipe", "load_toml", "names"]
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """Return the names of the shipped files of one kind (``devices`` or ``recipes``), sorted."""
+    """Return the names of the shipped files of one kind (``devices``, ``ladders`` or ``recipes``), sorted."""
     folder = _folder(kind)
     if not folder.is_dir():
         return ()
@@ -57,6 +57,11 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
 def load_device(name_or_path: str | Path) -> dict[str, Any]:
     """Read a device's figures by name, or from a path (whatever ends in ``.toml`` or holds a separator)."""
     return _by_name_or_path("devices", name_or_path)
+
+
+def load_ladder(name_or_path: str | Path) -> dict[str, Any]:
+    """Read a ladder by name, or from a path (whatever ends in ``.toml`` or holds a separator)."""
+    return _by_name_or_path("ladders", name_or_path)
 
 
 def _by_name_or_path(kind: str, name_or_path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``l2a compress inspect``: what an artifact is."""
+"""``l2a compress inspect``: what an artifact or a bundle is."""
 
 from __future__ import annotations
 
@@ -9,25 +9,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from l2a_compress.artifact import ArtifactConfig
+from l2a_compress.bundle import MANIFEST_FILE, Bundle
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def inspect(
-    artifact: Annotated[Path, typer.Argument(help="The folder that training wrote.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print artifact.json as it was read.")] = False,
+    folder: Annotated[Path, typer.Argument(help="What training or export wrote.", show_default=False)],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print artifact.json or manifest.json as it was read.")
+    ] = False,
 ) -> None:
-    """Verify an artifact folder and print what it holds."""
-    config = ArtifactConfig.load(artifact)
+    """Verify an artifact or a bundle and print what it holds."""
+    is_bundle = (folder / MANIFEST_FILE).is_file()
+    found = Bundle.load(folder) if is_bundle else ArtifactConfig.load(folder)
     if as_json:
-        typer.echo(json.dumps(config.to_json(), indent=2, sort_keys=True))
+        typer.echo(json.dumps(found.to_json(), indent=2, sort_keys=True))
         return
     from rich.console import Console
 
     console = Console()
-    for table in _tables(config):
+    for table in _bundle_tables(found, folder) if isinstance(found, Bundle) else _tables(found):
         console.print(table)
+
+
+def _bundle_tables(bundle: Bundle, folder: Path) -> list[Table]:
+    from l2a_compress._cli.export import bundle_table
+
+    files = {name: f"{entry['size']:,} bytes, sha256 {entry['sha256'][:12]}" for name, entry in bundle.files.items()}
+    sections: dict[str, dict[str, Any]] = {
+        "base model": dict(bundle.base) | bundle.shape.to_json(),
+        "gates": bundle.gates,
+        "files": files,
+        "versions": dict(bundle.versions),
+    }
+    return [bundle_table(bundle, folder), *(_table(title, rows) for title, rows in sections.items())]
 
 
 def _tables(config: ArtifactConfig) -> list[Table]:

@@ -29,8 +29,8 @@ Style = Literal["long", "short"]
 
 NAMES = tuple("Ann Bob Cal Dan Eve Fay Gus Hal Ida Jon Kim Lee Max Nia Oto Pam".split())
 FAMILIES = ("chain", "clock", "compare", "total")
-WORDINGS = ("plain", "inverted")
-UNSEEN_WORDING = "nested"  # never trained on: an out-of-distribution probe built from known words
+WORDINGS = ("plain", "listed")
+UNSEEN_WORDING = "terse"  # never trained on: an out-of-distribution probe built from known words
 STYLES: tuple[Style, ...] = ("long", "short")
 MAX_STEPS = 6
 MAX_VALUE = 99
@@ -139,8 +139,7 @@ def _problem(rng: random.Random, family: str, wording: str, steps: int, distract
     question, close, answer = _question(rng, family, ends)
     if answer is None:
         return None
-    statement = _clock_statement if clock else _statement
-    statements = [statement(relation, wording) for relation in [*known, *extra]]
+    statements = [_statement(relation, wording) for relation in [*known, *extra]]
     rng.shuffle(statements)
     return Problem(
         family=family,
@@ -167,9 +166,9 @@ def _question(rng: random.Random, family: str, ends: list[_Relation]) -> tuple[s
         question = f"how many do {a.subject} and {b.subject} have together ?"
         close = f"{number(a.value)} + {number(b.value)} = {number(total)} ."
         return question, [close], number(total) if total <= MAX_VALUE else None
-    kind = rng.choice(("more", "fewer"))
+    kind = rng.choice(("most", "least"))  # not "more" and "fewer", which the reasoning is full of
     question = f"who has {kind} , {a.subject} or {b.subject} ?"
-    winner = a if (a.value > b.value) == (kind == "more") else b
+    winner = a if (a.value > b.value) == (kind == "most") else b
     sign = ">" if a.value > b.value else "<"
     close = f"{a.subject} {number(a.value)} {sign} {b.subject} {number(b.value)} ."
     return question, [close], winner.subject if a.value != b.value else None
@@ -184,7 +183,7 @@ def _chain(rng: random.Random, names: Iterator[str], steps: int, clock: bool) ->
 
 def _next_relation(rng: random.Random, subject: str, source: _Relation | None, clock: bool) -> _Relation:
     if source is None:
-        return _Relation(subject, rng.randint(1, HOURS if clock else 40))
+        return _Relation(subject, rng.randint(1, HOURS if clock else 40), op="at" if clock else "")
     op, operand, value = (_clock_operation if clock else _operation)(rng, source.value)
     return _Relation(subject, value, op, operand, source.subject)
 
@@ -207,38 +206,19 @@ def _clock_operation(rng: random.Random, value: int) -> tuple[str, int, int]:
 
 
 def _statement(relation: _Relation, wording: str) -> str:
-    subject, source, operand = relation.subject, relation.source, number(relation.operand)
-    if not source:
-        given = number(relation.value)
-        return {
-            "plain": f"{subject} has {given} .",
-            "inverted": f"there are {given} with {subject} .",
-            "nested": f"with {subject} there are {given} .",
-        }[wording]
-    many = "times as many" if relation.op == "times" else relation.op
-    joint = "as" if relation.op == "times" else "than"
-    return {
-        "plain": f"{subject} has {operand} {many} {joint} {source} .",
-        "inverted": f"{joint} {source} , {subject} has {operand} {many} .",
-        "nested": f"{subject} , {joint} {source} , has {operand} {many} .",
+    """Who it is about, then the number: in every wording, so that a lookup reads forward from the name."""
+    clock = relation.op in ("after", "before", "at")
+    subject = relation.subject
+    opening = {
+        "plain": f"{subject} {'comes' if clock else 'has'}",
+        "listed": f"{'hour' if clock else 'count'} of {subject} :",
+        "terse": f"{subject} :",
     }[wording]
-
-
-def _clock_statement(relation: _Relation, wording: str) -> str:
-    subject, source = relation.subject, relation.source
-    if not source:
-        given = f"at {number(relation.value)}"
-        return {
-            "plain": f"{subject} comes {given} .",
-            "inverted": f"{given} comes {subject} .",
-            "nested": f"{subject} , {given} , comes .",
-        }[wording]
-    moved = f"{relation.operand} hours {relation.op} {source}"
-    return {
-        "plain": f"{subject} comes {moved} .",
-        "inverted": f"{moved} , {subject} comes .",
-        "nested": f"{subject} , {moved} , comes .",
-    }[wording]
+    joint = {"more": "more than", "fewer": "fewer than", "times": "times as many as"}
+    joint |= {"after": "hours after", "before": "hours before"}
+    if relation.source:
+        return f"{opening} {number(relation.operand)} {joint[relation.op]} {relation.source} ."
+    return f"{opening} {'at ' if clock else ''}{number(relation.value)} ."
 
 
 def _resolve_long(chain: list[_Relation]) -> str:
@@ -256,7 +236,7 @@ def _resolve_short(chain: list[_Relation]) -> str:
 def vocabulary() -> list[str]:
     """Every word a problem can contain, in a fixed order (the tokenizer's ids follow it)."""
     words = (
-        "long short . , ? + - * = > < has there are with more fewer times as many than how does do have "
-        "and together who or when come comes at hours after before"
+        "long short . , ? : + - * = > < has more fewer times as many than how does do have "
+        "and together who most least or when come comes at hours after before count hour of"
     )
     return [*(str(digit) for digit in range(10)), *words.split(), *NAMES]

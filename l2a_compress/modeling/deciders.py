@@ -15,7 +15,7 @@ from l2a_compress.cost import CostModel
 from l2a_compress.modeling.budgets import BudgetBatch
 from l2a_compress.modeling.gates import Allocator
 from l2a_compress.modeling.layers import GateState, LayerPlan, plan_from_masks
-from l2a_compress.modeling.projection import best_groups, effective_scores, project, straight_through
+from l2a_compress.modeling.projection import effective_scores, project, straight_through
 
 
 @dataclass
@@ -26,7 +26,7 @@ class GateRequest:
         budgets: one per row.
         prompt_mask: [batch, length], 1 on the tokens that the gates may see.
         temperature: of the gates.
-        noise: added to layer and group scores while exploring: [batch, gated layers, 1 + groups], or None.
+        noise: added to layer and group scores (by rank) while exploring: [batch, gated layers, 1 + groups], or None.
         after: a second set of budgets that holds from position ``switch`` [batch] on (a budget change in mid-sequence).
     """
 
@@ -40,7 +40,10 @@ class GateRequest:
 
 @dataclass
 class GateResult:
-    """What was decided: hard ``layers`` [batch, gated], ``groups`` [batch, gated, groups]; the soft cost is [batch]."""
+    """What was decided: hard ``layers`` [batch, gated], ``groups`` [batch, gated, groups]; the soft cost is [batch].
+
+    ``layer_scores`` and, by rank, ``group_scores`` are shaped like them.
+    """
 
     layers: Tensor
     groups: Tensor
@@ -91,16 +94,17 @@ class StemDecider:
             group_units=self.cost.group_units,
             min_groups=self.min_groups,
         )
-        result = GateResult(hard.layers, hard.groups, soft_cost, layer_scores, group_scores)
+        groups = allocator.by_group(hard.groups)
+        result = GateResult(hard.layers, groups, soft_cost, layer_scores, group_scores)
         if not torch.is_grad_enabled():
-            layer_masks, group_masks = hard.layers.float(), hard.groups.float()
+            layer_masks, group_masks = hard.layers.float(), groups.float()
         else:
             threshold, heat = hard.threshold[:, None], request.temperature
             effective = effective_scores(layer_scores, group_scores)
             layer_masks = straight_through(hard.layers, layer_scores, threshold, heat)
-            group_masks = straight_through(hard.groups, effective, threshold[..., None], heat)
-            if not self.config.heads:
-                group_masks = hard.groups.float()
+            group_masks = groups.float()
+            if self.config.heads:
+                group_masks = allocator.by_group(straight_through(hard.groups, effective, threshold[..., None], heat))
         pairs = zip(layer_masks.unbind(1), group_masks.unbind(1), strict=True)
         return result, [(layer[:, None], groups[:, None]) for layer, groups in pairs]
 
@@ -142,23 +146,26 @@ class InlineDecider:
             noisy_group = group_score + request.noise[:, gate, 1:]
         threshold = torch.where(torch.isfinite(price), price, torch.zeros_like(price))
         full = request.budgets.compute >= 1.0  # the whole budget forces every gate open
-        keep, groups = self._spend(noisy_layer, noisy_group, threshold, full)
+        noisy_group = noisy_group.cummin(-1).values
+        keep, ranks = self._spend(noisy_layer, noisy_group, threshold, full)
+        groups = self.allocator.by_group(ranks, gate)
         self.decided.append((keep, groups, layer_score, group_score))
         exact = not torch.is_grad_enabled()
         layer_mask, group_mask = keep.float(), groups.float()
         if not exact:
             layer_mask = straight_through(keep, noisy_layer, threshold, request.temperature)
             if self.config.heads:
-                group_mask = straight_through(groups, noisy_group, threshold[:, None], request.temperature)
+                mask = straight_through(ranks, noisy_group, threshold[:, None], request.temperature)
+                group_mask = self.allocator.by_group(mask, gate)
         self.state.plans[index] = plan_from_masks(layer_mask[:, None], group_mask[:, None], exact=exact)
 
     @torch.no_grad()
     def _spend(self, layer: Tensor, group: Tensor, threshold: Tensor, full: Tensor) -> tuple[Tensor, Tensor]:
-        """Hard decisions for one layer, [batch] and [batch, groups] scores -> bool masks; spends their cost."""
+        """Hard decisions for one layer, [batch] and [batch, groups] scores by rank -> bool masks; spends their cost."""
         cost, total = self.cost, group.shape[-1]
         least = self.config.min_groups if self.config.heads else total
-        wanted = best_groups(group, least) | (group > threshold[:, None]) | full[:, None]
-        rank = group.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        rank = torch.arange(total, device=group.device)
+        wanted = (rank < least) | (group > threshold[:, None]) | full[:, None]
         affordable = torch.div(self.units - cost.layer_units, cost.group_units, rounding_mode="floor")
         affordable = torch.minimum(affordable, self.heads_left)
         keep = ((layer > threshold) | full) & (affordable >= least) & (self.layers_left > 0)

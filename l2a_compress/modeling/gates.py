@@ -129,6 +129,8 @@ class Allocator(nn.Module):
         inputs = 2 * hidden_size + config.budget_dim
         self.layer_gates = StackedMLP(gated_layers, inputs, config.hidden, 1)
         self.head_gates = StackedMLP(gated_layers, inputs, config.hidden, num_groups)
+        order = torch.arange(num_groups).repeat(gated_layers, 1)
+        self.group_order = nn.Parameter(order, requires_grad=False)  # a parameter, to be saved with the gates
 
     def summarize(self, hidden: Tensor, prompt_mask: Tensor) -> Tensor:
         """Mean and last state of the prompt. [batch, length, width], [batch, length] -> [batch, 2 * width]."""
@@ -148,21 +150,34 @@ class Allocator(nn.Module):
             return torch.cat([self.summarize(hidden, prompt_mask), self.embedding(budget)], dim=-1)
 
     def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Layer scores [batch, gated layers] and group scores [batch, gated layers, groups]."""
+        """Layer scores [batch, gated layers] and group scores [batch, gated layers, groups], by rank."""
         with _full_precision(features):
             return bounded(self.layer_gates(features).squeeze(-1)), bounded(self.head_gates(features))
 
     def scores_at(self, index: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores of one gated layer: [batch] and [batch, groups]."""
+        """Scores of one gated layer: [batch] and [batch, groups], by rank."""
         with _full_precision(features):
             layer, groups = self.layer_gates.one(index, features).squeeze(-1), self.head_gates.one(index, features)
         return bounded(layer), bounded(groups)
 
+    def by_group(self, ranks: Tensor, layer: int | None = None) -> Tensor:
+        """From rank order to the groups' own: [batch, gated layers, groups], or [batch, groups] of one gated layer."""
+        places = self.group_order.argsort(-1)
+        places = places if layer is None else places[layer]
+        return ranks.gather(-1, places.expand_as(ranks))
+
     @torch.no_grad()
     def set_prior(self, layer_scores: Tensor, group_scores: Tensor) -> None:
-        """Starts the gates from measured importance: [gated layers] and [gated layers, groups]."""
+        """Starts the gates from measured importance, and orders each layer's groups by it.
+
+        Args:
+            layer_scores: [gated layers].
+            group_scores: [gated layers, groups], in the groups' own order.
+        """
         self.layer_gates.outer_bias.copy_(layer_scores[:, None])
-        self.head_gates.outer_bias.copy_(group_scores)
+        ranked, order = group_scores.sort(dim=-1, descending=True, stable=True)
+        self.head_gates.outer_bias.copy_(ranked)
+        self.group_order.copy_(order)
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

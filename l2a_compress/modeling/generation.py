@@ -201,9 +201,9 @@ def _decode(
     mask = torch.cat([attention_mask, (torch.arange(opening.shape[1], device=device) < kept[:, None]).long()], dim=1)
     cache = DynamicCache()
     limit = max(rows.caps) + config.max_answer_tokens + 4
-    for step in range(limit):
+    for _ in range(limit):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        if step == 0 and features is not None and gated.gate_config.tokens:
+        if features is not None and gated.gate_config.tokens:  # at every <think>, as in training
             offset = gated.transition.think_offset(features)[:, None]
             gated.state.offset = (tokens == tags.think)[..., None] * offset
         hidden = gated(tokens, mask, cache=cache, position_ids=positions).hidden[:, -1:]

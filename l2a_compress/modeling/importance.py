@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from l2a_compress.allocation import Allocation
+from l2a_compress.cost import CostModel
 from l2a_compress.modeling.families import decoder_layers
 from l2a_compress.modeling.gated import GatedModel
 
@@ -17,61 +18,100 @@ Batch = Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def mean_loss(gated: GatedModel, batches: Sequence[Batch], allocation: Allocation | None = None) -> float:
-    """Cross entropy per labelled token, with adapters on, under one allocation (None: dense).
-
-    Each batch holds input_ids, attention_mask and labels (-100: not counted), all [batch, length].
-    """
-    total, count = 0.0, 0
-    with gated.forced([allocation] if allocation is not None else None):
-        for batch in batches:
-            hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden
-            labels = batch["labels"][:, 1:]
-            mask = labels != -100
-            logits = gated.logits(hidden[:, :-1][mask]).float()
-            total += float(functional.cross_entropy(logits, labels[mask], reduction="sum"))
-            count += int(mask.sum())
-    return total / max(count, 1)
-
-
 def drop_losses(
     gated: GatedModel, batches: Sequence[Batch], progress: Callable[[], None] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Loss increase when one layer, or one KV group of one layer, is dropped alone.
+    """Increase of the cross entropy per labelled token when one layer, or one KV group of one layer, is dropped alone.
+
+    What comes before that layer is the same for all its cuts, so it is run once.
+
+    Args:
+        gated: The model; adapters count unless the caller turned them off.
+        batches: Of input_ids, attention_mask and labels (-100: not counted), all [batch, length].
+        progress: Called after each cut.
 
     Returns:
         (layers [gated layers], groups [gated layers, groups]); the always-on stem is left out.
     """
     shape, stem = gated.shape, gated.gate_config.stem_layers
-    base = mean_loss(gated, batches)
-    everything = Allocation.dense(shape.num_layers, shape.num_groups).groups
+    every = tuple(range(shape.num_groups))
+    states: list[Tensor] = [gated.model.get_input_embeddings()(batch["input_ids"]) for batch in batches]
+    base = _mean_loss(gated, batches, states, [every] * shape.num_layers)
     layers = torch.zeros(shape.num_layers - stem)
     groups = torch.zeros(shape.num_layers - stem, shape.num_groups)
-    for index in range(stem, shape.num_layers):
-        cuts: list[tuple[int, ...]] = [()]
-        if gated.gate_config.heads and shape.num_groups > gated.gate_config.min_groups:
-            cuts += [tuple(g for g in range(shape.num_groups) if g != group) for group in range(shape.num_groups)]
-        for number, kept in enumerate(cuts):
-            allocation = Allocation(
-                num_groups=shape.num_groups, groups=(*everything[:index], kept, *everything[index + 1 :])
-            )
-            increase = mean_loss(gated, batches, allocation) - base
+    cuts: list[tuple[int, ...]] = [()]
+    if gated.gate_config.heads and shape.num_groups > gated.gate_config.min_groups:
+        cuts += [tuple(other for other in every if other != group) for group in every]
+    for index in range(shape.num_layers):
+        for number, kept in enumerate(cuts if index >= stem else ()):
+            rest = [every] * (shape.num_layers - index - 1)
+            increase = _mean_loss(gated, batches, states, [*[()] * index, kept, *rest]) - base
             if number == 0:
                 layers[index - stem] = increase
             else:
                 groups[index - stem, number - 1] = increase
             if progress is not None:
                 progress()
+        states = [_after(gated, batch, state, index) for batch, state in zip(batches, states, strict=True)]
     return layers, groups
 
 
-def prior_scores(layers: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate scores to start from: the logarithm of the loss increases, standardized over both kinds together.
+def _mean_loss(
+    gated: GatedModel, batches: Sequence[Batch], states: Sequence[Tensor], kept: Sequence[tuple[int, ...]]
+) -> float:
+    """Cross entropy per labelled token with these groups of each layer, from the input of the first layer that runs."""
+    total, count = 0.0, 0
+    for batch, state in zip(batches, states, strict=True):
+        hidden = _hidden(gated, batch, state, kept)
+        labels = batch["labels"][:, 1:]
+        mask = labels != -100
+        logits = gated.logits(hidden[:, :-1][mask]).float()
+        total += float(functional.cross_entropy(logits, labels[mask], reduction="sum"))
+        count += int(mask.sum())
+    return total / max(count, 1)
 
-    A group costs far less than a layer, so its increase is first put in proportion (``groups`` per layer).
+
+def _hidden(gated: GatedModel, batch: Batch, state: Tensor, kept: Sequence[tuple[int, ...]]) -> Tensor:
+    """[batch, length, width] behind the last layer; layers that keep no group hand their input on."""
+    with gated.forced([Allocation(num_groups=gated.shape.num_groups, groups=tuple(kept))]):
+        output = gated.model.base_model(
+            inputs_embeds=state, attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+    return output  # type: ignore[no-any-return]
+
+
+def _after(gated: GatedModel, batch: Batch, state: Tensor, index: int) -> Tensor:
+    """The output of layer ``index`` for its input ``state``."""
+    shape, found = gated.shape, state
+    if index + 1 == shape.num_layers:
+        return found  # nobody asks for the last one
+    every = tuple(range(shape.num_groups))
+
+    def catch(layer: int, hidden: Tensor) -> None:
+        nonlocal found
+        if layer == index + 1:
+            found = hidden
+
+    alone = [every if layer == index else () for layer in range(shape.num_layers)]
+    with gated.forced([Allocation(num_groups=shape.num_groups, groups=tuple(alone))]):
+        gated.state.hook = catch
+        try:
+            gated.model.base_model(inputs_embeds=state, attention_mask=batch["attention_mask"], use_cache=False)
+        finally:
+            gated.state.hook = None
+    return found
+
+
+def prior_scores(layers: Tensor, groups: Tensor, cost: CostModel) -> tuple[Tensor, Tensor]:
+    """Gate scores to start from: the logarithm of the loss increase per unit of cost, standardized.
+
+    Args:
+        layers: loss increases [gated layers].
+        groups: loss increases [gated layers, groups].
+        cost: of the model; a group costs far less than a layer.
     """
-    share = groups.shape[1]
-    logs = torch.cat([layers[:, None], groups * share], dim=1).clamp(min=1e-4).log()
+    ratio = (cost.layer_units + cost.shape.num_groups * cost.group_units) / cost.group_units
+    logs = torch.cat([layers[:, None], groups * ratio], dim=1).clamp(min=1e-4).log()
     scores = (logs - logs.mean()) / logs.std().clamp(min=1e-6)
     return scores[:, 0], scores[:, 1:]
 

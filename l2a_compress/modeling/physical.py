@@ -79,11 +79,11 @@ def _ranges(groups: Sequence[int], width: int) -> Tensor:
 def _replace(parent: nn.Module, name: str, rows: Tensor | None, columns: Tensor | None, stack: ExitStack) -> None:
     original = getattr(parent, name)
     stack.callback(setattr, parent, name, original)
-    setattr(parent, name, _sliced(original, rows, columns))
+    setattr(parent, name, sliced_linear(original, rows, columns))
 
 
 @torch.no_grad()
-def _sliced(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
+def sliced_linear(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
     """The linear layer that ``module`` amounts to on those rows and columns; the base layer where nothing changes."""
     if isinstance(module, GatedProjection):
         module = module.projection

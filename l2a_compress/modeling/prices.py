@@ -14,7 +14,7 @@ from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets, minimum_co
 from l2a_compress.modeling.deciders import GateRequest
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import SCORE_LIMIT
-from l2a_compress.modeling.projection import best_groups, effective_scores
+from l2a_compress.modeling.projection import effective_scores
 
 Prompts = Sequence[tuple[Tensor, Tensor]]  # (input_ids, attention_mask), left-padded, ending in <think>
 
@@ -82,7 +82,7 @@ def _stem_cost(gated: GatedModel, layers: Tensor, groups: Tensor, price: float) 
     """With no other limit the projection keeps exactly what exceeds the price."""
     least = gated.gate_config.min_groups if gated.gate_config.heads else gated.shape.num_groups
     kept = layers > price
-    offered = (effective_scores(layers, groups) > price) | best_groups(groups, least)
+    offered = (effective_scores(layers, groups) > price) | (torch.arange(groups.shape[-1]) < least)
     return _mean_fraction(gated, kept, offered & kept[..., None])
 
 

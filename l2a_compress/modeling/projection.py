@@ -1,7 +1,9 @@
 """From gate scores to hard decisions that fit a budget.
 
-A gated layer offers one *layer item* (its MLP and its best ``min_groups`` KV groups) and one *group item* for every
-other KV group. A group cannot outrank its layer, so its effective score is ``min(group score, layer score)``.
+A layer's KV groups have a fixed order of importance, and what is kept of them is a prefix of it: a narrower layer is
+then a byte prefix of a wider one, and how wide is all that the gates decide. Here groups go by their *rank* in that
+order. A gated layer offers one *layer item* (its MLP and its first ``min_groups`` groups) and one *group item* for
+every other group. A group outranks neither its layer nor a group before it.
 
 - ``cap``: items are taken in order of score as long as they fit what is left of the request's budget, so the cost of
   every single request is at most its budget, and so are its layer and head caps.
@@ -34,7 +36,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is kept, as bool: ``layers`` [batch, layers], ``groups`` [batch, layers, groups] of the gated layers.
+    """What is kept, as bool: ``layers`` [batch, layers], ``groups`` [batch, layers, groups] by rank.
 
     ``threshold`` [batch]: the score between what was kept and what was not.
     """
@@ -44,15 +46,12 @@ class Decision:
     threshold: Tensor
 
 
-def best_groups(group_scores: Tensor, count: int) -> Tensor:
-    """True for the ``count`` best-scored KV groups of each layer. [batch, layers, groups] -> same shape, bool."""
-    best = torch.zeros_like(group_scores, dtype=torch.bool)
-    return best.scatter_(-1, group_scores.topk(count, dim=-1).indices, True)
-
-
 def effective_scores(layer_scores: Tensor, group_scores: Tensor) -> Tensor:
-    """A group's score, never above its layer's. [batch, layers], [batch, layers, groups] -> [batch, layers, groups]."""
-    return torch.minimum(group_scores, layer_scores[..., None])
+    """A group's score, never above its layer's nor one of a lower rank.
+
+    [batch, layers], [batch, layers, groups] -> [batch, layers, groups].
+    """
+    return torch.minimum(group_scores.cummin(-1).values, layer_scores[..., None])
 
 
 @torch.no_grad()
@@ -67,9 +66,12 @@ def project(
 ) -> Decision:
     """The best-scored set of layers and KV groups that fits each row's limits (greedy by score).
 
+    Nothing that was refused can fit later, since all layers cost the same and all groups do. So items are taken up to
+    the first that does not fit; if that was a layer, groups of the layers so far may still fit behind it.
+
     Args:
         layer_scores: [batch, layers] of the gated layers.
-        group_scores: [batch, layers, groups].
+        group_scores: [batch, layers, groups], by rank.
         limits: per-row limits.
         layer_units: cost of a kept layer without its groups.
         group_units: cost of one kept KV group.
@@ -77,40 +79,41 @@ def project(
     """
     batch, layers = layer_scores.shape
     groups = group_scores.shape[-1]
-    first = best_groups(group_scores, min_groups)
-    optional = effective_scores(layer_scores, group_scores).masked_fill(first, -torch.inf)
-    # A layer's item stands before its groups', so a stable sort keeps it first among equals.
+    optional = effective_scores(layer_scores, group_scores)[..., min_groups:]
     scores = torch.cat([layer_scores, optional.flatten(1)], dim=1)
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    costs = scores.new_full((layers * (1 + groups),), group_units, dtype=torch.long)
-    costs[:layers] = layer_units + min_groups * group_units
-    owner = torch.cat([torch.arange(layers), torch.arange(layers).repeat_interleave(groups)]).to(scores.device)
+    # A layer's item stands before its groups', and these by rank, so a stable sort keeps them so among equals.
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    is_layer = order < layers
+    owner = torch.where(is_layer, order, (order - layers).div(max(groups - min_groups, 1), rounding_mode="floor"))
+    heads = torch.where(is_layer, min_groups, 1)
+    costs = is_layer * layer_units + heads * group_units
+    units_left, heads_left = limits.units[:, None], limits.heads[:, None]
+    wanted = scores > limits.price[:, None]
 
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    rows = torch.arange(batch, device=scores.device)
-    units, layers_left, heads_left = limits.units.clone(), limits.layers.clone(), limits.heads.clone()
-    below = torch.full_like(limits.price, -torch.inf)
-    above = torch.full_like(limits.price, torch.inf)
-    for item in order.unbind(1):
-        is_layer = item < layers
-        score, cost = scores[rows, item], costs[item]
-        heads = torch.where(is_layer, min_groups, 1)
-        offered = torch.isfinite(score) & (is_layer | taken[rows, owner[item]])
-        fits = (cost <= units) & (heads <= heads_left) & (~is_layer | (layers_left > 0))
-        take = offered & fits & (score > limits.price)
-        taken[rows, item] |= take
-        units -= cost * take
-        heads_left -= heads * take
-        layers_left -= (take & is_layer).long()
-        above = torch.where(take, score, above)
-        below = torch.where(offered & ~take, torch.maximum(below, score), below)
-    kept = taken[:, :layers]
-    decided = Decision(
-        layers=kept,
-        groups=(taken[:, layers:].view(batch, layers, groups) | first) & kept[..., None],
-        threshold=_between(above, below, limits.price),
+    fits = wanted & (costs.cumsum(1) <= units_left) & (heads.cumsum(1) <= heads_left)
+    fits &= ~is_layer | (is_layer.cumsum(1) <= limits.layers[:, None])
+    taken = fits.long().cumprod(1).bool()
+    kept = torch.zeros_like(layer_scores, dtype=torch.long).scatter_add_(1, owner, (taken & is_layer).long()).bool()
+    offered = is_layer | kept.gather(1, owner)
+    asked = taken | (offered & wanted & ~is_layer)
+    taken = asked & ((costs * asked).cumsum(1) <= units_left) & ((heads * asked).cumsum(1) <= heads_left)
+
+    chosen = (
+        torch.zeros_like(order)
+        .scatter_(1, order, taken.long())
+        .bool()[:, layers:]
+        .reshape(batch, layers, groups - min_groups)
     )
-    return decided
+    first = kept[..., None].expand(batch, layers, min_groups)
+    return Decision(
+        layers=kept,
+        groups=torch.cat([first, chosen], dim=-1),
+        threshold=_between(
+            scores.masked_fill(~taken, torch.inf).amin(1),
+            scores.masked_fill(taken | ~offered, -torch.inf).amax(1),
+            limits.price,
+        ),
+    )
 
 
 def _between(above: Tensor, below: Tensor, price: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, row
     batches = [collate([samples[at] for at in range(start, min(start + 16, rows))])["batch"] for start in starts]
     gated.eval()
     with gated.teacher():  # adapters still do nothing: leaving them out is the same and faster
-        gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches)))
+        gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches), gated.cost))
     gated.train()
 
 

@@ -88,6 +88,7 @@ class TrainingStep(nn.Module):
         if self.noise > 0:
             shape = (self.gated.shape.num_layers - self.gated.gate_config.stem_layers, 1 + self.gated.shape.num_groups)
             drawn = np.stack([gumbel_noise(self.seed, int(index), shape) for index in batch["index"].tolist()])
+            drawn[..., 1:] = -np.sort(-drawn[..., 1:], axis=-1)  # falling with the rank: all widths stay as likely
             noise = self.noise * torch.from_numpy(drawn).to(device)
         after = switch = None
         if bool((batch["switch"] < 1).any()) and self.gated.gate_config.mode == "stem":

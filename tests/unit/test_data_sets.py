@@ -71,7 +71,7 @@ def test_an_embedded_problem_depends_on_seed_and_place_alone() -> None:
     assert (len(load_examples(DataConfig())), len(load_examples(DataConfig(), "heldout"))) == (1_000_000, 2_000)
 
 
-@pytest.mark.parametrize(("subset", "key"), [("clock", "family"), ("nested", "wording"), ("hard", "difficulty")])
+@pytest.mark.parametrize(("subset", "key"), [("clock", "family"), ("terse", "wording"), ("hard", "difficulty")])
 def test_an_embedded_subset_holds_one_sort(subset: str, key: str) -> None:
     assert {example.meta[key] for example in load_examples(DataConfig(subset=subset, limit=30))} == {subset}
 

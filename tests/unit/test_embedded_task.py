@@ -46,7 +46,7 @@ def _solve(prompt: str) -> str:
     if "together" in question:
         return task.number(value(asked[0]) + value(asked[1]))
     if "who" in question:
-        pick = max if "more" in question else min
+        pick = max if "most" in question else min
         return pick(asked, key=value)
     return task.number(value(asked[0]))
 

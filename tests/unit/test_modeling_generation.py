@@ -216,12 +216,12 @@ def test_generating_leaves_the_model_dense_and_its_mode_as_it_was() -> None:
 
 
 def test_the_network_is_told_its_budget_at_think() -> None:
-    ids, mask = prompts(1, padded=False)
+    ids, mask = prompts(8, padded=False)  # one prompt alone may be answered the same by chance
     gated = new_gated(summary="none")
-    given = [Allocation.dense(LAYERS, GROUPS)]
+    given = [Allocation.dense(LAYERS, GROUPS)] * 8
     texts = []
-    for cap in (8, 0.5):
-        budget = [Budget(compute=1.0 if cap == 8 else cap)]
-        (found,) = generate(gated, tags(), ids, mask, budgets=budget, allocations=given, config=SHORT)
-        texts.append((found.think, found.answer))
+    for compute in (1.0, 0.5):
+        budgets = [Budget(compute=compute)] * 8
+        found = generate(gated, tags(), ids, mask, budgets=budgets, allocations=given, config=SHORT)
+        texts.append([(text.think, text.answer) for text in found])
     assert texts[0] != texts[1]

@@ -92,7 +92,8 @@ def test_a_resumed_run_continues_bit_by_bit(recipe: Recipe, straight: Path, tmp_
     assert first["prices"] == second["prices"]
     before = safetensors.torch.load_file(straight / "checkpoints" / "checkpoint-3" / "model.safetensors")
     after = safetensors.torch.load_file(straight / "checkpoints" / "checkpoint-6" / "model.safetensors")
-    assert all(not torch.equal(before[name], after[name]) for name in before)  # everything was trained in between
+    numbers = [name for name, value in before.items() if value.is_floating_point()]  # not the order of the groups
+    assert all(not torch.equal(before[name], after[name]) for name in numbers)  # everything was trained in between
 
 
 def test_a_finished_run_can_be_started_again(recipe: Recipe, straight: Path, tmp_path: Path) -> None:
@@ -224,7 +225,7 @@ def test_adapters_and_gates_have_their_own_rates(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, lr=1e-3, gate_lr=5e-3)
     optimizer = trainer.create_optimizer()
     gated = trainer.model.gated
-    wanted = {id(p): 5e-3 for p in gated.gate_parameters.values()} | {
+    wanted = {id(p): 5e-3 for p in gated.gate_parameters.values() if p.requires_grad} | {
         id(p): 1e-3 for p in gated.adapter_parameters.values()
     }
     found = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}

@@ -42,11 +42,11 @@ def new_model(family: str = "qwen3", *, seed: int = 0, **changes: Any) -> PreTra
     settings: dict[str, Any] = {
         "vocab_size": len(word_tokenizer()),
         "hidden_size": 32,
-        "intermediate_size": 48,
+        "intermediate_size": 64,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 4,
         "num_key_value_heads": GROUPS,
-        "head_dim": 8,
+        "head_dim": 16,  # what onnxruntime's attention needs
         "tie_word_embeddings": True,
         "max_position_embeddings": 512,
         "initializer_range": 0.2,  # the usual 0.02 makes every allocation answer the same
@@ -73,15 +73,18 @@ def new_gated(
 
 
 def scramble(gated: GatedModel, seed: int = 0) -> None:
-    """Random values for everything that is trained."""
+    """Random values for everything that is trained, and a random order of the KV groups."""
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in trainable(gated).values():
         nn.init.normal_(parameter, std=0.3, generator=generator)
+    order = torch.rand(gated.allocator.group_order.shape, generator=generator).argsort(-1)
+    gated.allocator.group_order.data.copy_(order)
 
 
 def trainable(gated: GatedModel) -> dict[str, nn.Parameter]:
     """Gates and adapters by name."""
-    return {**gated.gate_parameters, **gated.adapter_parameters}
+    gates = {name: value for name, value in gated.gate_parameters.items() if value.is_floating_point()}
+    return {**gates, **gated.adapter_parameters}
 
 
 def prompts(rows: int = 4, length: int = 10, *, seed: int = 0, padded: bool = True) -> tuple[Tensor, Tensor]:

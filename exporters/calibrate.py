@@ -1,0 +1,129 @@
+"""What each graph of a bundle costs on this machine: time of a prefill and of a decode step, and memory.
+
+Times are medians over rounds in which all graphs take turns, so that a machine that slows down slows all of them.
+Memory is the peak of a process that does nothing but load the graph and run it.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2a_compress.bundle import COSTS_FILE, GraphEntry
+from l2a_compress.cost import ModelShape
+from l2a_compress.files import write_atomic
+from l2a_compress.runtime.decoder import Array, GraphDecoder
+
+PROMPT, TOKENS = 128, 16
+
+
+def calibrate(
+    folder: Path,
+    graphs: Sequence[GraphEntry],
+    shape: ModelShape,
+    *,
+    in_place: bool,
+    threads: int | None = None,
+    rounds: int = 7,
+) -> dict[str, Any]:
+    """Measures all graphs, one sequence at a time, and writes ``costs.json``.
+
+    Returns:
+        ``device``, ``threads``, ``prompt`` and ``graphs``: by name ``prefill_seconds`` of that prompt,
+        ``decode_seconds`` of one token after it, ``peak_bytes`` and ``graph_bytes``.
+    """
+    decoders = {graph.name: GraphDecoder(folder / graph.file, in_place=in_place, threads=threads) for graph in graphs}
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+    for number in range(rounds + 1):
+        for name, decoder in decoders.items():
+            seconds = _run(decoder, shape)
+            if number:  # the first round warms up
+                spent[name].append(seconds)
+    found = {
+        "device": _processor(),
+        "threads": threads,
+        "prompt": PROMPT,
+        "graphs": {
+            graph.name: {
+                "prefill_seconds": statistics.median(first for first, _ in spent[graph.name]),
+                "decode_seconds": statistics.median(second for _, second in spent[graph.name]),
+                "peak_bytes": _peak(folder / graph.file, shape, in_place=in_place),
+                "graph_bytes": (folder / graph.file).stat().st_size,
+            }
+            for graph in graphs
+        },
+    }
+    write_atomic(folder / COSTS_FILE, json.dumps(found, indent=2) + "\n")
+    return found
+
+
+def not_faster(graphs: Sequence[GraphEntry], costs: Mapping[str, Any]) -> list[GraphEntry]:
+    """The variants that decode no faster than the next larger one that stays."""
+    slow: list[GraphEntry] = []
+    before = float("inf")
+    for graph in (graph for graph in graphs if graph.kind == "variant"):
+        seconds = costs["graphs"][graph.name]["decode_seconds"]
+        if seconds >= before:
+            slow.append(graph)
+        else:
+            before = seconds
+    return slow
+
+
+def _run(decoder: GraphDecoder, shape: ModelShape) -> tuple[float, float]:
+    """Seconds of a prefill, and of one decode step after it, of the dense allocation where the graph can choose."""
+    tokens = np.arange(PROMPT, dtype=np.int64)[None] % shape.vocab_size
+    inputs: dict[str, Array] = {}
+    if "allocation" in decoder.inputs:
+        inputs = {
+            "budget": np.ones((1, 2), dtype=np.float32),
+            "limits": np.zeros((1, 3), dtype=np.int64),
+            "price": np.zeros(1, dtype=np.float32),
+            "allocation": np.full((1, shape.num_layers), shape.num_groups, dtype=np.int64),
+        }
+    decoder.start(1, PROMPT + TOKENS)
+    began = time.perf_counter()
+    decoder.step(tokens, np.ones((1, PROMPT), dtype=np.int64), **inputs)
+    middle = time.perf_counter()
+    for step in range(TOKENS):
+        decoder.step(tokens[:, step : step + 1], np.ones((1, PROMPT + step + 1), dtype=np.int64), **inputs)
+    return middle - began, (time.perf_counter() - middle) / TOKENS
+
+
+def _peak(path: Path, shape: ModelShape, *, in_place: bool) -> int | None:
+    """Bytes; None where the system does not tell."""
+    command = [sys.executable, "-m", __name__, str(path), json.dumps(shape.to_json()), str(int(in_place))]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    peak = int(done.stdout.splitlines()[-1])
+    return peak or None
+
+
+def _own_peak() -> int:
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return 0
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def _processor() -> str:
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    _run(
+        GraphDecoder(Path(sys.argv[1]), in_place=bool(int(sys.argv[3])), threads=1),
+        ModelShape.from_json(json.loads(sys.argv[2])),
+    )
+    print(_own_peak())

@@ -1,0 +1,64 @@
+"""Which allocations a bundle's static variants are fixed to: a nested ladder, mined from what the gates choose."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.errors import ConfigError
+from l2a_compress.modeling.gated import GatedModel
+
+Prompts = Sequence[tuple[Tensor, Tensor]]
+
+
+def budgets_of(table: dict[str, Any]) -> tuple[float, ...]:
+    """The budgets of a ladder file, checked: falling, within (0, 1].
+
+    Raises:
+        ConfigError: another key, or budgets that are not a falling list of numbers.
+    """
+    unknown = sorted(set(table) - {"budgets"})
+    if unknown or not isinstance(table.get("budgets"), list) or not table["budgets"]:
+        raise ConfigError(f"a ladder holds `budgets = [...]` and nothing else, found {sorted(table)}")
+    budgets = tuple(Budget(compute=value).compute for value in table["budgets"])
+    if list(budgets) != sorted(set(budgets), reverse=True):
+        raise ConfigError(f"a ladder's budgets must fall from one to the next, found {list(budgets)}")
+    return budgets
+
+
+def mine(gated: GatedModel, prompts: Prompts, budgets: Sequence[float]) -> list[tuple[float, Allocation]]:
+    """For each budget the allocation chosen most often of those that are a part of the one before it.
+
+    Where the gates never choose such a one, it is the most frequent one cut down to the one before it.
+
+    Args:
+        gated: with trained gates.
+        prompts: left-padded ``(input_ids, attention_mask)``, ending in ``<think>``.
+        budgets: falling.
+
+    Raises:
+        BudgetError: a budget below what the always-on layers cost.
+    """
+    before = Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)
+    ladder = []
+    for budget in budgets:
+        counts: Counter[Allocation] = Counter()
+        for ids, mask in prompts:
+            counts.update(gated.allocate(ids, mask, [Budget(compute=budget)] * len(ids)))
+        ranked = [allocation for allocation, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0].key))]
+        nested = next((allocation for allocation in ranked if allocation.is_subset(before)), None)
+        before = nested if nested is not None else _part(ranked[0], before)
+        ladder.append((budget, before))
+    return ladder
+
+
+def _part(allocation: Allocation, whole: Allocation) -> Allocation:
+    """What both keep. Groups are prefixes of one order, so this is the narrower prefix of each layer."""
+    pairs = zip(allocation.groups, whole.groups, strict=True)
+    return replace(allocation, groups=tuple(tuple(sorted(set(mine) & set(theirs))) for mine, theirs in pairs))

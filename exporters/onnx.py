@@ -1,0 +1,268 @@
+"""`l2a compress export --target onnx` as one function: artifact folder -> bundle folder.
+
+artifact -> gated model -> weight file (adapters merged, layer by layer) -> If graph and variants over it -> manifest
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from transformers import PretrainedConfig
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.artifact import ARTIFACT_FILE
+from l2a_compress.bundle import DIALECTS, SCHEMA_VERSION, Bundle, GraphEntry, describe_bundle
+from l2a_compress.cost import ModelShape
+from l2a_compress.errors import ConfigError
+from l2a_compress.exporters import ladder as ladders
+from l2a_compress.exporters.calibrate import calibrate, not_faster
+from l2a_compress.exporters.graph import if_graph, static_graph
+from l2a_compress.exporters.peers import write_configs
+from l2a_compress.exporters.quantize import BITS, quantize
+from l2a_compress.exporters.spec import GraphSpec, widths_of
+from l2a_compress.exporters.weights import BY_INPUT, WeightFile, gate_tensors, model_tensors, rotary_tables
+from l2a_compress.files import atomic_dir, sha256_of
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.tags import read_tags
+from l2a_compress.training.run import calibration_prompts
+from l2a_compress.training.store import LoadedArtifact, load_artifact
+
+log = logging.getLogger(__name__)
+IF_NAME = "if"
+_PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+_MOST_POSITIONS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export.
+
+    Attributes:
+        budgets: of the static variants, falling; none for no variant.
+        dialect: ``ort`` (onnxruntime's own operators) or ``standard`` (opset 23 alone).
+        if_graph: whether the ``If`` graph is exported.
+        calibration: prompts that the ladder is mined from.
+        positions: most tokens of a sequence; None: the model's own limit, at most 8192.
+        precision: of the matrices: fp32, int8 or int4 (in blocks of 32); the rest is always in 32 bits.
+        whole_cache: whether layers that the ``If`` graph skips still write keys and values, so that an allocation may
+            grow at any step; else it may only shrink, and to grow is to start again from the tokens.
+        calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
+            is then left out.
+    """
+
+    budgets: tuple[float, ...] = (1.0, 0.85, 0.7, 0.55, 0.4)
+    dialect: str = "ort"
+    if_graph: bool = True
+    calibration: int = 256
+    positions: int | None = None
+    precision: str = "fp32"
+    whole_cache: bool = True
+    calibrate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision != "fp32" and self.precision not in BITS:
+            raise ConfigError(f"precision {self.precision!r}: choose one of fp32, {', '.join(BITS)}")
+        if self.dialect not in DIALECTS:
+            raise ConfigError(f"dialect {self.dialect!r}: choose one of {', '.join(DIALECTS)}")
+        if self.dialect == "standard" and (self.precision != "fp32" or not self.whole_cache):
+            raise ConfigError(
+                "the standard dialect is fp32 with a whole cache; leave --precision and the cache as they are"
+            )
+        if not self.budgets and not self.if_graph:
+            raise ConfigError("nothing to export: neither variants nor the If graph; leave one of them on")
+
+
+def export(
+    artifact: str | Path,
+    out: str | Path,
+    options: ExportOptions | None = None,
+    *,
+    base: str | None = None,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> Bundle:
+    """Writes a bundle; the folder is there as a whole or not at all.
+
+    Args:
+        artifact: what training wrote.
+        out: the bundle's folder.
+        options: what to export.
+        base: the base model, where it is not at the place the artifact remembers.
+        force: replace a folder that is there.
+        progress: told the name of each part before it is written.
+
+    Raises:
+        ArtifactError: the artifact is not whole, or the base model not its own.
+        BudgetError: a ladder's budget is below what the always-on layers cost.
+        ConfigError: the model has a form that the graphs do not know.
+        StorageError: the folder exists, or the disk is full or not writable.
+    """
+    options, artifact = options or ExportOptions(), Path(artifact)
+    tell = progress or (lambda _: None)
+    with atomic_dir(out, force=force) as folder:
+        tell("artifact")
+        loaded = load_artifact(artifact, base=base)
+        gated = loaded.gated
+        tell("weights")
+        spec = _spec(loaded, _write_weights(gated, folder, options), options)
+        graphs = []
+        if options.if_graph:
+            tell(IF_NAME)
+            graphs.append(_save(if_graph(spec, gated.cost), folder, IF_NAME, None, None, 1.0))
+        if options.budgets:
+            tell("ladder")
+        for budget, allocation in _ladder(loaded, options):
+            name = f"b{budget:g}"
+            tell(name)
+            graph = static_graph(spec, allocation, _told(gated, budget))
+            graphs.append(_save(graph, folder, name, budget, allocation, gated.cost.fraction(allocation)))
+        if options.calibrate:
+            tell("calibration")
+            graphs = _measured(folder, graphs, gated.shape, options)
+        tell("manifest")
+        loaded.tokenizer.save_pretrained(str(folder))
+        tags = read_tags(loaded.tokenizer)
+        dense = next((graph for graph in graphs if graph.budget == 1.0), None)
+        if dense is not None:
+            write_configs(
+                folder,
+                dense,
+                config=gated.model.config,
+                tokenizer=loaded.tokenizer,
+                shape=gated.shape,
+                positions=_positions(gated, options),
+                end=tags.end_answer,
+            )
+        bundle = Bundle(
+            schema_version=SCHEMA_VERSION,
+            base={name: str(loaded.config.base[name]) for name in ("name", "family", "digest")},
+            artifact=sha256_of(artifact / ARTIFACT_FILE),
+            shape=gated.shape,
+            dialect=options.dialect,
+            precision=options.precision,
+            gates=gated.gate_config.to_json(),
+            tags={name: getattr(tags, name) for name in ("think", "end_think", "answer", "end_answer")},
+            positions=_positions(gated, options),
+            widths=spec.widths,
+            whole_cache=options.whole_cache,
+            prices=tuple((float(budget), float(price)) for budget, price in gated.prices),
+            graphs=tuple(graphs),
+            quality=_quality(artifact),
+            versions={name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+            files=describe_bundle(folder),
+        )
+        bundle.write(folder)
+    return bundle
+
+
+def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> WeightFile:
+    bits, positions = BITS.get(options.precision), _positions(gated, options)
+    with WeightFile(folder) as file, torch.no_grad():
+        for name, value in model_tensors(gated):
+            if bits is None or value.ndim < 2:
+                file.add(name, value)
+                continue
+            by_input = name.rpartition(".")[2] in BY_INPUT
+            values, scales = quantize(value.T if by_input else value, bits)
+            file.add(f"{name}.values", values)
+            file.add(f"{name}.scales", scales)
+        for name, value in gate_tensors(gated):
+            file.add(name, value)
+        for name, value in zip(("rotary.cos", "rotary.sin"), rotary_tables(gated, positions), strict=True):
+            file.add(name, value)
+    return file
+
+
+def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -> GraphSpec:
+    gated, config = loaded.gated, loaded.gated.model.config
+    if options.dialect == "ort" and gated.shape.head_dim % 16:
+        raise ConfigError(
+            f"head_dim {gated.shape.head_dim}: onnxruntime's attention needs a multiple of 16; use --dialect standard"
+        )
+    if gated.gate_config.mode != "stem":
+        raise ConfigError("inline gates decide layer by layer and have no graph; train with --gates stem to export")
+    return GraphSpec(
+        shape=gated.shape,
+        gates=gated.gate_config,
+        epsilon=float(config.rms_norm_eps),
+        window=_window(config),
+        think_id=read_tags(loaded.tokenizer).think,
+        dialect=options.dialect,
+        tensors=weights.tensors,
+        widths=widths_of(gated.shape) if gated.gate_config.heads else (gated.shape.num_groups,),
+        bits=BITS.get(options.precision, 0),
+        whole_cache=options.whole_cache,
+    )
+
+
+def _measured(
+    folder: Path, graphs: Sequence[GraphEntry], shape: ModelShape, options: ExportOptions
+) -> list[GraphEntry]:
+    """Measures all graphs and removes the variants that gain nothing."""
+    costs = calibrate(folder, graphs, shape, in_place=options.dialect == "ort")
+    slow = not_faster(graphs, costs)
+    for graph in slow:
+        log.warning("%s is not faster than the next larger variant on this machine and is left out", graph.name)
+        (folder / graph.file).unlink()
+    return [graph for graph in graphs if graph not in slow]
+
+
+def _window(config: PretrainedConfig) -> int | None:
+    """The sliding window of all layers, None for none."""
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        raise ConfigError("layers with and without a sliding window are mixed, which the graphs do not know")
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
+
+
+def _positions(gated: GatedModel, options: ExportOptions) -> int:
+    most = int(gated.model.config.max_position_embeddings)
+    return min(most, _MOST_POSITIONS) if options.positions is None else min(most, options.positions)
+
+
+def _ladder(loaded: LoadedArtifact, options: ExportOptions) -> list[tuple[float, Allocation]]:
+    if not options.budgets:
+        return []
+    prompts = calibration_prompts(loaded.recipe, loaded.tokenizer, options.calibration)
+    return ladders.mine(loaded.gated, prompts, options.budgets)
+
+
+@torch.no_grad()
+def _told(gated: GatedModel, budget: float) -> Sequence[float] | None:
+    """What a variant adds at ``<think>``: its budget is always the same."""
+    if not gated.gate_config.tokens:
+        return None
+    found: list[float] = gated.transition.think_offset(torch.tensor([[budget, 1.0]]))[0].float().tolist()
+    return found
+
+
+def _save(
+    model: ir.Model, folder: Path, name: str, budget: float | None, allocation: Allocation | None, cost: float
+) -> GraphEntry:
+    file = f"{name}.onnx"
+    ir.save(model, folder / file)
+    kind = "if" if allocation is None else "variant"
+    return GraphEntry(name=name, file=file, kind=kind, budget=budget, allocation=allocation, cost=cost)
+
+
+def _quality(artifact: Path) -> tuple[dict[str, Any], ...]:
+    """The points of the evaluation that stands beside the artifact, where there is one."""
+    report = artifact.parent / "evaluation" / "report.json"
+    if not report.is_file():
+        return ()
+    try:
+        points = json.loads(report.read_text())["points"]
+        return tuple(dict(point) for point in points)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{report}: not a report ({error}); evaluate the artifact again or move the file") from error

@@ -1,0 +1,130 @@
+"""A thin layer over onnx-ir: named values, constants and subgraphs, so that a graph reads like the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from l2a_compress.exporters.weights import WEIGHT_FILE, Stored
+
+CONTRIB = "com.microsoft"
+OPSET = 23
+TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "int64": ir.DataType.INT64,
+    "int32": ir.DataType.INT32,
+    "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
+    "bool": ir.DataType.BOOL,
+}
+Dims = Sequence[int | str]
+
+
+class Ops:
+    """Nodes of one graph, or of one branch of an ``If``; initializers always belong to the outermost graph."""
+
+    def __init__(self, outer: Ops | None = None) -> None:
+        self.tape = ir.tape.Tape()
+        self.root: Ops = outer.root if outer else self
+        self.initializers: dict[str, ir.Value] = {}
+        self._count = 0
+
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        """One node with one output."""
+        return self._named(self.tape.op(kind, inputs, attributes or None, domain=domain))
+
+    def many(
+        self, kind: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: Any
+    ) -> list[ir.Value]:
+        """One node with several outputs."""
+        found = self.tape.op_multi_out(kind, inputs, attributes or None, num_outputs=outputs, domain=domain)
+        return [self._named(value) for value in found]
+
+    def constant(self, value: Any, dtype: str) -> ir.Value:
+        """A small constant, stored in the graph itself; equal ones are one."""
+        array = np.asarray(value, dtype=dtype)
+        name = f"const_{dtype}_{'x'.join(map(str, array.shape)) or 'scalar'}_{array.tobytes().hex()[:64]}"
+        root = self.root
+        if name in root.initializers:
+            tensor = root.initializers[name].const_value
+            assert tensor is not None
+            if np.array_equal(tensor.numpy(), array):
+                return root.initializers[name]
+            name = f"{name}_{len(root.initializers)}"
+        return root._keep(name, ir.tensor(array, name=name))
+
+    def weight(self, name: str, stored: Stored) -> ir.Value:
+        """A tensor of the weight file, under a name; asked for twice it is one initializer."""
+        root = self.root
+        if name in root.initializers:
+            return root.initializers[name]
+        tensor = ir.ExternalTensor(
+            WEIGHT_FILE, stored.offset, stored.length, TYPES[stored.dtype], shape=ir.Shape(stored.shape), name=name
+        )
+        return root._keep(name, tensor)
+
+    def branch(self, name: str, build: Callable[[Ops], Sequence[ir.Value]]) -> ir.Graph:
+        """A branch of an ``If``. It may use every value of the graphs around it."""
+        inner = Ops(self)
+        outputs = build(inner)
+        own = [value if _made_by(value, inner) else inner.op("Identity", value) for value in outputs]
+        return ir.Graph([], own, nodes=inner.tape.nodes, name=name)
+
+    def choose(
+        self,
+        name: str,
+        condition: ir.Value,
+        then: Callable[[Ops], Sequence[ir.Value]],
+        otherwise: Callable[[Ops], Sequence[ir.Value]],
+        outputs: int,
+    ) -> list[ir.Value]:
+        """An ``If`` node."""
+        return self.many(
+            "If",
+            condition,
+            outputs=outputs,
+            then_branch=self.branch(f"{name}_then", then),
+            else_branch=self.branch(f"{name}_else", otherwise),
+        )
+
+    def _keep(self, name: str, tensor: Any) -> ir.Value:
+        self.initializers[name] = self.tape.initializer(tensor, name)
+        return self.initializers[name]
+
+    def _named(self, value: ir.Value) -> ir.Value:
+        self.root._count += 1
+        value.name = f"v{self.root._count}"
+        return value
+
+
+def _made_by(value: ir.Value, ops: Ops) -> bool:
+    return any(value in node.outputs for node in ops.tape.nodes)
+
+
+def graph_input(name: str, dtype: str, dims: Dims) -> ir.Value:
+    """A typed input of the outermost graph; a text stands for a dimension that is free."""
+    return ir.Value(name=name, shape=ir.Shape(dims), type=ir.TensorType(TYPES[dtype]))
+
+
+def graph_output(value: ir.Value, name: str, dtype: str, dims: Dims) -> ir.Value:
+    """Names and types an output of the outermost graph."""
+    value.name = name
+    value.shape, value.type = ir.Shape(dims), ir.TensorType(TYPES[dtype])
+    return value
+
+
+def model_of(ops: Ops, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, name: str) -> ir.Model:
+    """The finished model."""
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=ops.tape.nodes,
+        initializers=list(ops.initializers.values()),
+        opset_imports={"": OPSET, CONTRIB: 1},
+        name=name,
+    )
+    return ir.Model(graph, ir_version=11, producer_name="l2a_compress")

@@ -1,0 +1,217 @@
+"""The ``ort`` dialect: onnxruntime's own operators, keys and values in place.
+
+A row's real tokens stand first and padding behind them: positions and lengths come from the sums of the mask. Present
+keys and values are outputs of the ``If`` itself, which is what lets onnxruntime write them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from l2a_compress.exporters.blocks import Blocks, Cache, Shared
+from l2a_compress.exporters.ops import CONTRIB, Ops
+from l2a_compress.exporters.quantize import BLOCK
+from l2a_compress.exporters.weights import Stored
+
+
+class OrtBlocks(Blocks):
+    """GroupQueryAttention, fused norms, and MatMulNBits where the matrices are quantized."""
+
+    def shared(self, ids: ir.Value, mask: ir.Value) -> Shared:
+        """Parts: lengths [batch] (real tokens - 1) and total (a scalar), both int32."""
+        ops = self.ops
+        count = ops.op("ReduceSum", mask, ops.constant([1], "int64"), keepdims=0)
+        lengths = ops.op("Sub", count, ops.constant(1, "int64"))
+        total = ops.op("Gather", ops.op("Shape", mask), ops.constant(1, "int64"))
+        fed = ops.op("Gather", ops.op("Shape", ids), ops.constant(1, "int64"))
+        last = ops.op("Min", lengths, ops.op("Sub", fed, ops.constant(1, "int64")))
+        places = ops.op("Range", ops.constant(0, "int64"), fed, ops.constant(1, "int64"))
+        real = ops.op("LessOrEqual", places, self.unsqueeze(ops, last, 1))
+        parts = tuple(ops.op("Cast", value, to=ir.DataType.INT32) for value in (lengths, total))
+        return Shared(last=last, real=real, parts=parts)
+
+    def matmul(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
+        """As everywhere; a quantized matrix is read whole."""
+        if f"{name}.values" in self.spec.tensors:
+            return self._quantized(ops, value, name, None)
+        return super().matmul(ops, value, name, rows)
+
+    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
+        """``value`` @ a matrix stored [out, in], or its first ``rows``, transposed."""
+        if f"{name}.values" in self.spec.tensors:
+            return self._quantized(ops, value, name, rows)
+        return ops.op("FusedMatMul", value, self.weight(ops, name, rows), domain=CONTRIB, transB=1)
+
+    def _quantized(self, ops: Ops, value: ir.Value, name: str, rows: int | None) -> ir.Value:
+        outputs, blocks, _ = self.spec.tensors[f"{name}.values"].shape
+        return ops.op(
+            "MatMulNBits",
+            *(value, self.weight(ops, f"{name}.values", rows), self.weight(ops, f"{name}.scales", rows)),
+            domain=CONTRIB,
+            K=blocks * BLOCK,
+            N=rows or outputs,
+            bits=self.spec.bits,
+            block_size=BLOCK,
+            accuracy_level=4,
+        )
+
+    def silu(self, ops: Ops, value: ir.Value) -> ir.Value:
+        """X * sigmoid(x)."""
+        return ops.op("QuickGelu", value, domain=CONTRIB, alpha=1.0)
+
+    def embed(self, ids: ir.Value) -> ir.Value:
+        """As everywhere; a quantized table is read where it stands."""
+        ops, tensors = self.ops, self.spec.tensors
+        if "embed.values" not in tensors:
+            return super().embed(ids)
+        stored = tensors["embed.values"]
+        table = ops.weight(
+            "embed.table", Stored(stored.offset, (stored.shape[0], stored.length // stored.shape[0]), stored.dtype)
+        )
+        return ops.op(
+            "GatherBlockQuantized",
+            *(table, ids, self.weight(ops, "embed.scales")),
+            domain=CONTRIB,
+            bits=self.spec.bits,
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def add_norm(self, ops: Ops, update: ir.Value, hidden: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """(norm of the sum, the sum)."""
+        found = ops.many(
+            "SkipSimplifiedLayerNormalization",
+            *(update, hidden, self.weight(ops, name)),
+            outputs=4,
+            domain=CONTRIB,
+            epsilon=self.spec.epsilon,
+        )
+        return found[0], found[3]
+
+    def project(self, ops: Ops, index: int, attended: ir.Value, width: int) -> ir.Value:
+        """As everywhere. Columns of a quantized matrix are no prefix of its bytes: it is read against zeros."""
+        shape = self.spec.shape
+        if self.spec.bits and width < shape.num_groups:
+            attended = self._widen(ops, attended, width)
+        return super().project(ops, index, attended, width)
+
+    def layer(
+        self, ops: Ops, index: int, hidden: ir.Value, cache: Cache, shared: Shared, width: int
+    ) -> tuple[ir.Value, Cache]:
+        """A layer over a cache of ``width`` groups."""
+        normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
+        attended, key, value = self.attention(ops, index, normed, cache, shared, width, width)
+        return self.mlp(ops, index, self.project(ops, index, attended, width), hidden, None), (key, value)
+
+    def gated_layer(
+        self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
+    ) -> tuple[ir.Value, Cache]:
+        """The whole layer in one ``If``, and its widths in ``If`` nodes within."""
+        outer, spec = self.ops, self.spec
+        width = outer.op("Gather", widest, outer.constant(index, "int64"))
+        runs = outer.op("Greater", width, outer.constant(0, "int64"))
+
+        def then(ops: Ops) -> list[ir.Value]:
+            normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
+            mask = ops.op("Gather", heads, ops.constant(index, "int64"), axis=1)  # [batch, groups]
+            update, key, value = self._widths(ops, index, normed, cache, shared, width, mask, spec.widths)
+            row = self.unsqueeze(ops, self.part(ops, mask, 0, 1, 1), 2)  # whoever keeps the layer keeps its first group
+            return [self.mlp(ops, index, update, hidden, row), key, value]
+
+        def otherwise(ops: Ops) -> list[ir.Value]:
+            if not spec.whole_cache:
+                return [ops.op("Identity", value) for value in (hidden, *cache)]
+            normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
+            return [ops.op("Identity", hidden), *self._write_cache(ops, index, normed, cache, shared)]
+
+        found, key, value = outer.choose(f"layer_{index}", runs, then, otherwise, 3)
+        return found, (key, value)
+
+    def _widths(
+        self,
+        ops: Ops,
+        index: int,
+        normed: ir.Value,
+        cache: Cache,
+        shared: Shared,
+        width: ir.Value,
+        mask: ir.Value,
+        widths: Sequence[int],
+    ) -> list[ir.Value]:
+        """The attention at the smallest of ``widths`` that is enough: (update, key, value)."""
+
+        def run(inner: Ops) -> list[ir.Value]:
+            groups = self.spec.shape.num_groups
+            attended, key, value = self.attention(inner, index, normed, cache, shared, widths[-1], groups)
+            return [self.project(inner, index, self.masked(inner, attended, mask, widths[-1]), widths[-1]), key, value]
+
+        if len(widths) == 1:
+            return run(ops)
+        return ops.choose(
+            f"layer_{index}_width_{widths[-1]}",
+            ops.op("Greater", width, ops.constant(widths[-2], "int64")),
+            run,
+            lambda inner: self._widths(inner, index, normed, cache, shared, width, mask, widths[:-1]),
+            3,
+        )
+
+    def attention(
+        self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared, width: int, cached: int
+    ) -> list[ir.Value]:
+        """Heads of the first ``width`` groups over a cache of ``cached`` groups: (heads, key, value).
+
+        Where the cache is wider, keys and values of all its groups are computed, so that it stays whole, and the
+        queries of the others are zero.
+        """
+        shape = self.spec.shape
+        query = self.heads(ops, index, "q", normed, width * shape.heads_per_group)
+        key = self.heads(ops, index, "k", normed, cached)
+        value = self.heads(ops, index, "v", normed, cached)
+        if width < cached:
+            query = self._widen(ops, query, width)
+        found = self._group_query(ops, query, key, value, cache, shared, cached, shape.heads_per_group)
+        if width < cached:
+            found[0] = self.part(ops, found[0], 0, width * shape.heads_per_group * shape.head_dim, 2)
+        return found
+
+    def _widen(self, ops: Ops, value: ir.Value, width: int) -> ir.Value:
+        """Zeros for the groups behind the first ``width``."""
+        shape = self.spec.shape
+        missing = (shape.num_groups - width) * shape.heads_per_group * shape.head_dim
+        return ops.op("Pad", value, ops.constant([0, 0, 0, 0, 0, missing], "int64"))
+
+    def _write_cache(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared) -> list[ir.Value]:
+        """Keys and values of a layer that does not run: (key, value). The operator wants queries, and gets zeros."""
+        groups = self.spec.shape.num_groups
+        key, value = (self.heads(ops, index, part, normed, groups) for part in ("k", "v"))
+        nothing = ops.op("Mul", key, ops.constant(0.0, "float32"))
+        return self._group_query(ops, nothing, key, value, cache, shared, groups, 1)[1:]
+
+    def _group_query(
+        self,
+        ops: Ops,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        cache: Cache,
+        shared: Shared,
+        groups: int,
+        heads_per_group: int,
+    ) -> list[ir.Value]:
+        window = {} if self.spec.window is None else {"local_window_size": self.spec.window}
+        return ops.many(
+            "GroupQueryAttention",
+            *(query, key, value, *cache, *shared.parts),
+            *(self.weight(ops, name) for name in ("rotary.cos", "rotary.sin")),
+            outputs=3,
+            domain=CONTRIB,
+            num_heads=groups * heads_per_group,
+            kv_num_heads=groups,
+            do_rotary=1,
+            rotary_interleaved=0,
+            scale=float(self.spec.shape.head_dim**-0.5),
+            **window,
+        )

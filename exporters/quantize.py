@@ -1,0 +1,46 @@
+"""Block-wise symmetric quantization to 4 or 8 bits, in the layout of onnxruntime's ``MatMulNBits``.
+
+A matrix [out, in] is cut along ``in`` into blocks that share one scale. The rows stand one after another, so the
+first rows of a matrix are a prefix of its bytes, as in 32 bits; its first columns are not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from l2a_compress.errors import ConfigError
+from l2a_compress.exporters.weights import Array
+
+BITS = {"int8": 8, "int4": 4}
+BLOCK = 32
+
+
+def quantize(matrix: Array, bits: int, block: int = BLOCK) -> tuple[Array, Array]:
+    """[out, in], float32 -> (values [out, blocks, block * bits / 8], uint8; scales [out, blocks], float32).
+
+    A value is (stored - 2^(bits-1)) * scale. Of the two ends of the range the one that is one larger is given to the
+    sign of the block's largest number.
+
+    Raises:
+        ConfigError: ``in`` is not a multiple of the block.
+    """
+    rows, columns = matrix.shape
+    if columns % block:
+        raise ConfigError(f"a matrix of {columns} inputs cannot be quantized in blocks of {block}; export as fp32")
+    middle = 1 << (bits - 1)
+    blocks = matrix.reshape(rows, columns // block, block).astype(np.float32)
+    places = np.abs(blocks).argmax(-1)[..., None]
+    largest = np.take_along_axis(blocks, places, -1)
+    scales = np.where(largest == 0, 1, largest / -middle).astype(np.float32)
+    values = np.clip(np.rint(blocks / scales) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    if bits == 4:
+        values = values[..., 0::2] | (values[..., 1::2] << 4)
+    return values, scales[..., 0]
+
+
+def dequantize(values: Array, scales: Array, bits: int) -> Array:
+    """The inverse of :func:`quantize`, up to rounding: [out, in], float32."""
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+    numbers = (values.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
+    return numbers.reshape(len(values), -1)

@@ -1,0 +1,46 @@
+"""What a graph is built from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from l2a_compress.cost import ModelShape
+from l2a_compress.exporters.weights import Stored
+from l2a_compress.modeling.gates import GateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphSpec:
+    """What a graph is built from.
+
+    Attributes:
+        shape: sizes of the decoder.
+        gates: of the artifact.
+        epsilon: of the norms.
+        window: sliding window of the attention, None for none.
+        think_id: id of ``<think>``.
+        tensors: the weight file's content.
+        widths: KV groups that a layer of the ``If`` graph can be run with, ascending; the last is all of them.
+        dialect: ``ort`` or ``standard``.
+        bits: of the quantized matrices, 0 where they are not.
+        whole_cache: whether a skipped layer of the ``If`` graph still writes keys and values, so that it may run again
+            at any later step.
+    """
+
+    shape: ModelShape
+    gates: GateConfig
+    epsilon: float
+    window: int | None
+    think_id: int
+    tensors: Mapping[str, Stored]
+    widths: tuple[int, ...]
+    dialect: str = "ort"
+    bits: int = 0
+    whole_cache: bool = True
+
+
+def widths_of(shape: ModelShape) -> tuple[int, ...]:
+    """The widths of an ``If`` graph's layers: all up to four groups, else all and half of them."""
+    groups = shape.num_groups
+    return tuple(range(1, groups + 1)) if groups <= 4 else (-(-groups // 2), groups)

@@ -1,0 +1,151 @@
+"""The ``standard`` dialect: opset 23 without contrib operators, for any conforming runtime and for TensorRT.
+
+The mask marks slots: ``attention_mask`` [batch, total] is 1 on every slot of past and present that holds a real token,
+so padding may stand on either side. Present keys and values are past ones with the new behind them. Their projection
+stands outside every ``If``, so a cache is always whole, and no ``If`` stands in another.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from l2a_compress.exporters.blocks import Blocks, Cache, Shared
+from l2a_compress.exporters.ops import Ops
+
+_NEVER = -1e9  # added to a score that must not count; finite, so that a row of padding has no NaN
+
+
+class StandardBlocks(Blocks):
+    """Primitive attention."""
+
+    def shared(self, ids: ir.Value, mask: ir.Value) -> Shared:
+        """Parts: positions [batch, sequence], int64, and bias [batch, 1, 1, sequence, total], float."""
+        ops = self.ops
+        one = ops.constant(1, "int64")
+        fed = ops.op("Gather", ops.op("Shape", ids), one)
+        total = ops.op("Gather", ops.op("Shape", mask), one)
+        past = ops.op("Sub", total, fed)
+        starts, ends = self.unsqueeze(ops, past, 0), self.unsqueeze(ops, total, 0)
+        axis = ops.constant([1], "int64")
+        counted = ops.op("Slice", ops.op("CumSum", mask, one), starts, ends, axis)
+        positions = ops.op("Max", ops.op("Sub", counted, one), ops.constant(0, "int64"))
+        real = ops.op("Cast", ops.op("Slice", mask, starts, ends, axis), to=ir.DataType.BOOL)
+
+        slots = ops.op("Range", ops.constant(0, "int64"), total, one)
+        queries = self.unsqueeze(ops, ops.op("Range", past, total, one), 1)
+        seen = ops.op("LessOrEqual", slots, queries)  # [sequence, total]
+        if self.spec.window is not None:
+            near = ops.op("Less", ops.op("Sub", queries, slots), ops.constant(self.spec.window, "int64"))
+            seen = ops.op("And", seen, near)
+        held = self.unsqueeze(ops, ops.op("Cast", mask, to=ir.DataType.BOOL), 1)
+        seen = ops.op("And", held, self.unsqueeze(ops, seen, 0))  # [batch, sequence, total]
+        bias = ops.op("Where", seen, ops.constant(0.0, "float32"), ops.constant(_NEVER, "float32"))
+        bias = ops.op("Unsqueeze", bias, ops.constant([1, 2], "int64"))
+
+        places = ops.op("Range", ops.constant(0, "int64"), fed, one)
+        marked = ops.op("Mul", places, ops.op("Cast", real, to=ir.DataType.INT64))
+        last = ops.op("ReduceMax", marked, axis, keepdims=0)
+        return Shared(last=last, real=real, parts=(positions, bias))
+
+    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
+        """By Gemm, which takes a transposed matrix as it stands."""
+        outputs, inputs = self.spec.tensors[name].shape
+        flat = ops.op("Reshape", value, ops.constant([-1, inputs], "int64"))
+        found = ops.op("Gemm", flat, self.weight(ops, name, rows), transB=1)
+        shape = ops.op("Concat", ops.op("Shape", value, end=2), ops.constant([rows or outputs], "int64"), axis=0)
+        return ops.op("Reshape", found, shape)
+
+    def silu(self, ops: Ops, value: ir.Value) -> ir.Value:
+        """X * sigmoid(x)."""
+        return ops.op("Mul", value, ops.op("Sigmoid", value))
+
+    def add_norm(self, ops: Ops, update: ir.Value, hidden: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """(norm of the sum, the sum)."""
+        summed = ops.op("Add", update, hidden)
+        return self.norm(ops, summed, name), summed
+
+    def layer(
+        self, ops: Ops, index: int, hidden: ir.Value, cache: Cache, shared: Shared, width: int
+    ) -> tuple[ir.Value, Cache]:
+        """A layer over a cache of ``width`` groups."""
+        normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
+        present = self._present(ops, index, normed, cache, shared, width)
+        attended = self._attention(ops, index, normed, present, shared, width, width)
+        return self.mlp(ops, index, self.project(ops, index, attended, width), hidden, None), present
+
+    def gated_layer(
+        self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
+    ) -> tuple[ir.Value, Cache]:
+        """One ``If`` for each width of the attention, of which one runs at most, and one for the MLP."""
+        ops, groups = self.ops, self.spec.shape.num_groups
+        width = ops.op("Gather", widest, ops.constant(index, "int64"))
+        normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
+        present = self._present(ops, index, normed, cache, shared, groups)
+        mask = ops.op("Gather", heads, ops.constant(index, "int64"), axis=1)  # [batch, groups]
+        update: ir.Value | None = None
+        below = 0
+        for size in self.spec.widths:
+            runs = ops.op("Greater", width, ops.constant(below, "int64"))
+            if size < groups:
+                runs = ops.op("And", runs, ops.op("LessOrEqual", width, ops.constant(size, "int64")))
+
+            def attend(inner: Ops, size: int = size) -> list[ir.Value]:
+                attended = self._attention(inner, index, normed, present, shared, size, groups)
+                return [self.project(inner, index, self.masked(inner, attended, mask, size), size)]
+
+            (found,) = ops.choose(
+                f"layer_{index}_width_{size}", runs, attend, lambda inner: [self._nothing(inner, hidden)], 1
+            )
+            update = found if update is None else ops.op("Add", update, found)
+            below = size
+        assert update is not None
+        row = self.unsqueeze(ops, self.part(ops, mask, 0, 1, 1), 2)
+        (result,) = ops.choose(
+            f"layer_{index}_mlp",
+            ops.op("Greater", width, ops.constant(0, "int64")),
+            lambda inner: [self.mlp(inner, index, update, hidden, row)],
+            lambda inner: [inner.op("Identity", hidden)],
+            1,
+        )
+        return result, present
+
+    def _nothing(self, ops: Ops, like: ir.Value) -> ir.Value:
+        return ops.op("Mul", like, ops.constant(0.0, "float32"))
+
+    def _split(self, ops: Ops, value: ir.Value, heads: int) -> ir.Value:
+        """[batch, sequence, heads * size] -> [batch, heads, sequence, size]."""
+        split = ops.op("Reshape", value, ops.constant([0, 0, heads, self.spec.shape.head_dim], "int64"))
+        return ops.op("Transpose", split, perm=[0, 2, 1, 3])
+
+    def _rotated(self, ops: Ops, value: ir.Value, shared: Shared) -> ir.Value:
+        tables = (self.weight(ops, name) for name in ("rotary.cos", "rotary.sin"))
+        return ops.op("RotaryEmbedding", value, *tables, shared.parts[0])
+
+    def _present(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared, groups: int) -> Cache:
+        """Past keys and values with the new ones behind them."""
+        key = self._rotated(ops, self._split(ops, self.heads(ops, index, "k", normed, groups), groups), shared)
+        value = self._split(ops, self.heads(ops, index, "v", normed, groups), groups)
+        return ops.op("Concat", cache[0], key, axis=2), ops.op("Concat", cache[1], value, axis=2)
+
+    def _attention(
+        self, ops: Ops, index: int, normed: ir.Value, present: Cache, shared: Shared, width: int, cached: int
+    ) -> ir.Value:
+        """Heads of the first ``width`` groups, side by side, over keys and values of ``cached`` groups."""
+        shape = self.spec.shape
+        count = width * shape.heads_per_group
+        query = self._rotated(ops, self._split(ops, self.heads(ops, index, "q", normed, count), count), shared)
+        query = ops.op("Mul", query, ops.constant(shape.head_dim**-0.5, "float32"))
+        # [batch, groups, heads of a group, sequence, size] against keys of [batch, groups, 1, size, total].
+        sizes = ops.constant([width, shape.heads_per_group], "int64")
+        dims = ops.op("Shape", query)
+        query = ops.op(
+            "Reshape",
+            query,
+            ops.op("Concat", self.part(ops, dims, 0, 1, 0), sizes, self.part(ops, dims, 2, 4, 0), axis=0),
+        )
+        key, value = (part if width == cached else self.part(ops, part, 0, width, 1) for part in present)
+        key = self.unsqueeze(ops, ops.op("Transpose", key, perm=[0, 1, 3, 2]), 2)
+        scores = ops.op("Add", ops.op("MatMul", query, key), shared.parts[1])
+        found = ops.op("MatMul", ops.op("Softmax", scores, axis=-1), self.unsqueeze(ops, value, 2))
+        found = ops.op("Transpose", found, perm=[0, 3, 1, 2, 4])
+        return ops.op("Reshape", found, ops.constant([0, 0, count * shape.head_dim], "int64"))

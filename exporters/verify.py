@@ -1,0 +1,206 @@
+"""`l2a compress verify`: is a bundle whole, does it keep the export rules, and does it say what PyTorch says?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.bundle import Bundle, GraphEntry
+from l2a_compress.errors import BundleError
+from l2a_compress.exporters.weights import ALIGNMENT, WEIGHT_FILE
+from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.runtime.decoder import Array, GraphDecoder
+from l2a_compress.training.run import calibration_prompts
+from l2a_compress.training.store import load_artifact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How one graph compares with PyTorch under one budget.
+
+    Attributes:
+        graph: its name.
+        budget: the compute budget, or a text for a mixture.
+        tokens: greedy tokens that were compared.
+        equal: how many of them were the same.
+        difference: largest absolute difference of a logit.
+        allocations: whether the graph allocated what PyTorch allocates; True where it does not allocate.
+    """
+
+    graph: str
+    budget: str
+    tokens: int
+    equal: int
+    difference: float
+    allocations: bool
+
+
+def lint(folder: Path, bundle: Bundle) -> list[str]:
+    """What breaks the export rules, each as a sentence; also runs onnx's own checker."""
+    found = []
+    for entry in bundle.graphs:
+        path = folder / entry.file
+        try:
+            onnx.checker.check_model(str(path))
+        except (onnx.checker.ValidationError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
+            found.append(f"{entry.file}: onnx.checker: {error}")
+        model = onnx.load(str(path), load_external_data=False)
+        for tensor in model.graph.initializer:
+            place = {item.key: item.value for item in tensor.external_data}
+            if place and (place["location"] != WEIGHT_FILE or int(place["offset"]) % ALIGNMENT):
+                found.append(f"{entry.file}: {tensor.name} is not at an aligned place of {WEIGHT_FILE}")
+        if bundle.dialect == "standard":
+            found += [
+                f"{entry.file}: {node.name} is of domain {node.domain}" for node in _nodes(model.graph) if node.domain
+            ]
+    return found
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
+
+
+def parity(
+    folder: Path,
+    artifact: Path,
+    *,
+    base: str | None = None,
+    prompts: int = 64,
+    tokens: int = 64,
+    budgets: Sequence[float] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
+    threads: int = 1,
+) -> Iterator[Parity]:
+    """Compares greedy tokens of every graph with PyTorch's hard-gated model, on prompts of the calibration split.
+
+    PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it.
+
+    Raises:
+        BundleError: the bundle was not made of this artifact.
+    """
+    bundle = Bundle.load(folder)
+    loaded = load_artifact(artifact, base=base)
+    gated = loaded.gated
+    if loaded.config.base["digest"] != bundle.base["digest"]:
+        raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
+    batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)
+    for entry in bundle.graphs:
+        decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
+        wanted: list[tuple[str, list[float]]] = [(f"{budget:g}", [budget]) for budget in budgets]
+        if entry.kind == "variant":
+            assert entry.budget is not None
+            wanted = [(f"{entry.budget:g}", [entry.budget])]
+        else:
+            wanted.append(("mixed", list(budgets)))
+        for name, cycle in wanted:
+            yield _compare(gated, entry, decoder, batches, name, cycle, tokens)
+
+
+def _compare(
+    gated: GatedModel,
+    entry: GraphEntry,
+    decoder: GraphDecoder,
+    batches: Sequence[tuple[Tensor, Tensor]],
+    name: str,
+    cycle: Sequence[float],
+    tokens: int,
+) -> Parity:
+    count = equal = 0
+    worst, same = 0.0, True
+    for ids, mask in batches:
+        asked = [Budget(compute=cycle[row % len(cycle)]) for row in range(len(ids))]
+        told = batch_budgets(asked, gated.cost, gated.gate_config)
+        given = [entry.allocation] * len(ids) if entry.allocation else gated.allocate(ids, mask, asked)
+        expected = torch_logits(gated, ids, mask, given, told, tokens)
+        follow = expected.argmax(-1)
+        inputs = {} if entry.allocation else graph_inputs(told, gated.shape.num_layers)
+        found, kept = graph_logits(decoder, ids, mask, follow, inputs)
+        if kept is not None:
+            same &= kept.tolist() == [[len(groups) for groups in allocation.groups] for allocation in given]
+        count += follow.size
+        equal += int((found.argmax(-1) == follow).sum())
+        worst = max(worst, float(np.abs(found - expected).max()))
+    return Parity(graph=entry.name, budget=name, tokens=count, equal=equal, difference=worst, allocations=same)
+
+
+@torch.no_grad()
+def torch_logits(
+    gated: GatedModel, ids: Tensor, mask: Tensor, allocations: Sequence[Allocation], told: BudgetBatch, steps: int
+) -> Array:
+    """Logits of greedy steps of the hard-gated model. Left-padded prompts -> [batch, steps, vocabulary]."""
+    found, think = [], gated.think_id
+    assert think is not None
+    with gated.forced(allocations):
+        cache, tokens = DynamicCache(), ids
+        for _ in range(steps):
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            if gated.gate_config.tokens:
+                offset = gated.transition.think_offset(told.features)[:, None]
+                gated.state.offset = torch.eq(tokens, think)[..., None] * offset
+            hidden = gated(tokens, mask, cache=cache, position_ids=positions).hidden[:, -1:]
+            logits = gated.logits(hidden)[:, 0].float()
+            found.append(logits.numpy())
+            tokens = logits.argmax(-1)[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return np.stack(found, axis=1)
+
+
+def graph_inputs(told: BudgetBatch, num_layers: int) -> dict[str, Array]:
+    """The inputs of an ``If`` graph that decides by these budgets."""
+    limits = torch.stack([told.limits.units, told.limits.layers, told.limits.heads], dim=1)
+    return {
+        "budget": told.features.float().numpy(),
+        "limits": limits.numpy(),
+        "price": told.limits.price.numpy(),
+        "allocation": np.full((len(limits), num_layers), -1, dtype=np.int64),
+    }
+
+
+def graph_logits(
+    decoder: GraphDecoder, ids: Tensor, mask: Tensor, follow: Array, inputs: dict[str, Array]
+) -> tuple[Array, Array | None]:
+    """Logits of a graph that is fed the tokens ``follow`` [batch, steps], and what it allocated."""
+    tokens, seen = (ids.numpy(), mask.numpy()) if not decoder.in_place else right_padded(ids, mask)
+    steps, kept = follow.shape[1], None
+    decoder.start(len(tokens), tokens.shape[1] + steps)
+    found = []
+    for step in range(steps):
+        outputs = decoder.step(tokens, seen, **inputs)
+        found.append(outputs["logits"][:, 0])
+        if inputs:
+            kept = outputs["kept_groups"]
+            inputs = inputs | {"allocation": kept}
+        tokens, seen = follow[:, step : step + 1], one_more(seen, in_place=decoder.in_place)
+    return np.stack(found, axis=1), kept
+
+
+def right_padded(ids: Tensor, mask: Tensor) -> tuple[Array, Array]:
+    """Left-padded prompts with the padding behind, as the ``ort`` dialect takes them, and their mask."""
+    lengths = mask.sum(1)
+    rows = torch.zeros(len(ids), int(lengths.max()), dtype=ids.dtype)
+    for row, length in enumerate(lengths.tolist()):
+        rows[row, :length] = ids[row, ids.shape[1] - length :]
+    return rows.numpy(), _ones(lengths.numpy())
+
+
+def one_more(mask: Array, *, in_place: bool) -> Array:
+    """The mask when each row has got one more token: behind its own, or in a new slot for all."""
+    return _ones(mask.sum(1) + 1) if in_place else np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+
+
+def _ones(lengths: Array) -> Array:
+    """[batch, longest]: that many ones at the start of each row."""
+    return (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)

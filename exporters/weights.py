@@ -1,0 +1,172 @@
+"""The one weight file of a bundle: every tensor once, aligned, in a layout whose prefixes are narrower layers.
+
+Tensors are made and written one after another, so that the file costs about one layer of memory. A layer's KV groups
+stand in the order of importance that its gates keep them in:
+
+    q, k, v   [out, in]   the rows of group 0, then of group 1, ...   (biases likewise)
+    o         [in, out]   the rows that take group 0's heads, ...
+    gate, up, down   [in, out]
+    embed     [vocabulary, width], also the output head where the model ties them
+
+A variant that keeps n groups of a layer therefore reads a byte prefix of q, k, v and o. Quantized, all matrices stand
+as [out, in] (see ``quantize``), and o, of which a narrower layer needs columns, is read whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from l2a_compress.errors import ConfigError
+from l2a_compress.modeling.families import attention_of, decoder_layers
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.layers import GatedLayer
+from l2a_compress.modeling.physical import sliced_linear
+
+ALIGNMENT = 4096  # a page: what memory mapping and onnxruntime's own mapping want
+WEIGHT_FILE = "weights.bin"
+BY_INPUT = ("o", "gate", "up", "down")  # matrices that are stored [in, out]
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor stands in the weight file; ``dtype`` is NumPy's name of it."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def length(self) -> int:
+        """Bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    def prefix(self, rows: int) -> Stored:
+        """The first ``rows`` of the first axis."""
+        if not 0 < rows <= self.shape[0]:
+            raise ConfigError(f"a prefix of {rows} rows of a tensor of shape {self.shape}")
+        return Stored(self.offset, (rows, *self.shape[1:]), self.dtype)
+
+
+class WeightFile:
+    """Writes the file; a context manager. ``tensors`` tells where each one is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / WEIGHT_FILE
+        self.tensors: dict[str, Stored] = {}
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> WeightFile:
+        self._file = self.path.open("xb")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        self._file.close()
+
+    def add(self, name: str, value: Array) -> None:
+        """Appends one tensor."""
+        assert self._file is not None
+        value = np.ascontiguousarray(value)
+        end = self._file.tell()
+        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        self._file.write(b"\0" * (offset - end))
+        self._file.write(value.data)
+        self.tensors[name] = Stored(offset, value.shape, value.dtype.name)
+
+
+def model_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
+    """All tensors of the decoder with the adapters merged in, in 32 bits, by the names that the graphs use."""
+    shape = gated.shape
+    inner = cast(Any, gated.model.base_model)
+    yield "embed", _array(inner.embed_tokens.weight)
+    if not shape.tied:
+        yield "head", _array(cast(nn.Linear, gated.model.get_output_embeddings()).weight)
+    stem = gated.gate_config.stem_layers
+    for index, wrapper in enumerate(decoder_layers(gated.model)):
+        layer = cast(GatedLayer, wrapper).layer
+        order = torch.arange(shape.num_groups)
+        if index >= stem:
+            order = gated.allocator.group_order[index - stem].cpu()
+        for name, value in _layer_tensors(layer, order, gated):
+            yield f"layers.{index}.{name}", value
+    yield "norm", _array(inner.norm.weight)
+
+
+def _layer_tensors(layer: nn.Module, order: Tensor, gated: GatedModel) -> Iterator[tuple[str, Array]]:
+    shape = gated.shape
+    attention, mlp = attention_of(layer), cast(Any, layer.mlp)
+    keys = (order[:, None] * shape.head_dim + torch.arange(shape.head_dim)).flatten()
+    width = shape.heads_per_group * shape.head_dim
+    queries = (order[:, None] * width + torch.arange(width)).flatten()
+    yield "input_norm", _array(cast(Any, layer.input_layernorm).weight)
+    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
+        linear = sliced_linear(getattr(attention, f"{name}_proj"), None, None)
+        yield name, _array(linear.weight[rows])
+        if _has_bias(linear):
+            yield f"{name}_bias", _array(linear.bias[rows])
+    for name in ("q_norm", "k_norm"):
+        if hasattr(attention, name):
+            yield name, _array(getattr(attention, name).weight)
+    output = sliced_linear(attention.o_proj, None, None)  # type: ignore[arg-type]
+    yield "o", _array(output.weight[:, queries].t())
+    if _has_bias(output):
+        yield "o_bias", _array(output.bias)
+    yield "post_norm", _array(cast(Any, layer.post_attention_layernorm).weight)
+    for name in ("gate", "up", "down"):
+        linear = sliced_linear(getattr(mlp, f"{name}_proj"), None, None)
+        if _has_bias(linear):
+            raise ConfigError(f"{name}_proj has a bias, which the exporter does not know; export without it")
+        yield name, _array(linear.weight.t())
+
+
+def _has_bias(linear: nn.Linear) -> bool:
+    return cast(Tensor | None, linear.bias) is not None
+
+
+def rotary_tables(gated: GatedModel, positions: int) -> tuple[Array, Array]:
+    """Cosines and sines [positions, head_dim / 2] of the model's own rotary embedding."""
+    rotary = cast(Any, gated.model.base_model).rotary_emb
+    angles = torch.arange(positions)[:, None].float() * rotary.inv_freq.float()[None]
+    scale = float(rotary.attention_scaling)
+    return _array(angles.cos() * scale), _array(angles.sin() * scale)
+
+
+def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
+    """The allocator and the transition gate, stacked gates side by side."""
+    allocator, transition = gated.allocator, gated.transition
+    yield "gates.norm", _array(allocator.norm.weight)
+    yield "gates.norm_bias", _array(allocator.norm.bias)
+    yield from _embedding("gates.embedding", allocator.embedding)
+    for name, mlp in (("layers", allocator.layer_gates), ("heads", allocator.head_gates)):
+        yield f"gates.{name}.inner", _array(mlp.inner.permute(1, 0, 2).flatten(1))  # [inputs, gates * hidden]
+        yield f"gates.{name}.inner_bias", _array(mlp.inner_bias.flatten())
+        yield f"gates.{name}.outer", _array(mlp.outer)  # [gates, hidden, outputs]
+        yield f"gates.{name}.outer_bias", _array(mlp.outer_bias[:, None])
+    yield from _embedding("transition.embedding", transition.embedding)
+    yield "transition.inner", _array(transition.inner.weight.t())
+    yield "transition.inner_bias", _array(transition.inner.bias)
+    yield "transition.outer", _array(transition.outer.weight.t())
+    yield "transition.outer_bias", _array(transition.outer.bias)
+    yield "transition.at_think", _array(transition.at_think.weight.t())
+
+
+def _embedding(prefix: str, module: nn.Module) -> Iterator[tuple[str, Array]]:
+    found = cast(Any, module)
+    yield f"{prefix}.frequencies", _array(found.frequencies)
+    yield f"{prefix}.weight", _array(found.linear.weight.t())
+    yield f"{prefix}.bias", _array(found.linear.bias)
+
+
+def _array(value: Tensor) -> Array:
+    return cast(Array, value.detach().float().cpu().contiguous().numpy())

@@ -1,0 +1,130 @@
+"""``l2a compress export`` and ``l2a compress verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from l2a_compress.bundle import COSTS_FILE, Bundle
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def export(
+    artifact: Annotated[Path, typer.Option(help="The artifact folder that training wrote.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The bundle's folder.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model, where it was moved.")] = None,
+    dialect: Annotated[str, typer.Option(help="ort: onnxruntime's own operators. standard: opset 23 alone.")] = "ort",
+    precision: Annotated[str, typer.Option(help="Of the matrices: fp32, int8 or int4.")] = "fp32",
+    ladder: Annotated[str, typer.Option(help="A shipped ladder (default) or a TOML file.")] = "default",
+    variants: Annotated[bool, typer.Option(help="Export the static variants of the ladder.")] = True,
+    if_graph: Annotated[bool, typer.Option(help="Export the graph that runs any allocation.")] = True,
+    whole_cache: Annotated[
+        bool, typer.Option(help="Layers that the If graph skips write keys and values, so that it may grow again.")
+    ] = True,
+    calibrate: Annotated[
+        bool, typer.Option(help="Measure every graph on this machine; leave out variants that are not faster.")
+    ] = False,
+    positions: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Turn an artifact into ONNX graphs for every budget, all over one weight file."""
+    from l2a_compress.exporters.ladder import budgets_of
+    from l2a_compress.exporters.onnx import ExportOptions
+    from l2a_compress.exporters.onnx import export as run_export
+    from l2a_compress.profiles import load_ladder
+
+    budgets = budgets_of(load_ladder(ladder)) if variants else ()
+    options = ExportOptions(
+        budgets=budgets,
+        dialect=dialect,
+        if_graph=if_graph,
+        positions=positions,
+        precision=precision,
+        whole_cache=whole_cache,
+        calibrate=calibrate,
+    )
+
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task("export")
+        bundle = run_export(
+            artifact,
+            out,
+            options,
+            base=base,
+            force=force,
+            progress=lambda part: bar.update(task, description=f"export: {part}"),
+        )
+    Console().print(bundle_table(bundle, out))
+    typer.echo(f"bundle: {out}")
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)],
+    artifact: Annotated[Path | None, typer.Option(help="Compare tokens with this artifact in PyTorch.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, where it was moved.")] = None,
+    prompts: Annotated[int, typer.Option(help="Prompts to compare.", min=1)] = 64,
+    tokens: Annotated[int, typer.Option(help="Greedy tokens of each prompt.", min=1)] = 64,
+) -> None:
+    """Check a bundle: digests, onnx.checker, the export rules, and tokens against PyTorch."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from l2a_compress.errors import BundleError
+    from l2a_compress.exporters.verify import lint, parity
+
+    found = Bundle.load(bundle)
+    typer.echo(f"{len(found.files)} files as the manifest lists them")
+    broken = lint(bundle, found)
+    if broken:
+        raise BundleError("; ".join(broken))
+    typer.echo(f"{len(found.graphs)} graphs pass onnx.checker and keep the export rules")
+    if artifact is None:
+        typer.echo("tokens were NOT compared with PyTorch: give --artifact")
+        return
+    table = Table(title="greedy tokens against PyTorch", title_justify="left")
+    for name in ("graph", "budget", "tokens", "equal", "largest logit difference", "allocations"):
+        table.add_column(name)
+    wrong = []
+    for row in parity(bundle, artifact, base=base, prompts=prompts, tokens=tokens):
+        verdict = "equal" if row.allocations else "DIFFER"
+        table.add_row(row.graph, row.budget, str(row.tokens), str(row.equal), f"{row.difference:.2e}", verdict)
+        if row.equal < row.tokens or not row.allocations:
+            wrong.append(f"{row.graph} at {row.budget}")
+    Console().print(table)
+    if wrong:
+        raise BundleError(f"{bundle}: tokens differ from PyTorch: {', '.join(wrong)}")
+
+
+def bundle_table(bundle: Bundle, folder: Path) -> Table:
+    """What is in a bundle, one row a graph; with times where they were measured."""
+    from rich.table import Table
+
+    table = Table(title=f"{bundle.base['name']}: {bundle.dialect}, {bundle.precision}", title_justify="left")
+    costs = folder / COSTS_FILE
+    measured = json.loads(costs.read_text())["graphs"] if COSTS_FILE in bundle.files else {}
+    for name in ("graph", "budget", "cost", "layers", "groups", "MB own", "MB shared", "ms/token"):
+        table.add_column(name)
+    shared = bundle.files["weights.bin"]["size"]
+    for graph in bundle.graphs:
+        kept = graph.allocation
+        table.add_row(
+            graph.name,
+            "any" if graph.budget is None else f"{graph.budget:g}",
+            "-" if kept is None else f"{graph.cost:.3f}",
+            str(bundle.shape.num_layers) if kept is None else str(len(kept.layers)),
+            str(bundle.shape.num_layers * bundle.shape.num_groups) if kept is None else str(kept.num_kept_groups),
+            f"{bundle.files[graph.file]['size'] / 1e6:.2f}",
+            f"{shared / 1e6:.2f}",
+            f"{1000 * measured[graph.name]['decode_seconds']:.2f}" if measured else "-",
+        )
+    return table

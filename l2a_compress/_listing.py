@@ -1,0 +1,120 @@
+"""Folders that one JSON file describes: what is in them, and whether it is still all there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TypedDict
+
+from l2a_compress import _validate
+from l2a_compress.errors import L2AError, StorageError
+from l2a_compress.files import sha256_of
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class FileEntry(TypedDict):
+    """What is known of one file: its SHA-256 as 64 hexadecimal digits and its size in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """A kind of folder: its name, its describing file, what makes it, what to do when it is broken, and its error."""
+
+    what: str
+    file: str
+    maker: str
+    remedy: str
+    error: type[L2AError]
+
+
+def describe(folder: Path, skip: str) -> dict[str, FileEntry]:
+    """The size and SHA-256 of every file of a folder but ``skip``.
+
+    Raises:
+        StorageError: A file cannot be read.
+    """
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {
+        name: {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
+        for name in names
+        if name != skip
+    }
+
+
+def read_json(path: Path, kind: Kind) -> object:
+    """The describing file's content; each way it can be absent or broken is one error of the kind."""
+    if not path.parent.is_dir():
+        raise kind.error(f"{path.parent}: no such folder; give the folder that {kind.maker} wrote")
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise kind.error(
+            f"{path.parent}: not {_a(kind.what)}: it holds no {kind.file}; give the folder that {kind.maker} wrote"
+        ) from None
+    except OSError as error:
+        raise kind.error(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise kind.error(f"{path}: not JSON ({error}); the file is corrupt: {kind.remedy}") from error
+
+
+def verify(folder: Path, files: Mapping[str, FileEntry], kind: Kind) -> None:
+    """Checks that every listed file is in the folder and is what it was."""
+    for name, entry in files.items():
+        _verify(folder, name, entry, kind)
+
+
+def _verify(folder: Path, name: str, entry: FileEntry, kind: Kind) -> None:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise kind.error(f"{path}: leaves the {kind.what} folder through a link; put the file itself there")
+    if not path.is_file():
+        raise kind.error(f"{path}: the file is missing; {kind.remedy}")
+    size = path.stat().st_size
+    if size != entry["size"]:
+        raise kind.error(f"{path}: has {size} bytes instead of {entry['size']}; {kind.remedy}")
+    try:
+        digest = sha256_of(path)
+    except StorageError as error:
+        raise kind.error(str(error)) from error
+    if digest != entry["sha256"]:
+        raise kind.error(
+            f"{path}: is corrupt: its SHA-256 is {digest[:12]}... instead of {entry['sha256'][:12]}...; {kind.remedy}"
+        )
+
+
+def parse(value: object, kind: Kind) -> dict[str, FileEntry]:
+    """The ``files`` of a describing file, checked: paths stay in the folder, entries are whole."""
+    if not isinstance(value, Mapping):
+        raise kind.error(f"files must be an object, found {value!r}")
+    return {_inside(str(name), kind): _entry(entry, f"files.{name}", kind) for name, entry in value.items()}
+
+
+def _entry(value: object, name: str, kind: Kind) -> FileEntry:
+    if not isinstance(value, dict) or set(value) != {"sha256", "size"}:
+        raise kind.error(f"{name} must hold exactly sha256 and size, found {value!r}")
+    if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
+        raise kind.error(f"{name}.sha256 must be 64 hexadecimal digits, found {value['sha256']!r}")
+    return {
+        "sha256": value["sha256"],
+        "size": _validate.integer(value["size"], f"{name}.size", kind.error, minimum=0),
+    }
+
+
+def _inside(name: str, kind: Kind) -> str:
+    """Return a relative path that stays in the folder, on every system."""
+    parts = PurePosixPath(name)
+    clean = name and name == parts.as_posix() and "\\" not in name and ":" not in name and "\0" not in name
+    if not clean or parts.is_absolute() or ".." in parts.parts or name in (".", kind.file):
+        raise kind.error(f"files: {name!r} is not a path inside the {kind.what} folder")
+    return name
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"

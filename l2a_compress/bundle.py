@@ -1,0 +1,237 @@
+"""What export leaves: the description of a bundle folder, and its check. No graph is loaded here.
+
+A bundle folder holds ``manifest.json`` beside one weight file, the graphs over it and the tokenizer. The published
+schema of the file is ``l2a_compress/schemas/manifest.schema.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from l2a_compress import _listing as listing
+from l2a_compress import _validate
+from l2a_compress._listing import FileEntry
+from l2a_compress.allocation import Allocation
+from l2a_compress.cost import CostModel, ModelShape
+from l2a_compress.errors import AllocationError, BundleError, ConfigError
+from l2a_compress.files import write_atomic
+
+__all__ = ["COSTS_FILE", "MANIFEST_FILE", "Bundle", "GraphEntry", "describe_bundle"]
+
+MANIFEST_FILE = "manifest.json"
+COSTS_FILE = "costs.json"  # what was measured at export, where it was
+SCHEMA_VERSION = 1
+KINDS = ("if", "variant")
+DIALECTS = ("ort", "standard")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+_KIND = listing.Kind(
+    what="bundle", file=MANIFEST_FILE, maker="export", remedy="copy the folder or export it again", error=BundleError
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphEntry:
+    """One graph of a bundle.
+
+    Attributes:
+        name: What it is called, ``if`` or ``b0.7`` for the variant of budget 0.7.
+        file: Its path in the folder.
+        kind: ``if`` (any allocation) or ``variant`` (one).
+        budget: The compute budget that a variant is for; None for the ``If`` graph.
+        allocation: What a variant runs; None for the ``If`` graph.
+        cost: A variant's cost as a share of the dense model's; 1.0 for the ``If`` graph.
+
+    Raises:
+        BundleError: The fields do not fit together.
+    """
+
+    name: str
+    file: str
+    kind: str
+    budget: float | None
+    allocation: Allocation | None
+    cost: float
+
+    def __post_init__(self) -> None:
+        for name in ("name", "file"):
+            _validate.text(getattr(self, name), f"graph.{name}", BundleError)
+        if self.kind not in KINDS:
+            raise BundleError(f"graph {self.name}: kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
+        if (self.kind == "variant") != (self.allocation is not None) or (self.budget is None) != (self.kind == "if"):
+            raise BundleError(f"graph {self.name}: a variant has a budget and an allocation, the If graph neither")
+        object.__setattr__(self, "cost", _validate.positive(self.cost, f"graph {self.name}: cost", BundleError))
+        if self.budget is not None:
+            budget = _validate.positive(self.budget, f"graph {self.name}: budget", BundleError)
+            object.__setattr__(self, "budget", budget)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that ``from_json`` turns back into an equal entry."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["allocation"] = None if self.allocation is None else self.allocation.to_json()
+        return data
+
+    @classmethod
+    def from_json(cls, data: object) -> GraphEntry:
+        """Read an entry from a JSON object; an unknown or missing key is a ``BundleError``."""
+        values = _validate.keywords(cls, data, BundleError, optional=frozenset())
+        if values["allocation"] is not None:
+            try:
+                values["allocation"] = Allocation.from_json(values["allocation"])
+            except AllocationError as error:
+                raise BundleError(f"graph {values['name']}: {error}") from None
+        return cls(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """The content of ``manifest.json``.
+
+    Attributes:
+        schema_version: Version of this format, ``SCHEMA_VERSION`` for what this library writes.
+        base: The base model's name, family and digest.
+        artifact: SHA-256 of the ``artifact.json`` that was exported.
+        shape: Sizes of the decoder.
+        dialect: ``ort`` (onnxruntime's own operators) or ``standard``.
+        precision: Of the matrices.
+        gates: Settings of the gates, as in the artifact.
+        tags: Token ids of the think and answer tags.
+        positions: Most tokens of a sequence, prompt included.
+        widths: KV groups that a layer of the ``If`` graph can run with.
+        whole_cache: Whether layers that the ``If`` graph skips still write keys and values, so that it may grow.
+        prices: Calibrated ``(budget, price)`` pairs of the ``mean`` contract.
+        graphs: The graphs, the variants from the largest budget to the smallest.
+        quality: What the artifact's evaluation says of each budget, as points of report.json; may be empty.
+        versions: Versions of the packages that made it.
+        files: Every other file of the folder, by its path relative to the folder with forward slashes.
+
+    Raises:
+        BundleError: A field has a wrong type or value, variants are not nested, or a path leaves the folder.
+    """
+
+    schema_version: int
+    base: dict[str, str]
+    artifact: str
+    shape: ModelShape
+    dialect: str
+    precision: str
+    gates: dict[str, Any]
+    tags: dict[str, int]
+    positions: int
+    widths: tuple[int, ...]
+    whole_cache: bool
+    prices: tuple[tuple[float, float], ...]
+    graphs: tuple[GraphEntry, ...]
+    quality: tuple[dict[str, Any], ...]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]
+
+    def __post_init__(self) -> None:
+        version = _validate.integer(self.schema_version, "schema_version", BundleError, minimum=1)
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"schema_version {version} is newer than {SCHEMA_VERSION}, the latest this library reads; upgrade it"
+            )
+        if not isinstance(self.shape, ModelShape):
+            raise BundleError(f"shape must be a ModelShape, found {self.shape!r}")
+        for name, known in (("dialect", DIALECTS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise BundleError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
+        _validate.integer(self.positions, "positions", BundleError, minimum=1)
+        object.__setattr__(self, "files", listing.parse(self.files, _KIND))
+        _check_graphs(self.graphs, self.shape, self.files)
+
+    @property
+    def cost(self) -> CostModel:
+        """The cost model of the decoder."""
+        return CostModel(shape=self.shape)
+
+    @property
+    def variants(self) -> tuple[GraphEntry, ...]:
+        """The variants, from the largest budget to the smallest."""
+        return tuple(graph for graph in self.graphs if graph.kind == "variant")
+
+    @property
+    def if_graph(self) -> GraphEntry | None:
+        """The ``If`` graph, where the bundle has one."""
+        return next((graph for graph in self.graphs if graph.kind == "if"), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON object that ``from_json`` turns back into an equal description."""
+        data = {field.name: getattr(self, field.name) for field in fields(self)}
+        data["shape"] = self.shape.to_json()
+        data["widths"] = list(self.widths)
+        data["prices"] = [list(pair) for pair in self.prices]
+        data["graphs"] = [graph.to_json() for graph in self.graphs]
+        data["quality"] = [dict(point) for point in self.quality]
+        data["files"] = {name: dict(entry) for name, entry in self.files.items()}
+        return data
+
+    @classmethod
+    def from_json(cls, data: object) -> Bundle:
+        """Read a description from a JSON object; an unknown or missing key is a ``BundleError``."""
+        values = _validate.keywords(cls, data, BundleError, optional=frozenset())
+        try:
+            values["shape"] = ModelShape.from_json(values["shape"])
+            values["widths"] = tuple(int(width) for width in values["widths"])
+            values["prices"] = tuple((float(budget), float(price)) for budget, price in values["prices"])
+            values["graphs"] = tuple(GraphEntry.from_json(graph) for graph in values["graphs"])
+            values["quality"] = tuple(dict(point) for point in values["quality"])
+        except BundleError:
+            raise
+        except (ConfigError, TypeError, ValueError) as error:
+            raise BundleError(f"a field of another form than this library writes: {error}") from None
+        return cls(**values)
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``manifest.json`` into a folder, atomically.
+
+        Raises:
+            StorageError: The disk is full or the folder is not writable.
+        """
+        text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        write_atomic(Path(folder) / MANIFEST_FILE, text + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Bundle:
+        """Read ``manifest.json`` and verify the size and SHA-256 of every file it lists.
+
+        Raises:
+            BundleError: The folder or a file is missing, corrupt or foreign; the message names it.
+        """
+        folder = Path(folder)
+        path = folder / MANIFEST_FILE
+        data = listing.read_json(path, _KIND)
+        try:
+            bundle = cls.from_json(data)
+        except BundleError as error:
+            raise BundleError(f"{path}: {error}") from None
+        listing.verify(folder, bundle.files, _KIND)
+        return bundle
+
+
+def describe_bundle(folder: str | Path) -> dict[str, FileEntry]:
+    """Return the size and SHA-256 of every file of a folder but ``manifest.json``, ready for ``Bundle.files``."""
+    return listing.describe(Path(folder), MANIFEST_FILE)
+
+
+def _check_graphs(graphs: tuple[GraphEntry, ...], shape: ModelShape, files: Mapping[str, FileEntry]) -> None:
+    names = [graph.name for graph in graphs]
+    if not graphs or len(set(names)) != len(names):
+        raise BundleError(f"graphs must be at least one, each of its own name, found {names}")
+    before: Allocation | None = None
+    for graph in graphs:
+        if graph.file not in files:
+            raise BundleError(f"graph {graph.name}: its file {graph.file!r} is not listed in files")
+        if graph.allocation is None:
+            continue
+        allocation = graph.allocation
+        if (allocation.num_layers, allocation.num_groups) != (shape.num_layers, shape.num_groups):
+            raise BundleError(f"graph {graph.name}: its allocation is of another model shape")
+        if before is not None and not allocation.is_subset(before):
+            raise BundleError(f"graph {graph.name}: is not a part of the variant before it; variants must be nested")
+        before = allocation

@@ -1,0 +1,1 @@
+"""What runs a bundle. It needs onnxruntime and NumPy, never torch."""

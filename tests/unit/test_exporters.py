@@ -1,0 +1,488 @@
+"""Bundles: every graph says what PyTorch says, and a broken bundle does not open."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import DynamicCache
+
+from l2a_compress._cli import main
+from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.bundle import Bundle, describe_bundle
+from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
+from l2a_compress.exporters.calibrate import not_faster
+from l2a_compress.exporters.ladder import budgets_of, mine
+from l2a_compress.exporters.onnx import ExportOptions, export
+from l2a_compress.exporters.quantize import BITS, dequantize, quantize
+from l2a_compress.exporters.verify import (
+    graph_inputs,
+    graph_logits,
+    lint,
+    one_more,
+    parity,
+    right_padded,
+    torch_logits,
+)
+from l2a_compress.exporters.weights import Stored
+from l2a_compress.modeling.budgets import batch_budgets
+from l2a_compress.modeling.families import decoder_layers
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.loading import digest_of, load_base
+from l2a_compress.modeling.physical import sliced_linear
+from l2a_compress.runtime.decoder import GraphDecoder
+from l2a_compress.training.store import load_artifact, save_artifact
+from test_artifact import schema
+from test_training_trainer import largest_file
+from toy_models import FAMILIES, GROUPS, LAYERS, prompts, save_base, scramble, tiny_recipe
+
+BUDGETS = (1.0, 0.8, 0.6, 0.45)
+OPTIONS = ExportOptions(budgets=BUDGETS, calibration=16)
+
+
+def new_artifact(folder: Path, family: str = "qwen3", *, window: int | None = None, **gates: object) -> Path:
+    """An artifact with random gates and adapters, whose groups are in a random order."""
+    changes = {} if window is None else {"sliding_window": window}
+    recipe = tiny_recipe(save_base(folder / "base", family, **changes))
+    recipe = dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, **gates))
+    model, tokenizer = load_base(recipe.model.name, attention=recipe.model.attention)
+    digest = digest_of(model)
+    gated = GatedModel.wrap(model, recipe.gates, recipe.adapter)
+    scramble(gated)
+    for value in gated.adapter_parameters.values():
+        value.data *= 0.3  # larger ones make attention so sharp that the rounding of sums shows
+    gated.prices = ((0.3, 2.0), (1.0, -1.5))
+    save_artifact(gated, tokenizer, recipe, folder / "artifact", base_digest=digest, metrics={})
+    return folder / "artifact"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(artifact, bundle) that tests only read."""
+    folder = tmp_path_factory.mktemp("made")
+    artifact = new_artifact(folder)
+    export(artifact, folder / "bundle", OPTIONS)
+    return artifact, folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def gated(made: tuple[Path, Path]) -> GatedModel:
+    """The artifact in PyTorch."""
+    return load_artifact(made[0]).gated
+
+
+@pytest.fixture(scope="module")
+def decoder(made: tuple[Path, Path]) -> GraphDecoder:
+    """The ``If`` graph."""
+    return GraphDecoder(made[1] / "if.onnx", threads=1)
+
+
+@pytest.fixture
+def copy(made: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    shutil.copytree(made[1], tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_graph_says_what_pytorch_says(family: str, dialect: str, tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, family)
+    bundle = export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, dialect=dialect))
+    assert Bundle.load(tmp_path / "bundle") == bundle
+    assert lint(tmp_path / "bundle", bundle) == []
+    rows = list(parity(tmp_path / "bundle", artifact, prompts=12, tokens=6, budgets=BUDGETS))
+    assert len(rows) == len(BUDGETS) + 1 + len(
+        BUDGETS
+    )  # the If graph at each budget and at all mixed, and the variants
+    for row in rows:
+        assert row.tokens == 72
+        assert row.equal == row.tokens
+        assert row.difference < 1e-3
+        assert row.allocations
+
+
+@pytest.mark.parametrize("gates", [{"summary": "none"}, {"summary": "mean"}, {"heads": False}, {"tokens": False}])
+def test_every_form_of_gates_is_exported(gates: dict[str, object], tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, **gates)
+    export(artifact, tmp_path / "bundle", OPTIONS)
+    for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=4, budgets=BUDGETS):
+        assert (row.equal, row.allocations) == (row.tokens, True)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantization_keeps_to_half_a_step(bits: int) -> None:
+    matrix = np.random.default_rng(0).normal(size=(24, 64)).astype(np.float32)
+    matrix[0, :32] = 0
+    values, scales = quantize(matrix, bits)
+    assert values.shape == (24, 2, 32 * bits // 8)
+    error = np.abs(dequantize(values, scales, bits) - matrix).reshape(24, 2, 32)
+    # The end of the range that has one number less may be cut by a whole step.
+    assert (error <= np.abs(scales)[..., None] * 1.0001).all()
+    assert (error <= np.abs(scales)[..., None] * 0.5001).mean() > 0.95
+    with pytest.raises(ConfigError, match="blocks of 32"):
+        quantize(matrix[:, :40], bits)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(precision: str, tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path)
+    options = dataclasses.replace(OPTIONS, precision=precision)
+    bundle = export(artifact, tmp_path / "bundle", options)
+    assert lint(tmp_path / "bundle", bundle) == []
+    loaded = load_artifact(artifact)
+    rounded = round_weights(loaded.gated, BITS[precision])
+    ids, mask = prompts(6, 12)
+    for entry in bundle.graphs:
+        asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
+        told = batch_budgets(asked, rounded.cost, rounded.gate_config)
+        given = [entry.allocation] * 6 if entry.allocation else rounded.allocate(ids, mask, asked)
+        expected = torch_logits(rounded, ids, mask, given, told, 4)
+        inputs = {} if entry.allocation else graph_inputs(told, LAYERS)
+        decoder = GraphDecoder(with_exact_activations(tmp_path / "bundle" / entry.file), threads=1)
+        found, kept = graph_logits(decoder, ids, mask, expected.argmax(-1), inputs)
+        if kept is not None:
+            assert kept.tolist() == [[len(groups) for groups in allocation.groups] for allocation in given]
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def with_exact_activations(path: Path) -> Path:
+    """The same graph with products in 32 bits: as shipped, activations are rounded to 8 bits as well."""
+    model = onnx.load(str(path), load_external_data=False)
+
+    def change(graph: onnx.GraphProto) -> None:
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    assert attribute.i == 4
+                    attribute.i = 1
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    change(attribute.g)
+
+    change(model.graph)
+    changed = path.with_name(f"exact-{path.name}")
+    changed.write_bytes(model.SerializeToString())
+    return changed
+
+
+@torch.no_grad()
+def round_weights(gated: GatedModel, bits: int) -> GatedModel:
+    """Adapters merged, and every matrix quantized and back, in the order of the groups that export uses."""
+    embed = gated.model.get_input_embeddings()
+    embed.weight.copy_(rounded_matrix(embed.weight, bits))
+    for wrapper in decoder_layers(gated.model):
+        layer = wrapper.layer
+        for parent in (layer.self_attn, layer.mlp):
+            for name, module in list(parent.named_children()):
+                if name.endswith("_proj"):
+                    linear = sliced_linear(module, None, None)
+                    linear.weight.copy_(rounded_matrix(linear.weight, bits))
+                    inner = module.projection if name == "o_proj" else module
+                    inner.get_base_layer().weight.copy_(linear.weight)
+    for name, value in gated.adapter_parameters.items():
+        if "lora_B" in name:
+            value.zero_()
+    return gated
+
+
+def rounded_matrix(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    return torch.from_numpy(dequantize(*quantize(weight.numpy(), bits), bits))
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_a_sliding_window_is_exported(dialect: str, tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, "mistral", window=5)
+    export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, dialect=dialect))
+    for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=8, budgets=BUDGETS):
+        assert row.difference < 1e-3
+
+
+def test_the_allocator_in_the_graph_is_the_one_of_pytorch(gated: GatedModel, decoder: GraphDecoder) -> None:
+    """Random budgets, caps and prices; a price stands for the mean contract."""
+    draw = np.random.default_rng(0)
+    ids, mask = prompts(200, 12)
+    tokens, held = right_padded(ids, mask)
+    seen = set()
+    for contract in ("cap", "mean"):
+        asked = [
+            Budget(
+                compute=float(draw.uniform(0.3, 1.0)),
+                layers=None if draw.random() < 0.5 else int(draw.integers(1, LAYERS + 1)),
+                heads=None if draw.random() < 0.5 else int(draw.integers(GROUPS, LAYERS * GROUPS + 1)),
+            )
+            for _ in range(200)
+        ]
+        expected = gated.allocate(ids, mask, asked, contract=contract)  # type: ignore[arg-type]
+        told = batch_budgets(asked, gated.cost, gated.gate_config, contract=contract, prices=gated.prices)  # type: ignore[arg-type]
+        decoder.start(200, tokens.shape[1])
+        found = decoder.step(tokens, held, **graph_inputs(told, LAYERS))["kept_groups"]
+        assert found.tolist() == [[len(kept) for kept in allocation.groups] for allocation in expected]
+        seen.update(expected)
+    assert len(seen) > 30
+
+
+def test_a_graph_at_an_allocation_is_the_variant_of_that_allocation(
+    made: tuple[Path, Path], gated: GatedModel, decoder: GraphDecoder
+) -> None:
+    ids, mask = prompts(4, 12)
+    follow = np.random.default_rng(0).integers(0, 40, (4, 5))
+    for entry in Bundle.load(made[1]).variants:
+        assert entry.allocation is not None
+        told = batch_budgets([Budget(compute=entry.budget or 1.0)] * 4, gated.cost, gated.gate_config)
+        widths = [len(kept) for kept in entry.allocation.groups]
+        inputs = graph_inputs(told, LAYERS) | {"allocation": np.array([widths] * 4)}
+        found, _ = graph_logits(decoder, ids, mask, follow, inputs)
+        alone, _ = graph_logits(GraphDecoder(made[1] / entry.file, threads=1), ids, mask, follow, {})
+        np.testing.assert_allclose(found, alone, atol=1e-4)
+
+
+def test_rows_of_a_mixed_batch_are_as_if_alone(gated: GatedModel, decoder: GraphDecoder) -> None:
+    ids, mask = prompts(4, 12)
+    asked = [Budget(compute=value) for value in BUDGETS]
+    told = batch_budgets(asked, gated.cost, gated.gate_config)
+    follow = np.random.default_rng(1).integers(0, 40, (4, 5))
+    together, kept = graph_logits(decoder, ids, mask, follow, graph_inputs(told, LAYERS))
+    assert kept is not None
+    assert len({tuple(row) for row in kept.tolist()}) == 4
+    for row in range(4):
+        one = batch_budgets(asked[row : row + 1], gated.cost, gated.gate_config)
+        rows = slice(row, row + 1)
+        alone, _ = graph_logits(decoder, ids[rows], mask[rows], follow[rows], graph_inputs(one, LAYERS))
+        np.testing.assert_allclose(together[rows], alone, atol=1e-4)
+
+
+WIDTHS = {
+    "full": [2, 2, 2, 2, 2, 2],
+    "less": [2, 2, 1, 0, 2, 1],
+    "least": [2, 2, 1, 0, 0, 1],
+    "other": [2, 0, 2, 1, 2, 0],
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "whole", "stages"),
+    [
+        ("ort", True, ("full", "least", "other", "full")),
+        ("ort", False, ("full", "less", "least", "least")),
+        ("standard", True, ("full", "least", "other", "full")),
+    ],
+)
+@torch.no_grad()
+def test_a_budget_changed_in_mid_sequence_is_what_pytorch_does(
+    dialect: str, whole: bool, stages: tuple[str, ...], made: tuple[Path, Path], gated: GatedModel, tmp_path: Path
+) -> None:
+    """With a whole cache layers come and go, as masked in training; else they only go, as skipped in evaluation."""
+    options = dataclasses.replace(OPTIONS, budgets=(), dialect=dialect, whole_cache=whole)
+    export(made[0], tmp_path / "bundle", options)
+    in_place = dialect == "ort"
+    decoder = GraphDecoder(tmp_path / "bundle" / "if.onnx", in_place=in_place, threads=1)
+    ids, mask = prompts(2, 12)
+    told = batch_budgets([Budget()] * 2, gated.cost, gated.gate_config)
+    order = gated.allocator.group_order.tolist()
+    follow = np.random.default_rng(2).integers(0, 40, (2, 12))
+    cache, tokens, seen = DynamicCache(), ids, mask
+    rows, held = right_padded(ids, mask) if in_place else (ids.numpy(), mask.numpy())
+    decoder.start(2, rows.shape[1] + 12)
+    for step in range(12):
+        widths = WIDTHS[stages[step // 3]]
+        groups = [(0, 1), *(tuple(sorted(order[at][:width])) for at, width in enumerate(widths[1:]))]
+        allocation = Allocation(num_groups=GROUPS, groups=tuple(groups))
+        with gated.forced([allocation], skip=not whole):
+            offset = gated.transition.think_offset(told.features)[:, None]
+            gated.state.offset = (tokens == gated.think_id)[..., None] * offset
+            places = (seen.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+            expected = gated.logits(gated(tokens, seen, cache=cache, position_ids=places).hidden[:, -1])
+        inputs = graph_inputs(told, LAYERS) | {"allocation": np.array([widths] * 2)}
+        found = decoder.step(rows, held, **inputs)
+        np.testing.assert_allclose(found["logits"][:, 0], expected.numpy(), atol=1e-2)
+        rows, held = follow[:, step : step + 1], one_more(held, in_place=in_place)
+        tokens, seen = torch.from_numpy(rows), torch.cat([seen, seen.new_ones(2, 1)], dim=1)
+
+
+def test_tau_is_that_of_pytorch(gated: GatedModel, decoder: GraphDecoder) -> None:
+    ids, mask = prompts(3, 9)
+    told = batch_budgets([Budget(compute=1.0)] * 3, gated.cost, gated.gate_config)
+    rows, held = right_padded(ids, mask)
+    decoder.start(3, rows.shape[1])
+    found = decoder.step(rows, held, **graph_inputs(told, LAYERS))["tau"]
+    with torch.no_grad(), gated.forced(None):
+        gated.state.offset = (ids == gated.think_id)[..., None] * gated.transition.think_offset(told.features)[:, None]
+        hidden = gated(ids, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).hidden[:, -1:]
+        expected = torch.sigmoid(gated.transition(hidden, told.features))[:, 0]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
+def test_all_graphs_share_one_weight_file(made: tuple[Path, Path]) -> None:
+    """Nothing but small constants is in a graph, and narrower layers are prefixes of the same bytes."""
+    bundle = Bundle.load(made[1])
+    prefixes = 0
+    for entry in bundle.graphs:
+        graph = onnx.load(str(made[1] / entry.file), load_external_data=False).graph
+        places = {}
+        for tensor in graph.initializer:
+            place = {item.key: item.value for item in tensor.external_data}
+            if not place:
+                assert int(np.prod(tensor.dims)) <= max(bundle.shape.hidden_size, 64)
+                continue
+            places.setdefault(int(place["offset"]), set()).add(int(place["length"]))
+            assert int(place["offset"]) + int(place["length"]) <= bundle.files["weights.bin"]["size"]
+        prefixes += sum(len(lengths) > 1 for lengths in places.values())
+    assert prefixes > 0
+    dense = 4 * sum(parameter.numel() for parameter in load_base(str(made[0].parent / "base"))[0].parameters())
+    assert bundle.files["weights.bin"]["size"] > dense  # the gates are in it too
+
+
+def test_the_manifest_keeps_its_schema(made: tuple[Path, Path]) -> None:
+    data = json.loads((made[1] / "manifest.json").read_text())
+    jsonschema.Draft202012Validator(schema("manifest")).validate(data)
+    assert Bundle.from_json(data).to_json() == data
+
+
+def test_a_ladder_is_nested_and_keeps_its_budgets(gated: GatedModel) -> None:
+    ladder = mine(gated, [prompts(32, 12)], (1.0, 0.9, 0.7, 0.5, 0.4))
+    assert ladder[0][1] == Allocation.dense(LAYERS, GROUPS)
+    for (_, wide), (budget, narrow) in pairwise(ladder):
+        assert narrow.is_subset(wide)
+        assert gated.cost.fits(narrow, Budget(compute=budget))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{}, {"budgets": []}, {"budgets": [0.5, 0.7]}, {"budgets": [0.5, 0.5]}, {"budgets": [0.5], "more": 1}],
+)
+def test_a_ladder_that_is_none_is_refused(table: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="ladder"):
+        budgets_of(table)
+
+
+def test_a_budget_below_the_stem_is_refused_and_leaves_nothing(made: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="always-on"):
+        export(made[0], tmp_path / "bundle", ExportOptions(budgets=(1.0, 0.05), calibration=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inline_gates_have_no_graph(tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, mode="inline")
+    with pytest.raises(ConfigError, match="inline"):
+        export(artifact, tmp_path / "bundle", OPTIONS)
+
+
+def test_a_bundle_that_is_there_is_not_replaced(made: tuple[Path, Path], copy: Path) -> None:
+    before = describe_bundle(copy)
+    with pytest.raises(StorageError, match="exists"):
+        export(made[0], copy, OPTIONS)
+    assert describe_bundle(copy) == before
+
+
+@pytest.mark.parametrize("size", [1_000, 50_000])
+def test_a_full_disk_is_a_storage_error_and_leaves_nothing(size: int, made: tuple[Path, Path], tmp_path: Path) -> None:
+    with largest_file(size), pytest.raises(StorageError, match=r"free some space|does not hold files"):
+        export(made[0], tmp_path / "bundle", OPTIONS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["weights.bin", "if.onnx", "b0.8.onnx", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_a_damaged_bundle_does_not_open(copy: Path, name: str, damage: str) -> None:
+    path = copy / name
+    data = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(data[:-1])
+    else:
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    with pytest.raises(BundleError, match=path.name):
+        Bundle.load(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 9}, "newer"),
+        ({"dialect": "x"}, "dialect"),
+        ({"precision": "fp8"}, "precision"),
+        ({"graphs": []}, "at least one"),
+        ({"shape": {}}, "another form"),
+        ({"files": {"../x": {"sha256": "0" * 64, "size": 1}}}, "inside"),
+    ],
+)
+def test_a_manifest_that_is_not_ours_is_refused(copy: Path, change: dict[str, object], message: str) -> None:
+    path = copy / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(copy)
+
+
+def test_variants_that_are_not_nested_are_refused(copy: Path) -> None:
+    path = copy / "manifest.json"
+    data = json.loads(path.read_text())
+    data["graphs"][1:] = reversed(data["graphs"][1:])
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="nested"):
+        Bundle.load(copy)
+
+
+def test_a_prefix_is_within_its_tensor() -> None:
+    stored = Stored(4096, (8, 3), "float32")
+    assert (stored.length, stored.prefix(2)) == (96, Stored(4096, (2, 3), "float32"))
+    with pytest.raises(ConfigError, match="prefix"):
+        stored.prefix(9)
+
+
+def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
+    made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(1.0, 0.999, 0.45), calibrate=True)
+    bundle = export(made[0], tmp_path / "bundle", options)
+    costs = json.loads((tmp_path / "bundle" / "costs.json").read_text())
+    assert "costs.json" in Bundle.load(tmp_path / "bundle").files
+    for graph in bundle.graphs:
+        measured = costs["graphs"][graph.name]
+        assert 0 < measured["decode_seconds"] < measured["prefill_seconds"]
+        assert measured["peak_bytes"] > bundle.files["weights.bin"]["size"]
+    kept = [costs["graphs"][graph.name]["decode_seconds"] for graph in bundle.variants]
+    assert kept == sorted(kept, reverse=True)
+    dropped = set(costs["graphs"]) - {graph.name for graph in bundle.graphs}
+    assert all(name in caplog.text and not (tmp_path / "bundle" / f"{name}.onnx").exists() for name in dropped)
+
+
+def test_a_variant_that_is_not_faster_than_the_last_that_stays_is_dropped(made: tuple[Path, Path]) -> None:
+    graphs = Bundle.load(made[1]).graphs
+    seconds = dict(zip((graph.name for graph in graphs), (9.0, 4.0, 4.5, 4.0, 3.0), strict=True))
+    costs = {"graphs": {name: {"decode_seconds": value} for name, value in seconds.items()}}
+    assert [graph.name for graph in not_faster(graphs, costs)] == [graphs[2].name, graphs[3].name]
+
+
+def test_the_commands_export_verify_and_inspect(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    assert main(["compress", "export", "--artifact", str(made[0]), "--out", str(out), "--quiet"]) == 0
+    assert "b0.55" in capsys.readouterr().out
+    command = ["compress", "verify", str(out), "--artifact", str(made[0]), "--prompts", "4", "--tokens", "4"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "onnx.checker" in shown
+    assert "mixed" in shown
+    assert main(["compress", "inspect", str(out)]) == 0
+    assert "b0.55" in capsys.readouterr().out
+    assert main(["compress", "inspect", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dialect"] == "ort"
+    (out / "if.onnx").unlink()
+    assert main(["compress", "verify", str(out)]) != 0
+
+
+def test_an_export_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing to export"):
+        ExportOptions(budgets=(), if_graph=False)
