@@ -23,6 +23,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from measure import machine
+
 RESULTS = Path(__file__).parent / "results" / "kill_resume.json"
 PATIENCE = 300.0  # seconds until a process that makes no progress counts as stuck
 STEPS = 50_000  # more than any run gets to
@@ -171,7 +173,7 @@ def main() -> None:
         straight = never_killed(context, base, Path(name) / "straight", step)
         same = same_tensors(out / "run" / "checkpoints" / f"checkpoint-{step}", straight)
     found = {"kills": options.kills, **counts, "last_step": step, "same_as_never_killed": same}
-    found |= {"seed": options.seed, "seconds": round(time.monotonic() - began, 1)}
+    found |= {"seed": options.seed, "seconds": round(time.monotonic() - began, 1), "machine": machine(1)}
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found))

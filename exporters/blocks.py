@@ -172,6 +172,8 @@ class Blocks(ABC):
     def mlp(self, ops: Ops, index: int, update: ir.Value, hidden: ir.Value, row: ir.Value | None) -> ir.Value:
         """Adds the attention's ``update`` and then the MLP's; ``row`` [batch, 1, 1] leaves out rows."""
         prefix = f"layers.{index}"
+        if row is not None and f"{prefix}.o_bias" in self.spec.tensors:
+            update = ops.op("Mul", update, row)  # masked heads still leave the bias
         normed, summed = self.add_norm(ops, update, hidden, f"{prefix}.post_norm")
         gate = self.silu(ops, self.matmul(ops, normed, f"{prefix}.gate"))
         inner = ops.op("Mul", gate, self.matmul(ops, normed, f"{prefix}.up"))

@@ -41,7 +41,7 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compress", "inspect"]) == 2
-    assert "artifact" in capsys.readouterr().err.lower()
+    assert "folder" in capsys.readouterr().err.lower()
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

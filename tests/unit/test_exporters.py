@@ -49,10 +49,12 @@ BUDGETS = (1.0, 0.8, 0.6, 0.45)
 OPTIONS = ExportOptions(budgets=BUDGETS, calibration=16)
 
 
-def new_artifact(folder: Path, family: str = "qwen3", *, window: int | None = None, **gates: object) -> Path:
+def new_artifact(
+    folder: Path, family: str = "qwen3", *, model: dict[str, object] | None = None, **gates: object
+) -> Path:
     """An artifact with random gates and adapters, whose groups are in a random order."""
-    changes = {} if window is None else {"sliding_window": window}
-    recipe = tiny_recipe(save_base(folder / "base", family, **changes))
+    sizes = {"head_dim": 16, "intermediate_size": 64}  # what onnxruntime's attention and blocks of 32 need
+    recipe = tiny_recipe(save_base(folder / "base", family, **sizes | (model or {})))
     recipe = dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, **gates))
     model, tokenizer = load_base(recipe.model.name, attention=recipe.model.attention)
     digest = digest_of(model)
@@ -199,10 +201,22 @@ def rounded_matrix(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
-def test_a_sliding_window_is_exported(dialect: str, tmp_path: Path) -> None:
-    artifact = new_artifact(tmp_path, "mistral", window=5)
+@pytest.mark.parametrize(
+    ("family", "model"),
+    [
+        ("mistral", {"sliding_window": 5}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}),
+    ],
+)
+def test_other_forms_of_models_are_exported(
+    family: str, model: dict[str, object], dialect: str, tmp_path: Path
+) -> None:
+    artifact = new_artifact(tmp_path, family, model=model)
     export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, dialect=dialect))
     for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=8, budgets=BUDGETS):
+        assert row.equal == row.tokens
         assert row.difference < 1e-3
 
 
