@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from l2a_compress._machine import processor
 from l2a_compress.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,7 +80,7 @@ def verdict(text: str, value: float, bar: float, *, at_most: bool) -> bool:
 def machine(threads: int) -> dict[str, Any]:
     """What a reader needs to judge the figures."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "logical_cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
@@ -89,14 +90,6 @@ def machine(threads: int) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 class Results:

@@ -27,6 +27,7 @@ from smollm2_setup import (
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from l2a_compress._machine import peak_bytes
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.physical import specialized
 from l2a_compress.training.recipe import Recipe
@@ -210,10 +211,9 @@ def _forget_peak() -> None:
 
 
 def _peak_mb() -> float:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) / 1024
+    peak = peak_bytes()
+    if peak is not None:
+        return peak / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # bytes on macOS
 
 

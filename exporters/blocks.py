@@ -48,7 +48,7 @@ class Blocks(ABC):
 
     @abstractmethod
     def silu(self, ops: Ops, value: ir.Value) -> ir.Value:
-        """X * sigmoid(x)."""
+        """SiLU: x * sigmoid(x)."""
 
     @abstractmethod
     def add_norm(self, ops: Ops, update: ir.Value, hidden: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:

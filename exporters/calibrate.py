@@ -7,7 +7,6 @@ Memory is the peak of a process that does nothing but load the graph and run it.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from l2a_compress._machine import peak_bytes, processor
 from l2a_compress.bundle import COSTS_FILE, GraphEntry
 from l2a_compress.cost import ModelShape
 from l2a_compress.files import write_atomic
@@ -49,7 +49,7 @@ def calibrate(
             if number:  # the first round warms up
                 spent[name].append(seconds)
     found = {
-        "device": _processor(),
+        "device": processor(),
         "threads": threads,
         "prompt": PROMPT,
         "graphs": {
@@ -107,23 +107,9 @@ def _peak(path: Path, shape: ModelShape, *, in_place: bool) -> int | None:
     return peak or None
 
 
-def _own_peak() -> int:
-    status = Path("/proc/self/status")
-    if not status.is_file():
-        return 0
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
-
-
-def _processor() -> str:
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 if __name__ == "__main__":
     _run(
         GraphDecoder(Path(sys.argv[1]), in_place=bool(int(sys.argv[3])), threads=1),
         ModelShape.from_json(json.loads(sys.argv[2])),
     )
-    print(_own_peak())
+    print(peak_bytes() or 0)

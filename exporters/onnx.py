@@ -112,15 +112,17 @@ def export(
         tell("artifact")
         loaded = load_artifact(artifact, base=base)
         gated = loaded.gated
+        _refuse(gated, options)
+        if options.budgets:
+            tell("ladder")
+        ladder = _ladder(loaded, options)
         tell("weights")
         spec = _spec(loaded, _write_weights(gated, folder, options), options)
         graphs = []
         if options.if_graph:
             tell(IF_NAME)
             graphs.append(_save(if_graph(spec, gated.cost), folder, IF_NAME, None, None, 1.0))
-        if options.budgets:
-            tell("ladder")
-        for budget, allocation in _ladder(loaded, options):
+        for budget, allocation in ladder:
             name = f"b{budget:g}"
             tell(name)
             graph = static_graph(spec, allocation, _told(gated, budget))
@@ -182,14 +184,19 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
     return file
 
 
-def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -> GraphSpec:
-    gated, config = loaded.gated, loaded.gated.model.config
+def _refuse(gated: GatedModel, options: ExportOptions) -> None:
+    """What has no graph, before anything is written."""
     if options.dialect == "ort" and gated.shape.head_dim % 16:
         raise ConfigError(
             f"head_dim {gated.shape.head_dim}: onnxruntime's attention needs a multiple of 16; use --dialect standard"
         )
     if gated.gate_config.mode != "stem":
         raise ConfigError("inline gates decide layer by layer and have no graph; train with --gates stem to export")
+    _window(gated.model.config)
+
+
+def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -> GraphSpec:
+    gated, config = loaded.gated, loaded.gated.model.config
     return GraphSpec(
         shape=gated.shape,
         gates=gated.gate_config,

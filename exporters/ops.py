@@ -31,6 +31,7 @@ class Ops:
         self.tape = ir.tape.Tape()
         self.root: Ops = outer.root if outer else self
         self.initializers: dict[str, ir.Value] = {}
+        self.constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._count = 0
 
     def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
@@ -47,15 +48,11 @@ class Ops:
     def constant(self, value: Any, dtype: str) -> ir.Value:
         """A small constant, stored in the graph itself; equal ones are one."""
         array = np.asarray(value, dtype=dtype)
-        name = f"const_{dtype}_{'x'.join(map(str, array.shape)) or 'scalar'}_{array.tobytes().hex()[:64]}"
-        root = self.root
-        if name in root.initializers:
-            tensor = root.initializers[name].const_value
-            assert tensor is not None
-            if np.array_equal(tensor.numpy(), array):
-                return root.initializers[name]
-            name = f"{name}_{len(root.initializers)}"
-        return root._keep(name, ir.tensor(array, name=name))
+        root, key = self.root, (dtype, array.shape, array.tobytes())
+        if key not in root.constants:
+            name = f"const{len(root.constants)}"
+            root.constants[key] = root._keep(name, ir.tensor(array, name=name))
+        return root.constants[key]
 
     def weight(self, name: str, stored: Stored) -> ir.Value:
         """A tensor of the weight file, under a name; asked for twice it is one initializer."""

@@ -58,7 +58,7 @@ class OrtBlocks(Blocks):
         )
 
     def silu(self, ops: Ops, value: ir.Value) -> ir.Value:
-        """X * sigmoid(x)."""
+        """SiLU: x * sigmoid(x)."""
         return ops.op("QuickGelu", value, domain=CONTRIB, alpha=1.0)
 
     def embed(self, ids: ir.Value) -> ir.Value:

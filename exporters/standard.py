@@ -56,7 +56,7 @@ class StandardBlocks(Blocks):
         return ops.op("Reshape", found, shape)
 
     def silu(self, ops: Ops, value: ir.Value) -> ir.Value:
-        """X * sigmoid(x)."""
+        """SiLU: x * sigmoid(x)."""
         return ops.op("Mul", value, ops.op("Sigmoid", value))
 
     def add_norm(self, ops: Ops, update: ir.Value, hidden: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:

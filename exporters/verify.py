@@ -141,15 +141,12 @@ def torch_logits(
     gated: GatedModel, ids: Tensor, mask: Tensor, allocations: Sequence[Allocation], told: BudgetBatch, steps: int
 ) -> Array:
     """Logits of greedy steps of the hard-gated model. Left-padded prompts -> [batch, steps, vocabulary]."""
-    found, think = [], gated.think_id
-    assert think is not None
+    found = []
     with gated.forced(allocations):
         cache, tokens = DynamicCache(), ids
         for _ in range(steps):
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-            if gated.gate_config.tokens:
-                offset = gated.transition.think_offset(told.features)[:, None]
-                gated.state.offset = torch.eq(tokens, think)[..., None] * offset
+            gated.state.offset = gated.think_offset(tokens, told.features)
             hidden = gated(tokens, mask, cache=cache, position_ids=positions).hidden[:, -1:]
             logits = gated.logits(hidden)[:, 0].float()
             found.append(logits.numpy())

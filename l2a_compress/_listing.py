@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypedDict
+from typing import Any, Protocol, TypedDict, TypeVar
 
 from l2a_compress import _validate
 from l2a_compress.errors import L2AError, StorageError
-from l2a_compress.files import sha256_of
+from l2a_compress.files import sha256_of, write_atomic
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -48,7 +48,41 @@ def describe(folder: Path, skip: str) -> dict[str, FileEntry]:
     }
 
 
-def read_json(path: Path, kind: Kind) -> object:
+class Described(Protocol):
+    """What a describing file is read into."""
+
+    @property
+    def files(self) -> dict[str, FileEntry]:
+        """The files that it lists."""
+
+
+Description = TypeVar("Description", bound=Described)
+
+
+def write(folder: Path, data: Mapping[str, Any], kind: Kind) -> None:
+    """Writes the describing file, atomically.
+
+    Raises:
+        StorageError: The disk is full or the folder is not writable.
+    """
+    text = json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_atomic(folder / kind.file, text + "\n")
+
+
+def load(folder: Path, parse: Callable[[object], Description], kind: Kind) -> Description:
+    """Reads the describing file and verifies every file that it lists; what is wrong is an error of the kind."""
+    path = folder / kind.file
+    data = _read_json(path, kind)
+    try:
+        found = parse(data)
+    except kind.error as error:
+        raise kind.error(f"{path}: {error}") from None
+    for name, entry in found.files.items():
+        _verify(folder, name, entry, kind)
+    return found
+
+
+def _read_json(path: Path, kind: Kind) -> object:
     """The describing file's content; each way it can be absent or broken is one error of the kind."""
     if not path.parent.is_dir():
         raise kind.error(f"{path.parent}: no such folder; give the folder that {kind.maker} wrote")
@@ -62,12 +96,6 @@ def read_json(path: Path, kind: Kind) -> object:
         raise kind.error(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise kind.error(f"{path}: not JSON ({error}); the file is corrupt: {kind.remedy}") from error
-
-
-def verify(folder: Path, files: Mapping[str, FileEntry], kind: Kind) -> None:
-    """Checks that every listed file is in the folder and is what it was."""
-    for name, entry in files.items():
-        _verify(folder, name, entry, kind)
 
 
 def _verify(folder: Path, name: str, entry: FileEntry, kind: Kind) -> None:

@@ -6,7 +6,6 @@ An artifact folder holds ``artifact.json`` beside the safetensors that it lists.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -17,7 +16,6 @@ from l2a_compress import _validate
 from l2a_compress._listing import FileEntry
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ArtifactError, ConfigError
-from l2a_compress.files import write_atomic
 
 __all__ = ["ARTIFACT_FILE", "SCHEMA_VERSION", "ArtifactConfig", "FileEntry", "describe_files"]
 
@@ -107,8 +105,7 @@ class ArtifactConfig:
         Raises:
             StorageError: The disk is full or the folder is not writable.
         """
-        text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        write_atomic(Path(folder) / ARTIFACT_FILE, text + "\n")
+        listing.write(Path(folder), self.to_json(), _KIND)
 
     @classmethod
     def load(cls, folder: str | Path) -> ArtifactConfig:
@@ -117,15 +114,7 @@ class ArtifactConfig:
         Raises:
             ArtifactError: The folder or a file is missing, corrupt or foreign; the message names it.
         """
-        folder = Path(folder)
-        path = folder / ARTIFACT_FILE
-        data = listing.read_json(path, _KIND)
-        try:
-            config = cls.from_json(data)
-        except ArtifactError as error:
-            raise ArtifactError(f"{path}: {error}") from None
-        listing.verify(folder, config.files, _KIND)
-        return config
+        return listing.load(Path(folder), cls.from_json, _KIND)
 
 
 def describe_files(folder: str | Path) -> dict[str, FileEntry]:

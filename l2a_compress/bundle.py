@@ -6,7 +6,6 @@ schema of the file is ``l2a_compress/schemas/manifest.schema.json``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +17,6 @@ from l2a_compress._listing import FileEntry
 from l2a_compress.allocation import Allocation
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.errors import AllocationError, BundleError, ConfigError
-from l2a_compress.files import write_atomic
 
 __all__ = ["COSTS_FILE", "MANIFEST_FILE", "Bundle", "GraphEntry", "describe_bundle"]
 
@@ -193,8 +191,7 @@ class Bundle:
         Raises:
             StorageError: The disk is full or the folder is not writable.
         """
-        text = json.dumps(self.to_json(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-        write_atomic(Path(folder) / MANIFEST_FILE, text + "\n")
+        listing.write(Path(folder), self.to_json(), _KIND)
 
     @classmethod
     def load(cls, folder: str | Path) -> Bundle:
@@ -203,15 +200,7 @@ class Bundle:
         Raises:
             BundleError: The folder or a file is missing, corrupt or foreign; the message names it.
         """
-        folder = Path(folder)
-        path = folder / MANIFEST_FILE
-        data = listing.read_json(path, _KIND)
-        try:
-            bundle = cls.from_json(data)
-        except BundleError as error:
-            raise BundleError(f"{path}: {error}") from None
-        listing.verify(folder, bundle.files, _KIND)
-        return bundle
+        return listing.load(Path(folder), cls.from_json, _KIND)
 
 
 def describe_bundle(folder: str | Path) -> dict[str, FileEntry]:

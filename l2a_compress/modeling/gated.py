@@ -123,7 +123,7 @@ class GatedModel(nn.Module):
             decider = kind(request, self.allocator, self.cost, self.state, probe=probe)
             self.state.reset()
             self.state.hook = decider
-            self.state.offset = self._think_offset(input_ids, request)
+            self.state.offset = self.think_offset(input_ids, request.budgets.features)
         try:
             output = self.model.base_model(
                 input_ids=input_ids,
@@ -141,11 +141,12 @@ class GatedModel(nn.Module):
         logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
 
-    def _think_offset(self, input_ids: Tensor, request: GateRequest) -> Tensor | None:
+    def think_offset(self, input_ids: Tensor, budget: Tensor) -> Tensor | None:
+        """What shows the budget at ``<think>``: [batch, length], [batch, 2] -> [batch, length, width], or nothing."""
         if self.think_id is None or not self.gate_config.tokens:
             return None
         at_think = (input_ids == self.think_id)[..., None]
-        return at_think * self.transition.think_offset(request.budgets.features)[:, None]
+        return at_think * self.transition.think_offset(budget)[:, None]
 
     @contextmanager
     def teacher(self) -> Iterator[None]:

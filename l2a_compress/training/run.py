@@ -68,7 +68,7 @@ def train(
         TrainingError: the loss is not finite, or a checkpoint cannot be read.
         StorageError: the disk is full or not writable.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())  # else several processes on a CPU do not see each other
+    state = _processes()
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
     checkpoints = _prepare(recipe, out, resume=resume, force=force, main=state.is_main_process)
@@ -215,4 +215,9 @@ def _write_log(trainer: L2ATrainer, path: Path) -> None:
 
 def is_main_process() -> bool:
     """Whether this process writes files and talks to the user (the first one of a launch)."""
-    return bool(PartialState(cpu=not torch.cuda.is_available()).is_main_process)
+    return bool(_processes().is_main_process)
+
+
+def _processes() -> PartialState:
+    """All processes of a launch; on a CPU they do not see each other unless told so."""
+    return PartialState(cpu=not torch.cuda.is_available())
