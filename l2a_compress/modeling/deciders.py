@@ -15,7 +15,7 @@ from l2a_compress.cost import CostModel
 from l2a_compress.modeling.budgets import BudgetBatch
 from l2a_compress.modeling.gates import Allocator
 from l2a_compress.modeling.layers import GateState, LayerPlan, plan_from_masks
-from l2a_compress.modeling.projection import effective_scores, project, straight_through
+from l2a_compress.modeling.projection import effective_scores, moving_threshold, project, straight_through
 
 
 @dataclass
@@ -99,8 +99,12 @@ class StemDecider:
         if not torch.is_grad_enabled():
             layer_masks, group_masks = hard.layers.float(), groups.float()
         else:
-            threshold, heat = hard.threshold[:, None], request.temperature
-            effective = effective_scores(layer_scores, group_scores)
+            effective, heat = effective_scores(layer_scores, group_scores), request.temperature
+            optional, least = effective[..., self.min_groups :], self.min_groups
+            costs = (self.cost.layer_units + least * self.cost.group_units, self.cost.group_units)
+            filled = moving_threshold(layer_scores, optional, hard, costs=costs, temperature=heat)
+            priced = torch.isfinite(budgets.limits.price)  # a price stands still: the budget term moves the scores
+            threshold = torch.where(priced, hard.threshold, filled)[:, None]
             layer_masks = straight_through(hard.layers, layer_scores, threshold, heat)
             group_masks = groups.float()
             if self.config.heads:

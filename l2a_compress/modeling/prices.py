@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import SCORE_LIMIT
 from l2a_compress.modeling.projection import effective_scores
 
+MeanCost = Callable[[float], float]  # price -> mean realized cost, as a fraction
+TOLERANCE = 0.004  # of the realized cost at an interpolated price
+FINEST = 0.004  # budgets closer than this are not told apart
 Prompts = Sequence[tuple[Tensor, Tensor]]  # (input_ids, attention_mask), left-padded, ending in <think>
 
 
@@ -35,23 +39,41 @@ def price_grid(gated: GatedModel) -> list[float]:
 
 @torch.no_grad()
 def calibrate_prices(gated: GatedModel, prompts: Prompts, budgets: Sequence[float]) -> list[tuple[float, float]]:
-    """For each budget the price at which the mean realized cost over ``prompts`` is that budget, by bisection."""
+    """For each budget the price at which the mean realized cost over ``prompts`` is that budget, by bisection.
+
+    Where inputs have like scores, the price jumps at the budgets where a layer falls out: stem gates, whose decisions
+    are cheap, get more points there, so that a price interpolated between two of them keeps to its budget too.
+    """
     was_training = gated.training
     gated.eval()
-    table = []
-    for budget in budgets:
-        if gated.gate_config.mode == "stem":
-            scores = [_scores(gated, ids, mask, budget) for ids, mask in prompts]
-            layers, groups = (torch.cat(part) for part in zip(*scores, strict=True))
-            table.append((budget, _bisect(partial(_stem_cost, gated, layers, groups), budget)))
-        else:
-            cost = partial(_inline_cost, gated, prompts, budget)
-            table.append((budget, _bisect(cost, budget, rounds=14)))
+    if gated.gate_config.mode == "stem":
+        cost_at = partial(_stem_cost_at, gated, prompts)
+        table = [(budget, _bisect(cost_at(budget), budget)) for budget in budgets]
+        for left, right in pairwise(tuple(table)):
+            table += _between(cost_at, left, right)
+    else:
+        table = [
+            (budget, _bisect(partial(_inline_cost, gated, prompts, budget), budget, rounds=14)) for budget in budgets
+        ]
     gated.train(was_training)
-    return table
+    return sorted(table)
 
 
-def _bisect(mean_cost: Callable[[float], float], budget: float, *, rounds: int = 30) -> float:
+def _between(
+    cost_at: Callable[[float], MeanCost], left: tuple[float, float], right: tuple[float, float]
+) -> list[tuple[float, float]]:
+    """The points that are needed between two (budget, price) pairs for interpolated prices to be close enough."""
+    middle = round((left[0] + right[0]) / 2, 4)
+    if right[0] - left[0] < FINEST:
+        return []
+    mean_cost = cost_at(middle)
+    if abs(mean_cost((left[1] + right[1]) / 2) - middle) <= TOLERANCE:
+        return []
+    point = (middle, _bisect(mean_cost, middle))
+    return [*_between(cost_at, left, point), point, *_between(cost_at, point, right)]
+
+
+def _bisect(mean_cost: MeanCost, budget: float, *, rounds: int = 30) -> float:
     low, high = -1.5 * SCORE_LIMIT, 1.5 * SCORE_LIMIT
     for _ in range(rounds):
         middle = (low + high) / 2
@@ -60,6 +82,13 @@ def _bisect(mean_cost: Callable[[float], float], budget: float, *, rounds: int =
         else:
             high = middle
     return high
+
+
+def _stem_cost_at(gated: GatedModel, prompts: Prompts, budget: float) -> MeanCost:
+    """The mean cost as a function of the price, for gates that are told ``budget``."""
+    scores = [_scores(gated, ids, mask, budget) for ids, mask in prompts]
+    layers, groups = (torch.cat(part) for part in zip(*scores, strict=True))
+    return partial(_stem_cost, gated, layers, groups)
 
 
 def _scores(gated: GatedModel, ids: Tensor, mask: Tensor, budget: float) -> tuple[Tensor, Tensor]:

@@ -125,6 +125,31 @@ def _between(above: Tensor, below: Tensor, price: Tensor) -> Tensor:
     return torch.where(torch.isfinite(price), price, middle)
 
 
+def moving_threshold(
+    layer_scores: Tensor, optional_groups: Tensor, decision: Decision, *, costs: tuple[int, int], temperature: float
+) -> Tensor:
+    """The threshold of each row with the gradient that a filled budget gives it. [batch].
+
+    While ``sum_i c_i sigmoid((s_i - t) / T)`` stays the same, ``dt / ds_i = c_i g_i / sum_j c_j g_j`` with g the
+    sigmoid's slope. So a score only gains on what its cost crowds out. With a threshold that stands still all scores
+    rise together, since every layer that runs lowers the loss, until their bound alone holds them.
+
+    Args:
+        layer_scores: [batch, layers].
+        optional_groups: effective scores of the groups behind the least, [batch, layers, groups].
+        decision: what was kept, with its threshold.
+        costs: units of a layer item and of a group item.
+        temperature: of the gates.
+    """
+    items = torch.cat([layer_scores, optional_groups.flatten(1)], dim=1)
+    units = torch.full_like(items, float(costs[1]))
+    units[:, : layer_scores.shape[1]] = float(costs[0])
+    soft = torch.sigmoid((items - decision.threshold[:, None]) / temperature).detach()
+    weights = units * soft * (1 - soft) + 1e-12
+    center = (weights * items).sum(1) / weights.sum(1)
+    return decision.threshold + (center - center.detach())
+
+
 def straight_through(hard: Tensor, scores: Tensor, threshold: Tensor, temperature: float) -> Tensor:
     """``hard`` in value, ``sigmoid((scores - threshold) / temperature)`` in gradient; all of one shape."""
     soft = torch.sigmoid((scores - threshold) / temperature)

@@ -27,6 +27,8 @@ class ObjectiveConfig:
         budget: lambda, weight of the resource cost.
         tokens: lambda_T, weight of R_tok, the mean of 1 - tau over the think tokens.
         transition: weight of the supervised targets of tau (our addition: R_tok alone only pushes tau up).
+        swap: weight of :func:`swap_ranking` (our addition). Above 0, each step runs the student once more, without
+            gradient.
         without: terms that are switched off, of :data:`TERMS`.
     """
 
@@ -34,13 +36,14 @@ class ObjectiveConfig:
     budget: float = 1.0
     tokens: float = 0.01
     transition: float = 0.1
+    swap: float = 0.0
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.without if name not in TERMS]
         if unknown:
             raise ConfigError(f"--without {','.join(unknown)}: unknown term; choose of {', '.join(TERMS)}")
-        for name in ("kl", "budget", "tokens", "transition"):
+        for name in ("kl", "budget", "tokens", "transition", "swap"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"objective weight {name} = {getattr(self, name)}: must be 0 or more")
 
@@ -84,6 +87,28 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def cross_entropy(student: Tensor, where: Supervised) -> Tensor:
     """L_ce. ``student`` [n, vocabulary]: log-probabilities at the supervised positions."""
     return (functional.nll_loss(student, where.targets, reduction="none") * where.weights).sum()
+
+
+def row_losses(student: Tensor, where: Supervised) -> Tensor:
+    """Cross entropy of each row, the mean over its own tokens. ``student`` as in :func:`cross_entropy`; [batch]."""
+    losses = functional.nll_loss(student, where.targets, reduction="none") * where.weights * where.mask.shape[0]
+    return losses.new_zeros(where.mask.shape[0]).index_add(0, where.rows, losses)
+
+
+def swap_ranking(kept: Tensor, skipped: Tensor, gain: Tensor, temperature: float) -> Tensor:
+    """Ranks two layers of one prompt by what changing their places does to its loss; all tensors are [batch].
+
+    The straight-through gradient extrapolates a whole layer from a slope. This measures: the logistic loss of the order
+    that the measurement asks for, weighted by how much it asks (as RankNet weighs its pairs).
+
+    Args:
+        kept: score of a layer that runs.
+        skipped: score of one that does not.
+        gain: loss with the two changed, less the loss as it is; 0 leaves a row out.
+        temperature: of the gates.
+    """
+    wrong_way = functional.softplus(-gain.sign() * (kept - skipped) / temperature)
+    return (gain.abs() * wrong_way).mean()
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, where: Supervised) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from l2a_compress._precision import PRECISIONS, use_bfloat16
 from l2a_compress.errors import ConfigError
 from l2a_compress.modeling.adapters import AdapterConfig
 from l2a_compress.modeling.gates import GateConfig
@@ -60,7 +61,8 @@ class OptimConfig:
         warmup: share of the steps that warm up.
         decay: share of the steps, at the end, over which the rate falls linearly to 0.
         clip: largest gradient norm.
-        bf16: autocast to bfloat16.
+        precision: what layers compute in: ``fp32``, ``bf16`` (autocast), or ``auto``, which is bf16 where the machine
+            has instructions for it.
         gradient_checkpointing: recompute layers in the backward pass.
         teacher: ``online`` or ``cached`` (top-k log-probabilities computed once before training).
         teacher_top_k: words kept by ``cached``.
@@ -79,7 +81,7 @@ class OptimConfig:
     warmup: float = 0.03
     decay: float = 0.5
     clip: float = 1.0
-    bf16: bool = False
+    precision: str = "fp32"
     gradient_checkpointing: bool = False
     teacher: str = "online"
     teacher_top_k: int = 32
@@ -98,10 +100,17 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)!r}: must be above 0")
         if self.batch_size % self.accumulate:
             raise ConfigError(f"optim.batch_size {self.batch_size} must be a multiple of accumulate {self.accumulate}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"optim.precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.teacher not in ("online", "cached"):
             raise ConfigError(f"optim.teacher {self.teacher!r}: choose online or cached")
         if not (0 <= self.warmup <= 1 and 0 <= self.decay <= 1):
             raise ConfigError("optim.warmup and optim.decay are shares of the steps: they must lie in [0, 1]")
+
+    @property
+    def bf16(self) -> bool:
+        """Whether this machine computes in bfloat16 under ``precision``."""
+        return use_bfloat16(self.precision)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from l2a_compress.modeling.deciders import GateRequest, GateResult
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.projection import Limits
 from l2a_compress.training import objective
-from l2a_compress.training.draws import gumbel_noise
+from l2a_compress.training.draws import gumbel_noise, swap_draw
 from l2a_compress.training.objective import ObjectiveConfig, Supervised
 from l2a_compress.training.readout import Teacher, readout
 
@@ -74,12 +74,38 @@ class TrainingStep(nn.Module):
                 loss = loss + self.objective.tokens * terms["tokens"] + self.objective.transition * terms["transition"]
             else:
                 loss = loss + 0.0 * terms["transition"]
+        if self.objective.swap and self.gated.gate_config.mode == "stem":
+            terms["swap"] = self._swap(batch, request, gates, states.detach(), where)
+            loss = loss + self.objective.swap * terms["swap"]
         terms |= _realized(gates, self.gated)
         terms["loss"] = loss
         if not torch.isfinite(loss):
             shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
             raise TrainingError(f"the loss is not finite ({shown}); lower the learning rate or check the data")
         return terms
+
+    def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, states: Tensor, where: Supervised) -> Tensor:
+        """One kept and one skipped layer of each row change places, at the same cost; see ``swap_ranking``."""
+        rows = torch.arange(len(gates.layers), device=states.device)
+        drawn = [swap_draw(self.seed, int(index)) for index in batch["index"].tolist()]
+        shares = torch.tensor(drawn, device=states.device)
+        kept, skipped = _pick(gates.layers, shares[:, 0]), _pick(~gates.layers, shares[:, 1])
+        possible = gates.layers.any(1) & ~gates.layers.all(1) & (batch["switch"] >= 1)
+        with torch.no_grad():
+            counts = gates.groups.sum(-1)
+            counts[rows, skipped], counts[rows, kept] = counts[rows, kept], counts[rows, skipped]
+            ranks = torch.arange(gates.groups.shape[-1], device=counts.device) < counts[..., None]
+            groups = self.gated.allocator.by_group(ranks)
+            offset = self.gated.think_offset(batch["input_ids"], request.budgets.features)
+            with self.gated.masked(groups, offset):
+                hidden = self.gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
+            now, then = (
+                objective.row_losses(objective.log_probabilities(self.gated.logits(part)), where)
+                for part in (states, hidden)
+            )
+        scores = gates.layer_scores if request.noise is None else gates.layer_scores - request.noise[..., 0]
+        gain = torch.where(possible, then - now, torch.zeros_like(now))
+        return objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
 
     def request(self, batch: Batch) -> GateRequest:
         """Budgets, noise and switch of a batch, as the gates take them."""
@@ -128,6 +154,13 @@ class TrainingStep(nn.Module):
             return Teacher(values=batch["teacher_values"][where.mask], indices=batch["teacher_indices"][where.mask])
         with self.gated.teacher():
             return Teacher(hidden=self.gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask])
+
+
+def _pick(allowed: Tensor, share: Tensor) -> Tensor:
+    """The place of one of the allowed layers of each row: [batch, layers] bool, [batch] in [0, 1) -> [batch]."""
+    count = allowed.sum(1)
+    wanted = (share * count).long().clamp(max=(count - 1).clamp(min=0))
+    return ((allowed.cumsum(1) == wanted[:, None] + 1) & allowed).long().argmax(1)
 
 
 def _realized(gates: GateResult, gated: GatedModel) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ class TeacherCache:
             gated: The model; its base is the teacher.
             samples: All samples of the run.
             collate: Makes batches of them.
-            optim: ``teacher_top_k``, and ``bf16`` for the teacher's forward.
+            optim: ``teacher_top_k``, and ``precision`` for the teacher's forward.
             folder: Of the cache.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from l2a_compress.training.run import train
+from test_exporters import new_artifact
 from toy_models import save_base, tiny_recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,3 +78,12 @@ def test_a_killed_run_loses_nothing_before_its_last_checkpoint(tmp_path: Path) -
     assert (found["unloadable"], found["lost"], found["stuck"]) == (0, 0, 0)
     assert found["same_as_never_killed"] is True
     assert found["last_step"] >= 5
+
+
+@pytest.mark.slow
+def test_an_export_killed_at_any_moment_leaves_a_whole_bundle_or_none(tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path)
+    out = run(str(Path(__file__).with_name("kill_export.py")), str(artifact), str(tmp_path / "bundle"), "50")
+    found = ast.literal_eval(out.strip().splitlines()[-1])
+    assert sum(found.values()) == 50
+    assert min(found.get("absent", 0), found.get("old", 0), found.get("new", 0)) >= 3  # kills fell into all phases

@@ -125,6 +125,22 @@ def test_calibrated_prices_hold_on_fresh_prompts(seed: int) -> None:
         assert deviation > 0.02 or not 0.3 < budget < 0.9  # prompts take different amounts
 
 
+def test_prices_get_more_points_where_they_jump() -> None:
+    gated = new_gated(seed=0, budget_dim=4)
+    with torch.no_grad():  # prompts of almost the same scores, layers of different ones: a jump for every layer
+        for gates in (gated.allocator.layer_gates, gated.allocator.head_gates):
+            gates.outer.mul_(0.05)
+            gates.outer_bias.copy_(torch.linspace(-2, 2, gates.outer_bias.numel()).view_as(gates.outer_bias))
+    grid, known = price_grid(gated), [prompts(1000, 6, seed=10)]
+    gated.prices = calibrate_prices(gated, known, grid)
+    assert len(gated.prices) > len(grid)
+    assert [budget for budget, _ in gated.prices] == sorted({budget for budget, _ in gated.prices})
+    fresh = prompts(2000, 6, seed=12)
+    for low, high in itertools.pairwise(grid):
+        budget = low + 0.6 * (high - low)
+        assert abs(mean_cost(gated, budget, *fresh)[0] - budget) <= 0.01
+
+
 def test_calibrated_prices_of_inline_gates_hold_on_fresh_prompts() -> None:
     gated = new_gated(mode="inline")
     gated.prices = calibrate_prices(gated, [prompts(1000, 4, seed=10)], [0.6])

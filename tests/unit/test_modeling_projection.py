@@ -13,7 +13,7 @@ from torch import Tensor
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.deciders import GateResult
-from l2a_compress.modeling.projection import Decision, Limits, project, straight_through
+from l2a_compress.modeling.projection import Decision, Limits, moving_threshold, project, straight_through
 from toy_models import GROUPS, LAYERS, new_gated, prompts, scramble
 
 INF = float("inf")
@@ -229,3 +229,29 @@ def test_more_budget_never_costs_less_under_mean() -> None:
         assert (count >= before).all()
         before = count
     assert (before > 10).all()
+
+
+def test_the_threshold_moves_as_a_filled_budget_makes_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = torch.randn(3, 4, generator=generator).double().requires_grad_()
+    optional = torch.randn(3, 4, 2, generator=generator).double().requires_grad_()
+    threshold, costs, heat = torch.tensor([0.1, -0.4, 0.8], dtype=torch.double), (9, 2), 0.5
+    decision = Decision(layers=layers > 0, groups=optional > 0, threshold=threshold)
+    moved = moving_threshold(layers, optional, decision, costs=costs, temperature=heat)
+    assert torch.equal(moved, threshold)
+    found = torch.autograd.grad(moved.sum(), (layers, optional))
+
+    def spent(layers: torch.Tensor, optional: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        soft_layers = torch.sigmoid((layers - at[:, None]) / heat)
+        soft_groups = torch.sigmoid((optional - at[:, None, None]) / heat)
+        return costs[0] * soft_layers.sum(1) + costs[1] * soft_groups.sum((1, 2))
+
+    step, before = 1e-5, spent(layers, optional, threshold)
+    slope = (spent(layers, optional, threshold + step) - spent(layers, optional, threshold - step)) / (2 * step)
+    for layer in range(4):  # implicit differentiation: nudge a score, and see how far the threshold must follow
+        nudged = layers.detach().clone()
+        nudged[:, layer] += step
+        follow = -(spent(nudged, optional, threshold) - before) / slope / step
+        assert torch.allclose(follow, found[0][:, layer], atol=1e-4)
+    total = found[0].sum(1) + found[1].sum((1, 2))
+    assert torch.allclose(total, torch.ones_like(total))  # when all scores rise alike, so does the threshold

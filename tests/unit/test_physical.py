@@ -74,7 +74,7 @@ def test_logits_equal_masked_execution(family: str, rank: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_decoding_equals_masked_execution(family: str) -> None:
-    gated = tiny(family)
+    gated = tiny(family).double()  # in 32 bits kernels of other shapes differ by up to 1.2e-5 here
     ids = torch.arange(10, 28).view(2, 9)
     with gated.forced([ALLOCATION], skip=False):
         masked = logits_of(gated, ids)
@@ -85,7 +85,7 @@ def test_cached_decoding_equals_masked_execution(family: str) -> None:
             mask = torch.ones(2, end, dtype=torch.long)
             output = gated(ids[:, start:end], mask, cache=cache, position_ids=positions)
             parts.append(gated.logits(output.hidden))
-    assert (torch.cat(parts, dim=1) - masked).abs().max() <= 1e-5
+    assert (torch.cat(parts, dim=1) - masked).abs().max() <= 1e-12
     assert cache.layers[1].keys.shape[1] == 2  # two KV groups are kept in memory, not four
 
 

@@ -17,7 +17,9 @@ from l2a_compress.training.objective import (
     kl_divergence,
     kl_top_k,
     log_probabilities,
+    row_losses,
     stop_targets,
+    swap_ranking,
     token_terms,
 )
 
@@ -188,3 +190,30 @@ def test_terms_are_switched_by_name() -> None:
 def test_weights_are_not_negative(value: float) -> None:
     with pytest.raises(ConfigError, match="objective weight kl"):
         ObjectiveConfig(kl=value)
+
+
+def test_row_losses_average_to_the_cross_entropy() -> None:
+    student, where = words(0), Supervised.of(LABELS)
+    found = row_losses(student[where.mask], where)
+    expected = [
+        -sum(row[at][label] for at, label in enumerate(LABELS[number][LABELS[number] != -100].tolist())) / len(row)
+        if row
+        else 0.0
+        for number, row in enumerate(rows_of(student))
+    ]
+    assert found.tolist() == pytest.approx(expected, abs=1e-5)
+    assert found.mean().item() == pytest.approx(cross_entropy(student[where.mask], where).item(), abs=1e-6)
+
+
+def test_swapped_layers_are_ranked_by_what_the_swap_did() -> None:
+    kept = torch.tensor([1.0, 1.0, 1.0], requires_grad=True)
+    skipped = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
+    gain = torch.tensor([0.5, -0.5, 0.0])  # worse when changed, better, and not measured
+    term = swap_ranking(kept, skipped, gain, 0.5)
+    assert term.item() == pytest.approx((0.5 * math.log1p(math.exp(-2)) + 0.5 * math.log1p(math.exp(2))) / 3)
+    term.backward()
+    assert kept.grad is not None
+    assert skipped.grad is not None
+    assert kept.grad[0] < 0 < kept.grad[1]  # a step down the gradient keeps the first and gives up the second
+    assert kept.grad[2] == 0
+    torch.testing.assert_close(skipped.grad, -kept.grad)

@@ -30,7 +30,9 @@ sections = st.fixed_dictionaries(
         "objective": st.fixed_dictionaries({"kl": positive, "without": st.lists(st.sampled_from(["kl", "heads"]))}),
         "draws": st.fixed_dictionaries({"minimum": st.floats(0.1, 1), "dense_share": share}),
         "annealing": st.fixed_dictionaries({"temperature_end": positive}),
-        "optim": st.fixed_dictionaries({"lr": positive, "steps": st.integers(1, 10**6), "bf16": st.booleans()}),
+        "optim": st.fixed_dictionaries(
+            {"lr": positive, "steps": st.integers(1, 10**6), "precision": st.sampled_from(["auto", "fp32", "bf16"])}
+        ),
         "evaluation": st.fixed_dictionaries({"budgets": st.lists(st.floats(0.1, 1)), "problems": st.integers(1, 99)}),
         "data": st.fixed_dictionaries({"limit": st.integers(1, 99), "subset": st.sampled_from(["easy", "hard"])}),
     },
@@ -61,7 +63,7 @@ def test_a_recipe_survives_toml_exactly(tmp_path: Path) -> None:
         {
             "seed": 3,
             "objective": {"without": ["kl"], "kl": 0.1},
-            "optim": {"lr": 1e-4, "bf16": True},
+            "optim": {"lr": 1e-4, "precision": "bf16"},
             "evaluation": {"budgets": [1.0, 0.3], "baselines": ["uniform"]},
             "data": {"source": "x.jsonl", "kind": "gsm8k", "columns": {"prompt": "q"}, "limit": 5},
         }
@@ -121,7 +123,7 @@ def test_overrides(tmp_path: Path) -> None:
             'model.name="a b"',
             "seed = 4",
             'objective.without=["kl"]',
-            "optim.bf16=true",
+            "optim.precision=bf16",
         ],
     )
     assert (recipe.optim.steps, recipe.optim.lr, recipe.optim.bf16, recipe.seed) == (7, 0.1, True, 4)

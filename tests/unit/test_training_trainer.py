@@ -124,7 +124,7 @@ def test_gradient_accumulation_gives_the_same_losses(base: Path, tmp_path: Path)
 
 
 def test_gradient_checkpointing_and_bf16_train(base: Path, straight: Path, tmp_path: Path) -> None:
-    changes = {"optim": {"gradient_checkpointing": True, "bf16": True, "steps": 2}}
+    changes = {"optim": {"gradient_checkpointing": True, "precision": "bf16", "steps": 2}}
     train(tiny_recipe(base, **changes), tmp_path / "run", quiet=True)
     assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path / "run"))
 
