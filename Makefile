@@ -9,6 +9,8 @@ export NO_MKDOCS_2_WARNING := 1
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TRAIN_STAMP := $(VENV)/.installed-train
+INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable
 
 .PHONY: setup demo test check format docs clean
 .DEFAULT_GOAL := setup
@@ -20,10 +22,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable '.[all,dev]'
+	$(INSTALL) '.[all,dev]'
+	touch $(TRAIN_STAMP) $@
+
+$(TRAIN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL) '.[train]'
 	touch $@
 
-demo: setup  ## train the embedded default for every budget, evaluate it, draw the frontier
+demo: $(TRAIN_STAMP)  ## train the embedded default for every budget, evaluate it, draw the frontier
 	$(BIN)/l2a compress train
 
 test: setup  ## run the tests

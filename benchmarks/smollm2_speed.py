@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from l2a_compress._machine import peak_bytes
+from l2a_compress._precision import use_bfloat16
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.physical import specialized
 from l2a_compress.training.recipe import Recipe
@@ -42,7 +43,7 @@ MEMORY_MODES = ("peft", "online", "cached")
 def decode(setup: Setup) -> dict[str, Any]:
     """Greedy decoding of one sequence: two thirds of the layers against the plain Transformers model, dense."""
     section: dict[str, Any] = {"bars": {"ratio": 0.75}, "prompt_tokens": PROMPT, "timed_tokens": TOKENS}
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if use_bfloat16("auto") else ("float32",):
         model, tokenizer = setup.base(dtype)
         gated = gated_of(model, setup.recipe(), tokenizer).eval()
         prompt = torch.randint(100, 40_000, (1, PROMPT), generator=torch.Generator().manual_seed(setup.seed))
@@ -113,7 +114,7 @@ class Trainee:
     """One way of training, with its own optimizer; ``cached`` needs ``prepare`` first."""
 
     def __init__(self, mode: str, setup: Setup, recipe: Recipe, model: nn.Module, tokenizer: Any) -> None:
-        self.mode, self.setup = mode, setup
+        self.mode, self.setup, self.bf16 = mode, setup, recipe.optim.bf16
         self.samples, self.collate = samples_of(recipe, tokenizer)
         self.step: Any = None
         if mode == "peft":
@@ -134,7 +135,7 @@ class Trainee:
     def __call__(self, number: int) -> None:
         """One whole step: batch, forward, backward, clipping, AdamW."""
         batch = batch_at(self.samples, self.collate, number, self.setup.batch_size)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             loss = self._peft_loss(batch) if self.mode == "peft" else self.step(batch)["loss"]
         loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -155,7 +156,8 @@ def training(setup: Setup) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainees["cached"].prepare(recipe, Path(folder))
         found = interleaved(trainees, setup.rounds)
-    section: dict[str, Any] = {"bars": {"online": 0.65, "cached": 0.9}, "peft_seconds": found["peft"]["cpu"]}
+    section: dict[str, Any] = {"bars": {"online": 0.65, "cached": 0.9}, "bf16": recipe.optim.bf16}
+    section["peft_seconds"] = found["peft"]["cpu"]
     for mode in ("online", "cached"):
         section[mode] = _compared(found, "peft", mode)
         text = f"training speed, teacher {mode}: {shown(section[mode]['cpu'])} of PEFT LoRA"

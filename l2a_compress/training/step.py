@@ -86,26 +86,29 @@ class TrainingStep(nn.Module):
 
     def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, states: Tensor, where: Supervised) -> Tensor:
         """One kept and one skipped layer of each row change places, at the same cost; see ``swap_ranking``."""
-        rows = torch.arange(len(gates.layers), device=states.device)
-        drawn = [swap_draw(self.seed, int(index)) for index in batch["index"].tolist()]
-        shares = torch.tensor(drawn, device=states.device)
-        kept, skipped = _pick(gates.layers, shares[:, 0]), _pick(~gates.layers, shares[:, 1])
         possible = gates.layers.any(1) & ~gates.layers.all(1) & (batch["switch"] >= 1)
+        chosen = possible.nonzero()[:, 0]
+        if not len(chosen):
+            return 0.0 * gates.layer_scores.sum()
+        drawn = [swap_draw(self.seed, int(index)) for index in batch["index"][chosen].tolist()]
+        shares, layers = torch.tensor(drawn, device=states.device), gates.layers[chosen]
+        kept, skipped = _pick(layers, shares[:, 0]), _pick(~layers, shares[:, 1])
         with torch.no_grad():
-            counts = gates.groups.sum(-1)
+            counts, rows = gates.groups[chosen].sum(-1), torch.arange(len(chosen), device=states.device)
             counts[rows, skipped], counts[rows, kept] = counts[rows, kept], counts[rows, skipped]
             ranks = torch.arange(gates.groups.shape[-1], device=counts.device) < counts[..., None]
-            groups = self.gated.allocator.by_group(ranks)
-            offset = self.gated.think_offset(batch["input_ids"], request.budgets.features)
-            with self.gated.masked(groups, offset):
-                hidden = self.gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
-            now, then = (
-                objective.row_losses(objective.log_probabilities(self.gated.logits(part)), where)
-                for part in (states, hidden)
-            )
+            ids, part = batch["input_ids"][chosen], Supervised.of(batch["labels"][chosen])
+            offset = self.gated.think_offset(ids, request.budgets.features[chosen])
+            with self.gated.masked(self.gated.allocator.by_group(ranks), offset):
+                swapped = self.gated(ids, batch["attention_mask"][chosen]).hidden[part.mask]
+            gain = self._row_losses(swapped, part) - self._row_losses(states, where)[chosen]
         scores = gates.layer_scores if request.noise is None else gates.layer_scores - request.noise[..., 0]
-        gain = torch.where(possible, then - now, torch.zeros_like(now))
-        return objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
+        scores = scores[chosen]
+        term = objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
+        return term * (len(chosen) / len(possible))  # a mean over all rows, as every term
+
+    def _row_losses(self, states: Tensor, where: Supervised) -> Tensor:
+        return objective.row_losses(objective.log_probabilities(self.gated.logits(states)), where)
 
     def request(self, batch: Batch) -> GateRequest:
         """Budgets, noise and switch of a batch, as the gates take them."""
