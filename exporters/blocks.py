@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from l2a_compress.exporters.ops import Ops, graph_input, graph_output
+from l2a_compress.exporters.ops import TYPES, Ops, graph_input, graph_output
 from l2a_compress.exporters.spec import GraphSpec
 
 BATCH, SEQUENCE, TOTAL, PAST, PRESENT = "batch", "sequence", "total", "past", "present"
-Cache = tuple[ir.Value, ir.Value]
+Cache = tuple[ir.Value | None, ir.Value | None]  # None: nothing is cached
+Present = tuple[ir.Value, ir.Value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +58,13 @@ class Blocks(ABC):
     @abstractmethod
     def layer(
         self, ops: Ops, index: int, hidden: ir.Value, cache: Cache, shared: Shared, width: int
-    ) -> tuple[ir.Value, Cache]:
+    ) -> tuple[ir.Value, Present]:
         """A layer of ``width`` groups that runs for every row: (hidden, present)."""
 
     @abstractmethod
     def gated_layer(
         self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
-    ) -> tuple[ir.Value, Cache]:
+    ) -> tuple[ir.Value, Present]:
         """A layer that runs when a row needs it; masks keep it from the rows that do not.
 
         Args:
@@ -84,17 +85,29 @@ class Blocks(ABC):
             graph_input("attention_mask", "int64", [BATCH, TOTAL]),
         ]
 
-    def cache(self, index: int, width: int) -> Cache:
+    def decision_inputs(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """``budget``, ``limits`` and ``price``, which the allocator decides by."""
+        return (
+            graph_input("budget", "float32", [BATCH, 2]),
+            graph_input("limits", "int64", [BATCH, 3]),
+            graph_input("price", "float32", [BATCH]),
+        )
+
+    def cache(self, index: int, width: int) -> Present:
         """The inputs of a layer's past keys and values."""
         dims: list[int | str] = [BATCH, width, PAST, self.spec.shape.head_dim]
-        key, value = (graph_input(f"past_key_values.{index}.{part}", "float32", dims) for part in ("key", "value"))
+        names = (f"past_key_values.{index}.{part}" for part in ("key", "value"))
+        key, value = (graph_input(name, self.spec.dtype, dims) for name in names)
         return key, value
 
-    def presents(self, found: Mapping[int, Cache], widths: Sequence[int]) -> list[ir.Value]:
+    def presents(self, found: Mapping[int, Present], widths: Sequence[int]) -> list[ir.Value]:
         """The outputs of all layers' present keys and values, of ``widths`` groups each."""
         return [
             graph_output(
-                value, f"present.{index}.{part}", "float32", [BATCH, widths[index], PRESENT, self.spec.shape.head_dim]
+                value,
+                f"present.{index}.{part}",
+                self.spec.dtype,
+                [BATCH, widths[index], PRESENT, self.spec.shape.head_dim],
             )
             for index, pair in found.items()
             for part, value in zip(("key", "value"), pair, strict=True)
@@ -117,6 +130,18 @@ class Blocks(ABC):
         """RMS norm over the last axis."""
         return ops.op("RMSNormalization", value, self.weight(ops, name), epsilon=self.spec.epsilon, axis=-1)
 
+    def full(self, ops: Ops, value: ir.Value) -> ir.Value:
+        """In float32, which gates and logits are computed in."""
+        return value if self.spec.dtype == "float32" else ops.op("Cast", value, to=ir.DataType.FLOAT)
+
+    def rounded(self, ops: Ops, value: ir.Value) -> ir.Value:
+        """From float32 to what the decoder computes in."""
+        return value if self.spec.dtype == "float32" else ops.op("Cast", value, to=TYPES[self.spec.dtype])
+
+    def number(self, ops: Ops, value: float | Sequence[float]) -> ir.Value:
+        """A constant that the decoder computes with."""
+        return ops.constant(value, self.spec.dtype)
+
     def unsqueeze(self, ops: Ops, value: ir.Value, axis: int) -> ir.Value:
         """One more axis of length 1."""
         return ops.op("Unsqueeze", value, ops.constant([axis], "int64"))
@@ -135,10 +160,18 @@ class Blocks(ABC):
         """[batch, sequence] -> [batch, sequence, width]."""
         return self.ops.op("Gather", self.weight(self.ops, "embed"), ids)
 
+    def embed_told(self, ids: ir.Value, told: ir.Value) -> ir.Value:
+        """As ``embed``, with the budget [batch, 2] added at ``<think>``."""
+        ops, hidden = self.ops, self.embed(ids)
+        if not self.spec.gates.tokens:
+            return hidden
+        offset = self.rounded(ops, self.matmul(ops, self.budget(ops, "transition", told), "transition.at_think"))
+        return ops.op("Add", hidden, ops.op("Mul", self.at_think(ids), self.unsqueeze(ops, offset, 1)))
+
     def at_think(self, ids: ir.Value) -> ir.Value:
         """1.0 where the token is ``<think>``. [batch, sequence, 1]."""
         found = self.ops.op("Equal", ids, self.ops.constant(self.spec.think_id, "int64"))
-        return self.unsqueeze(self.ops, self.ops.op("Cast", found, to=ir.DataType.FLOAT), 2)
+        return self.unsqueeze(self.ops, self.ops.op("Cast", found, to=TYPES[self.spec.dtype]), 2)
 
     def heads(self, ops: Ops, index: int, part: str, normed: ir.Value, heads: int) -> ir.Value:
         """Queries, keys or values of the first ``heads`` heads, with their bias and their norm."""
@@ -192,7 +225,7 @@ class Blocks(ABC):
 
     def head(self, last: ir.Value) -> ir.Value:
         """[batch, 1, width] -> [batch, 1, vocabulary]."""
-        return self.matmul_t(self.ops, last, "embed" if self.spec.shape.tied else "head")
+        return self.full(self.ops, self.matmul_t(self.ops, last, "embed" if self.spec.shape.tied else "head"))
 
     # gates
 
@@ -207,7 +240,7 @@ class Blocks(ABC):
     def tau(self, last: ir.Value, told: ir.Value) -> ir.Value:
         """The transition gate at the last token. [batch]."""
         ops = self.ops
-        state = ops.op("Squeeze", last, ops.constant([1], "int64"))
+        state = self.full(ops, ops.op("Squeeze", last, ops.constant([1], "int64")))
         features = ops.op("Concat", state, self.budget(ops, "transition", told), axis=-1)
         inner = self.silu(ops, self.affine(ops, features, "transition.inner"))
         logit = self.affine(ops, inner, "transition.outer")

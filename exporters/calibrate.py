@@ -67,15 +67,16 @@ def calibrate(
 
 
 def not_faster(graphs: Sequence[GraphEntry], costs: Mapping[str, Any]) -> list[GraphEntry]:
-    """The variants that decode no faster than the next larger one that stays."""
-    slow: list[GraphEntry] = []
-    before = float("inf")
-    for graph in (graph for graph in graphs if graph.kind == "variant"):
+    """The variants that decode no faster than one of a larger budget that stays."""
+    slow, stays = [], list[tuple[float, float]]()
+    for graph in graphs:
+        if graph.kind != "variant" or graph.budget is None:
+            continue
         seconds = costs["graphs"][graph.name]["decode_seconds"]
-        if seconds >= before:
+        if any(budget > graph.budget and seconds >= other for budget, other in stays):
             slow.append(graph)
         else:
-            before = seconds
+            stays.append((graph.budget, seconds))
     return slow
 
 

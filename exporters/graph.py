@@ -14,8 +14,8 @@ import onnx_ir as ir
 from l2a_compress.allocation import Allocation
 from l2a_compress.cost import CostModel
 from l2a_compress.exporters.allocator import allocate
-from l2a_compress.exporters.blocks import BATCH, Blocks, Cache
-from l2a_compress.exporters.ops import graph_input, graph_output, model_of
+from l2a_compress.exporters.blocks import BATCH, Blocks, Present
+from l2a_compress.exporters.ops import TYPES, graph_input, graph_output, model_of
 from l2a_compress.exporters.ort import OrtBlocks
 from l2a_compress.exporters.spec import GraphSpec
 from l2a_compress.exporters.standard import StandardBlocks
@@ -37,8 +37,8 @@ def static_graph(spec: GraphSpec, allocation: Allocation, offset: Sequence[float
     hidden = build.embed(inputs[0])
     if offset is not None:
         at_think = build.at_think(inputs[0])
-        hidden = ops.op("Add", hidden, ops.op("Mul", at_think, ops.constant(offset, "float32")))
-    presents: dict[int, Cache] = {}
+        hidden = ops.op("Add", hidden, ops.op("Mul", at_think, build.number(ops, offset)))
+    presents: dict[int, Present] = {}
     for index, cache in caches.items():
         hidden, presents[index] = build.layer(ops, index, hidden, cache, shared, widths[index])
     logits = build.head(build.last(hidden, shared))
@@ -52,17 +52,12 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
     build = _blocks(spec)
     ops, shape = build.ops, spec.shape
     inputs = build.common_inputs()
-    told = graph_input("budget", "float32", [BATCH, 2])
-    limits = graph_input("limits", "int64", [BATCH, 3])
-    price = graph_input("price", "float32", [BATCH])
+    told, limits, price = decision = build.decision_inputs()
     given = graph_input("allocation", "int64", [BATCH, shape.num_layers])
     caches = [build.cache(index, shape.num_groups) for index in range(shape.num_layers)]
     shared = build.shared(*inputs)
-    hidden = build.embed(inputs[0])
-    if spec.gates.tokens:
-        offset = build.matmul(ops, build.budget(ops, "transition", told), "transition.at_think")
-        hidden = ops.op("Add", hidden, ops.op("Mul", build.at_think(inputs[0]), build.unsqueeze(ops, offset, 1)))
-    presents: dict[int, Cache] = {}
+    hidden = build.embed_told(inputs[0], told)
+    presents: dict[int, Present] = {}
     stem = spec.gates.stem_layers
     for index in range(stem):
         hidden, presents[index] = build.layer(ops, index, hidden, caches[index], shared, shape.num_groups)
@@ -78,7 +73,7 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
     widest = ops.op("ReduceMax", allocation, ops.constant([0], "int64"), keepdims=0)  # [layers]
     kept = build.unsqueeze(ops, allocation, 2)
     heads = ops.op("Greater", kept, ops.constant(range(shape.num_groups), "int64"))  # [batch, layers, groups]
-    heads = ops.op("Cast", heads, to=ir.DataType.FLOAT)
+    heads = ops.op("Cast", heads, to=TYPES[spec.dtype])
     for index in range(stem, shape.num_layers):
         hidden, presents[index] = build.gated_layer(index, hidden, caches[index], shared, widest, heads)
 
@@ -88,8 +83,42 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
     if spec.gates.tokens:
         outputs.append(graph_output(build.tau(last, told), "tau", "float32", [BATCH]))
     outputs += build.presents(presents, [shape.num_groups] * shape.num_layers)
-    inputs = [*inputs, told, limits, price, given, *(value for pair in caches for value in pair)]
+    inputs = [*inputs, *decision, given, *(value for pair in caches for value in pair)]
     return model_of(ops, inputs, outputs, name="if_graph")
+
+
+def router_graph(spec: GraphSpec, cost: CostModel, variants: Sequence[tuple[float, Allocation]]) -> ir.Model:
+    """Which of ``variants`` (budget, allocation) a prompt is best served by: the stem and the allocator alone.
+
+    Of the largest budget that is within the row's, it is the one whose groups differ least from what the gates choose.
+    """
+    build = _blocks(spec)
+    ops, shape = build.ops, spec.shape
+    inputs, decision = build.common_inputs(), build.decision_inputs()
+    told, limits, price = decision
+    shared = build.shared(*inputs)
+    hidden = build.embed_told(inputs[0], told)
+    for index in range(spec.gates.stem_layers):
+        hidden, _ = build.layer(ops, index, hidden, (None, None), shared, shape.num_groups)
+    kept = allocate(build, ops, hidden, shared, told, limits, price, cost)
+
+    widths = ops.constant([[len(groups) for groups in allocation.groups] for _, allocation in variants], "int64")
+    apart = ops.op("Abs", ops.op("Sub", build.unsqueeze(ops, kept, 1), widths))
+    apart = ops.op("ReduceSum", apart, ops.constant([2], "int64"), keepdims=0)  # [batch, variants]
+    budgets = ops.constant([budget for budget, _ in variants], "float32")
+    asked = ops.op("Add", build.part(ops, told, 0, 1, 1), ops.constant(1e-6, "float32"))
+    within = ops.op("Where", ops.op("LessOrEqual", budgets, asked), budgets, ops.constant(-1.0, "float32"))
+    largest = ops.op("ReduceMax", within, ops.constant([1], "int64"), keepdims=1)  # [batch, 1]
+    far = ops.constant(shape.num_layers * shape.num_groups + 1, "int64")
+    apart = ops.op("Where", ops.op("Equal", within, largest), apart, far)
+    nearest = ops.op("ArgMin", apart, axis=1, keepdims=0)
+    none = ops.op("Less", ops.op("Squeeze", largest, ops.constant([1], "int64")), ops.constant(0.0, "float32"))
+    variant = ops.op("Where", none, ops.constant(-1, "int64"), nearest)
+    outputs = [
+        graph_output(variant, "variant", "int64", [BATCH]),
+        graph_output(kept, "kept_groups", "int64", [BATCH, shape.num_layers]),
+    ]
+    return model_of(ops, [*inputs, *decision], outputs, name="router")
 
 
 def _blocks(spec: GraphSpec) -> Blocks:

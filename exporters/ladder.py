@@ -32,29 +32,32 @@ def budgets_of(table: dict[str, Any]) -> tuple[float, ...]:
     return budgets
 
 
-def mine(gated: GatedModel, prompts: Prompts, budgets: Sequence[float]) -> list[tuple[float, Allocation]]:
-    """For each budget the allocation chosen most often of those that are a part of the one before it.
+def mine(
+    gated: GatedModel, prompts: Prompts, budgets: Sequence[float], *, per_budget: int = 1
+) -> list[tuple[float, Allocation]]:
+    """For each budget the allocations chosen most often of those that are a part of one of the budget before it.
 
-    Where the gates never choose such a one, it is the most frequent one cut down to the one before it.
+    Where the gates never choose such a one, it is the most frequent one cut down to the first of the budget before it.
 
     Args:
         gated: with trained gates.
         prompts: left-padded ``(input_ids, attention_mask)``, ending in ``<think>``.
         budgets: falling.
+        per_budget: most allocations of a budget.
 
     Raises:
         BudgetError: a budget below what the always-on layers cost.
     """
-    before = Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)
+    before = [Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)]
     ladder = []
     for budget in budgets:
         counts: Counter[Allocation] = Counter()
         for ids, mask in prompts:
             counts.update(gated.allocate(ids, mask, [Budget(compute=budget)] * len(ids)))
         ranked = [allocation for allocation, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0].key))]
-        nested = next((allocation for allocation in ranked if allocation.is_subset(before)), None)
-        before = nested if nested is not None else _part(ranked[0], before)
-        ladder.append((budget, before))
+        nested = [allocation for allocation in ranked if any(map(allocation.is_subset, before))][:per_budget]
+        before = nested or [_part(ranked[0], before[0])]
+        ladder += [(budget, allocation) for allocation in before]
     return ladder
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,16 +21,17 @@ from transformers import PretrainedConfig
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ARTIFACT_FILE
-from l2a_compress.bundle import DIALECTS, SCHEMA_VERSION, Bundle, GraphEntry, describe_bundle
+from l2a_compress.bundle import DIALECTS, PRECISIONS, SCHEMA_VERSION, Bundle, GraphEntry, describe_bundle
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
-from l2a_compress.exporters.graph import if_graph, static_graph
+from l2a_compress.exporters.graph import if_graph, router_graph, static_graph
 from l2a_compress.exporters.peers import write_configs
 from l2a_compress.exporters.quantize import BITS, quantize
+from l2a_compress.exporters.shapes import PHASES, fix, sizes_of
 from l2a_compress.exporters.spec import GraphSpec, widths_of
-from l2a_compress.exporters.weights import BY_INPUT, WeightFile, gate_tensors, model_tensors, rotary_tables
+from l2a_compress.exporters.weights import BY_INPUT, WeightFile, gate_tensors, model_tensors, narrowed, rotary_tables
 from l2a_compress.files import atomic_dir, sha256_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.tags import read_tags
@@ -37,9 +39,10 @@ from l2a_compress.training.run import calibration_prompts
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 log = logging.getLogger(__name__)
-IF_NAME = "if"
+IF_NAME, ROUTER_NAME = "if", "router"
 _PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 _MOST_POSITIONS = 8192
+FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +55,12 @@ class ExportOptions:
         if_graph: whether the ``If`` graph is exported.
         calibration: prompts that the ladder is mined from.
         positions: most tokens of a sequence; None: the model's own limit, at most 8192.
-        precision: of the matrices: fp32, int8 or int4 (in blocks of 32); the rest is always in 32 bits.
+        precision: fp32, fp16 or bf16 of weights, activations and caches (gates and logits stay in 32 bits); int8 or
+            int4 of the matrices, in blocks of 32, and 32 bits of the rest.
         whole_cache: whether layers that the ``If`` graph skips still write keys and values, so that an allocation may
             grow at any step; else it may only shrink, and to grow is to start again from the tokens.
+        per_budget: most variants of a budget; of more than one, a router graph picks one for each prompt.
+        static_shapes: (batch, sequence) pairs that every variant is also exported in, as a prefill and a decode step.
         calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
             is then left out.
     """
@@ -66,17 +72,24 @@ class ExportOptions:
     positions: int | None = None
     precision: str = "fp32"
     whole_cache: bool = True
+    per_budget: int = 1
+    static_shapes: tuple[tuple[int, int], ...] = ()
     calibrate: bool = False
 
     def __post_init__(self) -> None:
-        if self.precision != "fp32" and self.precision not in BITS:
-            raise ConfigError(f"precision {self.precision!r}: choose one of fp32, {', '.join(BITS)}")
+        if self.precision not in PRECISIONS:
+            raise ConfigError(f"precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.dialect not in DIALECTS:
             raise ConfigError(f"dialect {self.dialect!r}: choose one of {', '.join(DIALECTS)}")
-        if self.dialect == "standard" and (self.precision != "fp32" or not self.whole_cache):
+        if self.dialect == "standard" and (self.precision in BITS or not self.whole_cache):
             raise ConfigError(
-                "the standard dialect is fp32 with a whole cache; leave --precision and the cache as they are"
+                f"the standard dialect has {', '.join(FLOATS)} and a whole cache; choose such a --precision, or "
+                "--dialect ort"
             )
+        if self.per_budget < 1:
+            raise ConfigError(f"per_budget = {self.per_budget}: must be at least 1")
+        if not self.budgets and (self.static_shapes or self.per_budget > 1):
+            raise ConfigError("static shapes and a router are of variants; leave --variants on")
         if not self.budgets and not self.if_graph:
             raise ConfigError("nothing to export: neither variants nor the If graph; leave one of them on")
 
@@ -122,18 +135,24 @@ def export(
         if options.if_graph:
             tell(IF_NAME)
             graphs.append(_save(if_graph(spec, gated.cost), folder, IF_NAME, None, None, 1.0))
-        for budget, allocation in ladder:
-            name = f"b{budget:g}"
+        for name, budget, allocation in _named(ladder):
             tell(name)
             graph = static_graph(spec, allocation, _told(gated, budget))
             graphs.append(_save(graph, folder, name, budget, allocation, gated.cost.fraction(allocation)))
         if options.calibrate:
             tell("calibration")
             graphs = _measured(folder, graphs, gated.shape, options)
+        if options.static_shapes:
+            tell("static shapes")
+            graphs += _static(gated, spec, folder, graphs, options)
+        if options.per_budget > 1:
+            tell(ROUTER_NAME)
+            variants = [(g.budget, g.allocation) for g in graphs if g.kind == "variant" and g.budget and g.allocation]
+            graphs.append(_save(router_graph(spec, gated.cost, variants), folder, ROUTER_NAME, None, None, 1.0))
         tell("manifest")
         loaded.tokenizer.save_pretrained(str(folder))
         tags = read_tags(loaded.tokenizer)
-        dense = next((graph for graph in graphs if graph.budget == 1.0), None)
+        dense = next((graph for graph in graphs if graph.kind == "variant" and graph.budget == 1.0), None)
         if dense is not None:
             write_configs(
                 folder,
@@ -168,10 +187,11 @@ def export(
 
 def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> WeightFile:
     bits, positions = BITS.get(options.precision), _positions(gated, options)
+    dtype = FLOATS.get(options.precision, "float32")
     with WeightFile(folder) as file, torch.no_grad():
         for name, value in model_tensors(gated):
             if bits is None or value.ndim < 2:
-                file.add(name, value)
+                file.add(name, narrowed(name, value, dtype))
                 continue
             by_input = name.rpartition(".")[2] in BY_INPUT
             values, scales = quantize(value.T if by_input else value, bits)
@@ -180,7 +200,7 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
         for name, value in gate_tensors(gated):
             file.add(name, value)
         for name, value in zip(("rotary.cos", "rotary.sin"), rotary_tables(gated, positions), strict=True):
-            file.add(name, value)
+            file.add(name, narrowed(name, value, dtype))
     return file
 
 
@@ -207,6 +227,7 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -
         tensors=weights.tensors,
         widths=widths_of(gated.shape) if gated.gate_config.heads else (gated.shape.num_groups,),
         bits=BITS.get(options.precision, 0),
+        dtype=FLOATS.get(options.precision, "float32"),
         whole_cache=options.whole_cache,
     )
 
@@ -242,7 +263,32 @@ def _ladder(loaded: LoadedArtifact, options: ExportOptions) -> list[tuple[float,
     if not options.budgets:
         return []
     prompts = calibration_prompts(loaded.recipe, loaded.tokenizer, options.calibration)
-    return ladders.mine(loaded.gated, prompts, options.budgets)
+    return ladders.mine(loaded.gated, prompts, options.budgets, per_budget=options.per_budget)
+
+
+def _named(ladder: Sequence[tuple[float, Allocation]]) -> Iterator[tuple[str, float, Allocation]]:
+    """``b0.7``, then ``b0.7-2`` for the second allocation of that budget."""
+    seen: Counter[float] = Counter()
+    for budget, allocation in ladder:
+        seen[budget] += 1
+        yield f"b{budget:g}" + (f"-{seen[budget]}" if seen[budget] > 1 else ""), budget, allocation
+
+
+def _static(
+    gated: GatedModel, spec: GraphSpec, folder: Path, graphs: Sequence[GraphEntry], options: ExportOptions
+) -> list[GraphEntry]:
+    """Every variant in every fixed shape."""
+    found = []
+    for entry in graphs:
+        if entry.kind != "variant" or entry.budget is None or entry.allocation is None:
+            continue
+        for batch, sequence in options.static_shapes:
+            for phase in PHASES:
+                sizes = sizes_of(phase, batch, sequence, in_place=options.dialect == "ort")
+                graph = fix(static_graph(spec, entry.allocation, _told(gated, entry.budget)), sizes)
+                name = f"{entry.name}.{phase}.batch{batch}.seq{sequence}"
+                found.append(_save(graph, folder, name, entry.budget, entry.allocation, entry.cost, sizes))
+    return found
 
 
 @torch.no_grad()
@@ -255,12 +301,18 @@ def _told(gated: GatedModel, budget: float) -> Sequence[float] | None:
 
 
 def _save(
-    model: ir.Model, folder: Path, name: str, budget: float | None, allocation: Allocation | None, cost: float
+    model: ir.Model,
+    folder: Path,
+    name: str,
+    budget: float | None,
+    allocation: Allocation | None,
+    cost: float,
+    sizes: dict[str, int] | None = None,
 ) -> GraphEntry:
     file = f"{name}.onnx"
     ir.save(model, folder / file)
-    kind = "if" if allocation is None else "variant"
-    return GraphEntry(name=name, file=file, kind=kind, budget=budget, allocation=allocation, cost=cost)
+    kind = name if allocation is None else "variant" if sizes is None else "static"
+    return GraphEntry(name=name, file=file, kind=kind, budget=budget, allocation=allocation, cost=cost, sizes=sizes)
 
 
 def _quality(artifact: Path) -> tuple[dict[str, Any], ...]:

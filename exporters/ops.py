@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_dtypes  # gives NumPy its bfloat16
 import numpy as np
 import onnx_ir as ir
 
@@ -15,6 +16,7 @@ OPSET = 23
 TYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
     "int8": ir.DataType.INT8,
@@ -47,7 +49,7 @@ class Ops:
 
     def constant(self, value: Any, dtype: str) -> ir.Value:
         """A small constant, stored in the graph itself; equal ones are one."""
-        array = np.asarray(value, dtype=dtype)
+        array = np.asarray(value, dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
         root, key = self.root, (dtype, array.shape, array.tobytes())
         if key not in root.constants:
             name = f"const{len(root.constants)}"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from l2a_compress.exporters.blocks import Blocks, Cache, Shared
+from l2a_compress.exporters.blocks import Blocks, Cache, Present, Shared
 from l2a_compress.exporters.ops import CONTRIB, Ops
 from l2a_compress.exporters.quantize import BLOCK
 from l2a_compress.exporters.weights import Stored
@@ -100,7 +100,7 @@ class OrtBlocks(Blocks):
 
     def layer(
         self, ops: Ops, index: int, hidden: ir.Value, cache: Cache, shared: Shared, width: int
-    ) -> tuple[ir.Value, Cache]:
+    ) -> tuple[ir.Value, Present]:
         """A layer over a cache of ``width`` groups."""
         normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
         attended, key, value = self.attention(ops, index, normed, cache, shared, width, width)
@@ -108,7 +108,7 @@ class OrtBlocks(Blocks):
 
     def gated_layer(
         self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
-    ) -> tuple[ir.Value, Cache]:
+    ) -> tuple[ir.Value, Present]:
         """The whole layer in one ``If``, and its widths in ``If`` nodes within."""
         outer, spec = self.ops, self.spec
         width = outer.op("Gather", widest, outer.constant(index, "int64"))
@@ -187,7 +187,7 @@ class OrtBlocks(Blocks):
         """Keys and values of a layer that does not run: (key, value). The operator wants queries, and gets zeros."""
         groups = self.spec.shape.num_groups
         key, value = (self.heads(ops, index, part, normed, groups) for part in ("k", "v"))
-        nothing = ops.op("Mul", key, ops.constant(0.0, "float32"))
+        nothing = ops.op("Mul", key, self.number(ops, 0.0))
         return self._group_query(ops, nothing, key, value, cache, shared, groups, 1)[1:]
 
     def _group_query(

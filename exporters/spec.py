@@ -24,6 +24,7 @@ class GraphSpec:
         widths: KV groups that a layer of the ``If`` graph can be run with, ascending; the last is all of them.
         dialect: ``ort`` or ``standard``.
         bits: of the quantized matrices, 0 where they are not.
+        dtype: of the decoder's weights, activations and caches, by NumPy's name; gates and logits are float32.
         whole_cache: whether a skipped layer of the ``If`` graph still writes keys and values, so that it may run again
             at any later step.
     """
@@ -37,6 +38,7 @@ class GraphSpec:
     widths: tuple[int, ...]
     dialect: str = "ort"
     bits: int = 0
+    dtype: str = "float32"
     whole_cache: bool = True
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from l2a_compress.exporters.blocks import Blocks, Cache, Shared
+from l2a_compress.exporters.blocks import Blocks, Cache, Present, Shared
 from l2a_compress.exporters.ops import Ops
 
-_NEVER = -1e9  # added to a score that must not count; finite, so that a row of padding has no NaN
+_NEVER = -6e4  # added to a score that must not count; finite in 16 bits too, so that a row of padding has no NaN
 
 
 class StandardBlocks(Blocks):
@@ -39,7 +39,7 @@ class StandardBlocks(Blocks):
             seen = ops.op("And", seen, near)
         held = self.unsqueeze(ops, ops.op("Cast", mask, to=ir.DataType.BOOL), 1)
         seen = ops.op("And", held, self.unsqueeze(ops, seen, 0))  # [batch, sequence, total]
-        bias = ops.op("Where", seen, ops.constant(0.0, "float32"), ops.constant(_NEVER, "float32"))
+        bias = ops.op("Where", seen, self.number(ops, 0.0), self.number(ops, _NEVER))
         bias = ops.op("Unsqueeze", bias, ops.constant([1, 2], "int64"))
 
         places = ops.op("Range", ops.constant(0, "int64"), fed, one)
@@ -66,7 +66,7 @@ class StandardBlocks(Blocks):
 
     def layer(
         self, ops: Ops, index: int, hidden: ir.Value, cache: Cache, shared: Shared, width: int
-    ) -> tuple[ir.Value, Cache]:
+    ) -> tuple[ir.Value, Present]:
         """A layer over a cache of ``width`` groups."""
         normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
         present = self._present(ops, index, normed, cache, shared, width)
@@ -75,7 +75,7 @@ class StandardBlocks(Blocks):
 
     def gated_layer(
         self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
-    ) -> tuple[ir.Value, Cache]:
+    ) -> tuple[ir.Value, Present]:
         """One ``If`` for each width of the attention, of which one runs at most, and one for the MLP."""
         ops, groups = self.ops, self.spec.shape.num_groups
         width = ops.op("Gather", widest, ops.constant(index, "int64"))
@@ -110,7 +110,7 @@ class StandardBlocks(Blocks):
         return result, present
 
     def _nothing(self, ops: Ops, like: ir.Value) -> ir.Value:
-        return ops.op("Mul", like, ops.constant(0.0, "float32"))
+        return ops.op("Mul", like, self.number(ops, 0.0))
 
     def _split(self, ops: Ops, value: ir.Value, heads: int) -> ir.Value:
         """[batch, sequence, heads * size] -> [batch, heads, sequence, size]."""
@@ -121,20 +121,24 @@ class StandardBlocks(Blocks):
         tables = (self.weight(ops, name) for name in ("rotary.cos", "rotary.sin"))
         return ops.op("RotaryEmbedding", value, *tables, shared.parts[0])
 
-    def _present(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared, groups: int) -> Cache:
+    def _present(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared, groups: int) -> Present:
         """Past keys and values with the new ones behind them."""
         key = self._rotated(ops, self._split(ops, self.heads(ops, index, "k", normed, groups), groups), shared)
         value = self._split(ops, self.heads(ops, index, "v", normed, groups), groups)
-        return ops.op("Concat", cache[0], key, axis=2), ops.op("Concat", cache[1], value, axis=2)
+        past_key, past_value = cache
+        return (
+            key if past_key is None else ops.op("Concat", past_key, key, axis=2),
+            value if past_value is None else ops.op("Concat", past_value, value, axis=2),
+        )
 
     def _attention(
-        self, ops: Ops, index: int, normed: ir.Value, present: Cache, shared: Shared, width: int, cached: int
+        self, ops: Ops, index: int, normed: ir.Value, present: Present, shared: Shared, width: int, cached: int
     ) -> ir.Value:
         """Heads of the first ``width`` groups, side by side, over keys and values of ``cached`` groups."""
         shape = self.spec.shape
         count = width * shape.heads_per_group
         query = self._rotated(ops, self._split(ops, self.heads(ops, index, "q", normed, count), count), shared)
-        query = ops.op("Mul", query, ops.constant(shape.head_dim**-0.5, "float32"))
+        query = ops.op("Mul", query, self.number(ops, shape.head_dim**-0.5))
         # [batch, groups, heads of a group, sequence, size] against keys of [batch, groups, 1, size, total].
         sizes = ops.constant([width, shape.heads_per_group], "int64")
         dims = ops.op("Shape", query)

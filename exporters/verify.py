@@ -97,7 +97,7 @@ def parity(
     if loaded.config.base["digest"] != bundle.base["digest"]:
         raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
     batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)
-    for entry in bundle.graphs:
+    for entry in bundle.decoders:
         decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
         wanted: list[tuple[str, list[float]]] = [(f"{budget:g}", [budget]) for budget in budgets]
         if entry.kind == "variant":

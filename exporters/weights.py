@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,7 @@ class WeightFile:
         end = self._file.tell()
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         self._file.write(b"\0" * (offset - end))
-        self._file.write(value.data)
+        self._file.write(value.reshape(-1).view(np.uint8).data)
         self.tensors[name] = Stored(offset, value.shape, value.dtype.name)
 
 
@@ -132,6 +133,19 @@ def _layer_tensors(layer: nn.Module, order: Tensor, gated: GatedModel) -> Iterat
 
 def _has_bias(linear: nn.Linear) -> bool:
     return cast(Tensor | None, linear.bias) is not None
+
+
+def narrowed(name: str, value: Array, dtype: str) -> Array:
+    """``value`` in ``dtype`` (NumPy's name, or ``bfloat16``).
+
+    Raises:
+        ConfigError: a number is beyond the range of ``dtype``.
+    """
+    with np.errstate(over="ignore"):
+        found: Array = value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    if not np.isfinite(found.astype(np.float32)).all():
+        raise ConfigError(f"{name} has numbers that {dtype} cannot hold; export as bf16 or fp32")
+    return found
 
 
 def rotary_tables(gated: GatedModel, positions: int) -> tuple[Array, Array]:

@@ -23,7 +23,8 @@ __all__ = ["COSTS_FILE", "MANIFEST_FILE", "Bundle", "GraphEntry", "describe_bund
 MANIFEST_FILE = "manifest.json"
 COSTS_FILE = "costs.json"  # what was measured at export, where it was
 SCHEMA_VERSION = 1
-KINDS = ("if", "variant")
+KINDS = ("if", "variant", "static", "router")
+SIZES = ("batch", "sequence", "total", "past", "present")
 DIALECTS = ("ort", "standard")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
@@ -37,12 +38,14 @@ class GraphEntry:
     """One graph of a bundle.
 
     Attributes:
-        name: What it is called, ``if`` or ``b0.7`` for the variant of budget 0.7.
+        name: What it is called: ``if``, ``router``, or ``b0.7`` for the variant of budget 0.7.
         file: Its path in the folder.
-        kind: ``if`` (any allocation) or ``variant`` (one).
-        budget: The compute budget that a variant is for; None for the ``If`` graph.
-        allocation: What a variant runs; None for the ``If`` graph.
-        cost: A variant's cost as a share of the dense model's; 1.0 for the ``If`` graph.
+        kind: ``if`` (any allocation), ``variant`` (one), ``static`` (a variant in fixed shapes), or ``router`` (which
+            variant suits a prompt).
+        budget: The compute budget that a variant is for; None for the other kinds.
+        allocation: What a variant runs; None for the other kinds.
+        cost: A variant's cost as a share of the dense model's; 1.0 for the other kinds.
+        sizes: Of a static graph, what stands for the free dimensions of docs/bundle.md; None for the other kinds.
 
     Raises:
         BundleError: The fields do not fit together.
@@ -54,14 +57,23 @@ class GraphEntry:
     budget: float | None
     allocation: Allocation | None
     cost: float
+    sizes: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("name", "file"):
             _validate.text(getattr(self, name), f"graph.{name}", BundleError)
         if self.kind not in KINDS:
             raise BundleError(f"graph {self.name}: kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
-        if (self.kind == "variant") != (self.allocation is not None) or (self.budget is None) != (self.kind == "if"):
-            raise BundleError(f"graph {self.name}: a variant has a budget and an allocation, the If graph neither")
+        fixed = self.kind in ("variant", "static")
+        if fixed != (self.allocation is not None) or fixed != (self.budget is not None):
+            raise BundleError(f"graph {self.name}: a variant has a budget and an allocation, other graphs neither")
+        if (self.kind == "static") != (self.sizes is not None):
+            raise BundleError(f"graph {self.name}: a static graph has sizes, other graphs none")
+        if self.sizes is not None:
+            if sorted(self.sizes) != sorted(SIZES):
+                raise BundleError(f"graph {self.name}: sizes must be {', '.join(SIZES)}, found {sorted(self.sizes)}")
+            for name, size in self.sizes.items():
+                _validate.integer(size, f"graph {self.name}: {name}", BundleError, minimum=0)
         object.__setattr__(self, "cost", _validate.positive(self.cost, f"graph {self.name}: cost", BundleError))
         if self.budget is not None:
             budget = _validate.positive(self.budget, f"graph {self.name}: budget", BundleError)
@@ -154,6 +166,11 @@ class Bundle:
         return tuple(graph for graph in self.graphs if graph.kind == "variant")
 
     @property
+    def decoders(self) -> tuple[GraphEntry, ...]:
+        """The ``If`` graph and the variants, whose shapes are free."""
+        return tuple(graph for graph in self.graphs if graph.kind in ("if", "variant"))
+
+    @property
     def if_graph(self) -> GraphEntry | None:
         """The ``If`` graph, where the bundle has one."""
         return next((graph for graph in self.graphs if graph.kind == "if"), None)
@@ -212,7 +229,7 @@ def _check_graphs(graphs: tuple[GraphEntry, ...], shape: ModelShape, files: Mapp
     names = [graph.name for graph in graphs]
     if not graphs or len(set(names)) != len(names):
         raise BundleError(f"graphs must be at least one, each of its own name, found {names}")
-    before: Allocation | None = None
+    budget, level, above = None, list[Allocation](), list[Allocation]()
     for graph in graphs:
         if graph.file not in files:
             raise BundleError(f"graph {graph.name}: its file {graph.file!r} is not listed in files")
@@ -221,6 +238,12 @@ def _check_graphs(graphs: tuple[GraphEntry, ...], shape: ModelShape, files: Mapp
         allocation = graph.allocation
         if (allocation.num_layers, allocation.num_groups) != (shape.num_layers, shape.num_groups):
             raise BundleError(f"graph {graph.name}: its allocation is of another model shape")
-        if before is not None and not allocation.is_subset(before):
-            raise BundleError(f"graph {graph.name}: is not a part of the variant before it; variants must be nested")
-        before = allocation
+        if graph.kind == "static":
+            if allocation not in {other.allocation for other in graphs if other.kind == "variant"}:
+                raise BundleError(f"graph {graph.name}: has fixed shapes of an allocation that is no variant's")
+            continue
+        if graph.budget != budget:
+            budget, level, above = graph.budget, [], level
+        if above and not any(allocation.is_subset(larger) for larger in above):
+            raise BundleError(f"graph {graph.name}: is not a part of a variant before it; variants must be nested")
+        level.append(allocation)

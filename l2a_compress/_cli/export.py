@@ -19,13 +19,17 @@ def export(
     out: Annotated[Path, typer.Option(help="The bundle's folder.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="The base model, where it was moved.")] = None,
     dialect: Annotated[str, typer.Option(help="ort: onnxruntime's own operators. standard: opset 23 alone.")] = "ort",
-    precision: Annotated[str, typer.Option(help="Of the matrices: fp32, int8 or int4.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; int8 or int4 of the matrices.")] = "fp32",
     ladder: Annotated[str, typer.Option(help="A shipped ladder (default) or a TOML file.")] = "default",
     variants: Annotated[bool, typer.Option(help="Export the static variants of the ladder.")] = True,
     if_graph: Annotated[bool, typer.Option(help="Export the graph that runs any allocation.")] = True,
     whole_cache: Annotated[
         bool, typer.Option(help="Layers that the If graph skips write keys and values, so that it may grow again.")
     ] = True,
+    per_budget: Annotated[int, typer.Option(help="Most variants of a budget; more than one come with a router.")] = 1,
+    static_shapes: Annotated[
+        str | None, typer.Option(help="Also fixed shapes of each variant: 'batch=1,4 seq=512'.", show_default=False)
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option(help="Measure every graph on this machine; leave out variants that are not faster.")
     ] = False,
@@ -37,6 +41,7 @@ def export(
     from l2a_compress.exporters.ladder import budgets_of
     from l2a_compress.exporters.onnx import ExportOptions
     from l2a_compress.exporters.onnx import export as run_export
+    from l2a_compress.exporters.shapes import parse_shapes
     from l2a_compress.profiles import load_ladder
 
     budgets = budgets_of(load_ladder(ladder)) if variants else ()
@@ -47,6 +52,8 @@ def export(
         positions=positions,
         precision=precision,
         whole_cache=whole_cache,
+        per_budget=per_budget,
+        static_shapes=parse_shapes(static_shapes) if static_shapes else (),
         calibrate=calibrate,
     )
 
@@ -119,12 +126,12 @@ def bundle_table(bundle: Bundle, folder: Path) -> Table:
         kept = graph.allocation
         table.add_row(
             graph.name,
-            "any" if graph.budget is None else f"{graph.budget:g}",
+            {"if": "any", "router": "-"}.get(graph.kind) or f"{graph.budget:g}",
             "-" if kept is None else f"{graph.cost:.3f}",
             str(bundle.shape.num_layers) if kept is None else str(len(kept.layers)),
             str(bundle.shape.num_layers * bundle.shape.num_groups) if kept is None else str(kept.num_kept_groups),
             f"{bundle.files[graph.file]['size'] / 1e6:.2f}",
             f"{shared / 1e6:.2f}",
-            f"{1000 * measured[graph.name]['decode_seconds']:.2f}" if measured else "-",
+            f"{1000 * measured[graph.name]['decode_seconds']:.2f}" if graph.name in measured else "-",
         )
     return table

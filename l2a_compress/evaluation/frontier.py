@@ -6,7 +6,8 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -23,6 +24,7 @@ from l2a_compress.evaluation.statistics import check_frontier
 from l2a_compress.evaluation.values import Contract, Measured, Metric, Point, Run
 from l2a_compress.evaluation.workers import measure_runs
 from l2a_compress.modeling.budgets import Contract as GateContract
+from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import GenerationConfig
 from l2a_compress.training.collate import Collator
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
@@ -76,17 +78,13 @@ def evaluate(
         raise ConfigError("evaluation needs at least one budget and one problem")
     metric = metric or _metric_for(data, seed)
     began, bench = time.perf_counter(), _bench(artifact, settings, data, metric, seed, batch_size)
-    was_training = artifact.gated.training
-    artifact.gated.eval()
-    try:
+    with _evaluating(artifact.gated):
         runs = _gated_runs(bench, settings.budgets, contracts, think_shares if metric == "accuracy" else ())
         context = Context(artifact.gated, lambda: _calibration(artifact, bench, seed))
         sparsities = [_layer_sparsity(run) for run in runs if run.contract == "cap" and run.budget.think_tokens is None]
         runs += baseline_runs(bench, context, names, sparsities or map(_layer_sparsity, runs))
         runs = [dense_run(bench, name) for name in _references(bench, metric)] + runs
         measured = _measure_all(bench, runs, metric, progress)
-    finally:
-        artifact.gated.train(was_training)
     cost = artifact.gated.cost
     points = [point_of(run, one, cost, metric=metric, seed=seed) for run, one in zip(runs, measured, strict=True)]
     return Report(
@@ -97,6 +95,20 @@ def evaluate(
         environment=_environment(artifact, time.perf_counter() - began),
         **_sorted(points, contracts),
     )
+
+
+@contextmanager
+def _evaluating(gated: GatedModel) -> Iterator[None]:
+    """Evaluation mode, and fused attention in the place of eager: a decoded token then copies no keys and values."""
+    was_training, attention = gated.training, gated.model.config._attn_implementation
+    gated.eval()
+    if attention == "eager":
+        gated.model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        gated.model.set_attn_implementation(attention)
+        gated.train(was_training)
 
 
 def _contracts(settings: EvalConfig) -> tuple[GateContract, ...]:

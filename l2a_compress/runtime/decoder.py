@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_CACHES = {"tensor(float)": (np.float32, 1), "tensor(float16)": (np.float16, 10), "tensor(bfloat16)": (np.uint16, 16)}
 _PAST, _PRESENT = "past_key_values.", "present."
 
 
@@ -51,8 +52,9 @@ class GraphDecoder:
         for name, item in self.inputs.items():
             if name.startswith(_PAST):
                 _, groups, _, size = item.shape
-                room = np.zeros((batch, groups, capacity if self.in_place else 0, size), dtype=np.float32)
-                self._buffers[name] = ort.OrtValue.ortvalue_from_numpy(room)
+                dtype, number = _CACHES[item.type]
+                room = np.zeros((batch, groups, capacity if self.in_place else 0, size), dtype=dtype)
+                self._buffers[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(room, number)
 
     def step(self, input_ids: Array, attention_mask: Array, **inputs: Array) -> Mapping[str, Array]:
         """Runs the graph once.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from transformers import DynamicCache
@@ -18,12 +21,13 @@ from transformers import DynamicCache
 from l2a_compress._cli import main
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
-from l2a_compress.bundle import Bundle, describe_bundle
+from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.ladder import budgets_of, mine
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import BITS, dequantize, quantize
+from l2a_compress.exporters.shapes import parse_shapes
 from l2a_compress.exporters.verify import (
     graph_inputs,
     graph_logits,
@@ -33,7 +37,7 @@ from l2a_compress.exporters.verify import (
     right_padded,
     torch_logits,
 )
-from l2a_compress.exporters.weights import Stored
+from l2a_compress.exporters.weights import Stored, narrowed
 from l2a_compress.modeling.budgets import batch_budgets
 from l2a_compress.modeling.families import decoder_layers
 from l2a_compress.modeling.gated import GatedModel
@@ -142,7 +146,7 @@ def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(pr
     bundle = export(artifact, tmp_path / "bundle", options)
     assert lint(tmp_path / "bundle", bundle) == []
     loaded = load_artifact(artifact)
-    rounded = round_weights(loaded.gated, BITS[precision])
+    rounded = with_weights(loaded.gated, lambda weight: rounded_matrix(weight, BITS[precision]))
     ids, mask = prompts(6, 12)
     for entry in bundle.graphs:
         asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
@@ -155,6 +159,69 @@ def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(pr
         if kept is not None:
             assert kept.tolist() == [[len(groups) for groups in allocation.groups] for allocation in given]
         np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_graphs_of_16_bits_say_what_pytorch_says_with_the_same_rounded_weights(
+    precision: str, dialect: str, tmp_path: Path
+) -> None:
+    """Computed in 32 bits for an exact comparison, and fp16, which onnxruntime has on a CPU, also as it is."""
+    artifact = new_artifact(tmp_path)
+    bundle = export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, precision=precision, dialect=dialect))
+    assert lint(tmp_path / "bundle", bundle) == []
+    # Norms, rotary tables and e(b) are rounded as well in the graph, which is what the tolerance is for.
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    rounded = with_weights(load_artifact(artifact).gated, lambda weight: weight.to(dtype).float())
+    ids, mask = prompts(6, 12)
+    for entry in bundle.graphs:
+        asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
+        told = batch_budgets(asked, rounded.cost, rounded.gate_config)
+        given = [entry.allocation] * 6 if entry.allocation else rounded.allocate(ids, mask, asked)
+        expected = torch_logits(rounded, ids, mask, given, told, 4)
+        inputs = {} if entry.allocation else graph_inputs(told, LAYERS)
+        file = tmp_path / "bundle" / entry.file
+        exact = GraphDecoder(in_32_bits(file), in_place=dialect == "ort", threads=1)
+        found, _ = graph_logits(exact, ids, mask, expected.argmax(-1), inputs)
+        np.testing.assert_allclose(found, expected, atol={"fp16": 1e-2, "bf16": 5e-2}[precision])
+        if precision == "fp16":
+            widths = {"allocation": np.array([[len(kept) for kept in one.groups] for one in given])} if inputs else {}
+            real = GraphDecoder(file, in_place=dialect == "ort", threads=1)
+            found, _ = graph_logits(real, ids, mask, expected.argmax(-1), inputs | widths)
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, expected, atol=0.1)
+
+
+def in_32_bits(path: Path) -> Path:
+    """The same graph and the same weights, with every 16-bit type made float32."""
+    model = onnx.load(str(path))
+    narrow, wide = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16), onnx.TensorProto.FLOAT
+
+    def change(graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
+            if tensor.data_type in narrow:
+                value = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in narrow:
+                value.type.tensor_type.elem_type = wide
+        for node in graph.node:
+            for attribute in node.attribute:
+                if node.op_type == "Cast" and attribute.name == "to" and attribute.i in narrow:
+                    attribute.i = wide
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    change(attribute.g)
+
+    change(model.graph)
+    changed = path.with_name(f"wide-{path.name}")
+    onnx.save(model, str(changed))
+    return changed
+
+
+def test_numbers_beyond_16_bits_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"layers\.0\.q .* float16 cannot hold"):
+        narrowed("layers.0.q", np.array([1e6], dtype=np.float32), "float16")
+    assert narrowed("layers.0.q", np.array([1e6], dtype=np.float32), "bfloat16").itemsize == 2
 
 
 def with_exact_activations(path: Path) -> Path:
@@ -177,17 +244,17 @@ def with_exact_activations(path: Path) -> Path:
 
 
 @torch.no_grad()
-def round_weights(gated: GatedModel, bits: int) -> GatedModel:
-    """Adapters merged, and every matrix quantized and back, in the order of the groups that export uses."""
+def with_weights(gated: GatedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> GatedModel:
+    """Adapters merged, and every matrix changed, in the order of the groups that export uses."""
     embed = gated.model.get_input_embeddings()
-    embed.weight.copy_(rounded_matrix(embed.weight, bits))
+    embed.weight.copy_(change(embed.weight))
     for wrapper in decoder_layers(gated.model):
         layer = wrapper.layer
         for parent in (layer.self_attn, layer.mlp):
             for name, module in list(parent.named_children()):
                 if name.endswith("_proj"):
                     linear = sliced_linear(module, None, None)
-                    linear.weight.copy_(rounded_matrix(linear.weight, bits))
+                    linear.weight.copy_(change(linear.weight))
                     inner = module.projection if name == "o_proj" else module
                     inner.get_base_layer().weight.copy_(linear.weight)
     for name, value in gated.adapter_parameters.items():
@@ -369,6 +436,122 @@ def test_a_ladder_is_nested_and_keeps_its_budgets(gated: GatedModel) -> None:
         assert gated.cost.fits(narrow, Budget(compute=budget))
 
 
+def test_a_ladder_of_several_a_budget_is_a_tree(gated: GatedModel) -> None:
+    budgets = (0.9, 0.7, 0.5)
+    ladder = mine(gated, [prompts(32, 12)], budgets, per_budget=3)
+    levels = [[allocation for at, allocation in ladder if at == budget] for budget in budgets]
+    assert max(map(len, levels)) > 1  # the toy's gates do choose by the prompt
+    for above, below in pairwise(levels):
+        assert all(any(map(allocation.is_subset, above)) for allocation in below)
+        assert len(set(below)) == len(below) <= 3
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_the_router_picks_what_is_nearest_to_what_the_gates_choose(
+    dialect: str, made: tuple[Path, Path], gated: GatedModel, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(0.9, 0.7, 0.5), per_budget=3, dialect=dialect)
+    bundle = export(made[0], tmp_path / "bundle", options)
+    assert lint(tmp_path / "bundle", bundle) == []
+    variants, session = bundle.variants, onnxruntime.InferenceSession(tmp_path / "bundle" / "router.onnx")
+    assert len(variants) > 3
+    ids, mask = prompts(24, 12)
+    asked = [Budget(compute=(1.0, 0.8, 0.7, 0.5, 0.45)[row % 5]) for row in range(24)]
+    told = batch_budgets(asked, gated.cost, gated.gate_config)
+    wanted = gated.allocate(ids, mask, asked)
+    rows, held = right_padded(ids, mask) if dialect == "ort" else (ids.numpy(), mask.numpy())
+    feeds = graph_inputs(told, LAYERS) | {"input_ids": rows, "attention_mask": held}
+    found, kept = session.run(
+        ["variant", "kept_groups"], {item.name: feeds[item.name] for item in session.get_inputs()}
+    )
+    assert kept.tolist() == [[len(groups) for groups in allocation.groups] for allocation in wanted]
+    for row, at in enumerate(found.tolist()):
+        allowed = [variant.budget for variant in variants if variant.budget <= asked[row].compute]
+        if not allowed:
+            assert at == -1
+            continue
+        assert variants[at].budget == max(allowed)
+        apart = [
+            sum(abs(len(a) - b) for a, b in zip(variant.allocation.groups, kept[row].tolist(), strict=True))
+            for variant in variants
+        ]
+        assert apart[at] == min(d for d, variant in zip(apart, variants, strict=True) if variant.budget == max(allowed))
+    assert len(set(found.tolist())) > 3
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_graphs_of_fixed_shapes_say_what_pytorch_says(
+    dialect: str, made: tuple[Path, Path], gated: GatedModel, tmp_path: Path
+) -> None:
+    options = dataclasses.replace(
+        OPTIONS, budgets=(1.0, 0.6), dialect=dialect, static_shapes=parse_shapes("batch=2 seq=16,24")
+    )
+    bundle = export(made[0], tmp_path / "bundle", options)
+    assert lint(tmp_path / "bundle", bundle) == []
+    static = {entry.name: entry for entry in bundle.graphs if entry.kind == "static"}
+    assert len(static) == 8
+    ids, mask = prompts(2, 10, seed=3)
+    for variant, slots in itertools.product(bundle.variants, (16, 24)):
+        told = batch_budgets([Budget(compute=variant.budget)] * 2, gated.cost, gated.gate_config)
+        expected = torch_logits(gated, ids, mask, [variant.allocation] * 2, told, 5)
+        prefill, decode = (static[f"{variant.name}.{phase}.batch2.seq{slots}"] for phase in ("prefill", "decode"))
+        found = run_fixed(tmp_path / "bundle", prefill, decode, ids, mask, expected.argmax(-1), dialect)
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def run_fixed(
+    folder: Path,
+    prefill: GraphEntry,
+    decode: GraphEntry,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    follow: np.ndarray,
+    dialect: str,
+) -> np.ndarray:
+    """Logits of a prefill and of decode steps, as a host with buffers of fixed sizes runs them."""
+    first, step = (onnxruntime.InferenceSession(folder / entry.file) for entry in (prefill, decode))
+    for session in (first, step):
+        assert all(isinstance(size, int) for item in session.get_inputs() for size in item.shape)
+    slots, (rows, held) = prefill.sizes["sequence"], right_padded(ids, mask)
+    room = slots - rows.shape[1]
+    tokens, seen = np.pad(rows, ((0, 0), (0, room))), np.pad(held, ((0, 0), (0, room)))
+    feeds = {
+        item.name: np.zeros(item.shape, dtype=np.float32)
+        for item in first.get_inputs()
+        if item.name.startswith("past_key_values")
+    }
+    logits = []
+    for number in range(follow.shape[1]):
+        session = first if number == 0 else step
+        outputs = [item.name for item in session.get_outputs()]
+        values = dict(
+            zip(outputs, session.run(None, feeds | {"input_ids": tokens, "attention_mask": seen}), strict=True)
+        )
+        logits.append(values["logits"][:, 0])
+        tokens = follow[:, number : number + 1]
+        lengths = held.sum(1) + number
+        for name in feeds:
+            value = values[name.replace("past_key_values", "present")]
+            if dialect == "standard" and number:  # the new slot stands behind the others: put it into a free one
+                for row, length in enumerate(lengths):
+                    value[row, :, length - 1] = value[row, :, -1]
+                value = value[:, :, :-1]
+            feeds[name] = value
+        if dialect == "ort":
+            seen = (np.arange(slots)[None] < lengths[:, None] + 1).astype(np.int64)
+        else:
+            seen = np.pad(
+                (np.arange(slots)[None] < lengths[:, None]).astype(np.int64), ((0, 0), (0, 1)), constant_values=1
+            )
+    return np.stack(logits, axis=1)
+
+
+@pytest.mark.parametrize("text", ["", "batch=1", "seq=8", "batch=0 seq=8", "batch=1,x seq=8", "batch=1 seq=8 more=1"])
+def test_shapes_of_another_form_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="static shapes"):
+        parse_shapes(text)
+
+
 @pytest.mark.parametrize(
     "table",
     [{}, {"budgets": []}, {"budgets": [0.5, 0.7]}, {"budgets": [0.5, 0.5]}, {"budgets": [0.5], "more": 1}],
@@ -438,6 +621,25 @@ def test_a_manifest_that_is_not_ours_is_refused(copy: Path, change: dict[str, ob
         Bundle.load(copy)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "static"}, "sizes"),
+        ({"sizes": {"batch": 1}}, "other graphs none"),
+        ({"kind": "static", "sizes": {"batch": 1}}, "sizes must be"),
+        ({"kind": "static", "sizes": dict.fromkeys(("batch", "sequence", "total", "past", "present"), -1)}, "batch"),
+        ({"kind": "router"}, "neither"),
+        ({"budget": None}, "neither"),
+    ],
+)
+def test_an_entry_whose_fields_do_not_fit_together_is_refused(
+    change: dict[str, object], message: str, made: tuple[Path, Path]
+) -> None:
+    entry = Bundle.load(made[1]).variants[-1].to_json()
+    with pytest.raises(BundleError, match=message):
+        GraphEntry.from_json(entry | change)
+
+
 def test_variants_that_are_not_nested_are_refused(copy: Path) -> None:
     path = copy / "manifest.json"
     data = json.loads(path.read_text())
@@ -495,6 +697,12 @@ def test_the_commands_export_verify_and_inspect(
     assert json.loads(capsys.readouterr().out)["dialect"] == "ort"
     (out / "if.onnx").unlink()
     assert main(["compress", "verify", str(out)]) != 0
+
+
+@pytest.mark.parametrize("more", [{"static_shapes": ((1, 8),)}, {"per_budget": 2}, {"per_budget": 0}])
+def test_what_is_made_of_variants_needs_them(more: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"variants|per_budget"):
+        ExportOptions(budgets=(), **more)
 
 
 def test_an_export_of_nothing_is_refused() -> None:
