@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from optimum.utils import NormalizedConfigManager
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -35,17 +36,17 @@ def family_of(config: PretrainedConfig) -> str:
 
 
 def shape_of(config: PretrainedConfig) -> ModelShape:
-    """The sizes that cost and gates depend on, read from a model's config."""
-    family_of(config)
-    heads = int(config.num_attention_heads)
+    """The sizes that cost and gates depend on, read from a model's config by the names optimum knows of its family."""
+    named = NormalizedConfigManager.get_normalized_config_class(family_of(config))(config)
+    heads = int(named.num_attention_heads)
     return ModelShape(
-        num_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
+        num_layers=int(named.num_layers),
+        hidden_size=int(named.hidden_size),
         intermediate_size=int(config.intermediate_size),
         num_heads=heads,
         num_groups=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        vocab_size=int(config.vocab_size),
+        head_dim=int(getattr(config, "head_dim", None) or named.hidden_size // heads),
+        vocab_size=int(named.vocab_size),
         tied=bool(config.tie_word_embeddings),
     )
 

@@ -705,6 +705,24 @@ def test_what_is_made_of_variants_needs_them(more: dict[str, object]) -> None:
         ExportOptions(budgets=(), **more)
 
 
+def test_onnxruntime_genai_opens_the_dense_variant(made: tuple[Path, Path], gated: GatedModel) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    ids, mask = prompts(1, 9, padded=False)
+    told = batch_budgets([Budget()], gated.cost, gated.gate_config)
+    dense = Allocation.dense(LAYERS, GROUPS)
+    expected = torch_logits(gated, ids, mask, [dense], told, 12).argmax(-1)[0].tolist()
+    model = genai.Model(str(made[1]))
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=9 + 12, do_sample=False)
+    generator = genai.Generator(model, parameters)
+    generator.append_tokens(ids.numpy().astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    found = generator.get_sequence(0)[9:].tolist()
+    assert len(found) > 4  # it stops at </answer>
+    assert found == expected[: len(found)]
+
+
 def test_an_export_of_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to export"):
         ExportOptions(budgets=(), if_graph=False)
