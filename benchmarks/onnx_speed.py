@@ -1,18 +1,19 @@
 """Speed of a bundle against what people use today: SmolLM2-135M on this machine's CPU, all engines in turns.
 
     python benchmarks/onnx_speed.py --artifact runs/smollm2/artifact
-    python benchmarks/onnx_speed.py --artifact A --genai PYTHON --openvino PYTHON     # with peers
+    python benchmarks/onnx_speed.py --artifact A --openvino PYTHON     # an interpreter that has openvino-genai
 
-``--genai`` and ``--openvino`` are interpreters of environments that have onnxruntime-genai and openvino-genai;
-Transformers in bf16 always takes part. Columns: a prefill of 512 tokens; decode steps of batch 1 and 8 behind 64 and
-448 tokens. Every round runs all engines, in an order that turns by one; a figure is the median over rounds of the ratio
-of wall-clock times, with a 95 % bootstrap interval. Peers run the dense base model, ours has its adapters merged, which
-is the same work. Bundles and peers' models are made once, in --work; figures go to benchmarks/results/onnx_speed.json.
+onnxruntime-genai, which the development set-up installs, and Transformers in bf16 always take part. Columns: a prefill
+of 512 tokens; decode steps of batch 1 and 8 behind 64 and 448 tokens. Every round runs all engines, in an order that
+turns by one; a figure is the median over rounds of the ratio of wall-clock times, with a 95 % bootstrap interval.
+Peers run the dense base model, ours has its adapters merged, which is the same work. Bundles and peers' models are
+made once, in --work; figures and a picture go to benchmarks/results/onnx_speed.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -80,7 +81,8 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, required=True, help="of SmolLM2-135M, e.g. of smollm2.py train")
-    parser.add_argument("--genai", help="interpreter that has onnxruntime-genai (and this one, to build its model)")
+    beside = sys.executable if importlib.util.find_spec("onnxruntime_genai") else None
+    parser.add_argument("--genai", default=beside, help="interpreter that has onnxruntime-genai (%(default)s)")
     parser.add_argument("--openvino", help="interpreter that has openvino-genai")
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="cache of checkpoints (%(default)s)")
     parser.add_argument("--work", type=Path, default=DEFAULT_CACHE.parent / "speed", help="bundles (%(default)s)")
@@ -96,7 +98,46 @@ def main() -> None:
         section = _measure(options, bundles, threads)
         settings = {"rounds": options.rounds, "columns": COLUMNS}
         results.put(f"threads_{threads}", section, settings, threads=threads)
-    print(f"figures: {options.out}")
+    draw(results.sections, options.out.with_suffix(".png"))
+    print(f"figures: {options.out}, {options.out.with_suffix('.png')}")
+
+
+def draw(sections: dict[str, Any], path: Path) -> None:
+    """One row a number of threads: speed against each peer, and time at each budget against its cost."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.5 * len(sections)), layout="constrained")
+    rows = figure.subplots(len(sections), 2, squeeze=False)
+    for (name, section), (left, right) in zip(sections.items(), rows, strict=True):
+        speeds = {key: value for key, value in section["speed"].items() if not key.endswith("transformers bf16")}
+        width = 0.8 / len(speeds)
+        for at, (key, columns) in enumerate(speeds.items()):
+            values = [columns[column] for column in COLUMNS]
+            spread = [
+                [value["median"] - value["low"] for value in values],
+                [value["high"] - value["median"] for value in values],
+            ]
+            places = [place + at * width for place in range(len(COLUMNS))]
+            left.bar(places, [value["median"] for value in values], width, yerr=spread, label=key, capsize=2)
+        left.axhline(1, color="black", linewidth=0.8)
+        left.set_xticks([place + 0.4 - width / 2 for place in range(len(COLUMNS))], list(COLUMNS))
+        left.set_ylabel("speed, ratio")
+        left.set_title(name.replace("_", " ") + ": dense graph / peer")
+        left.legend(fontsize=7, ncols=2)
+        for kind, marker in (("", "o"), ("if ", "s")):
+            for precision in PRECISIONS:
+                points = [
+                    (cost, section["time"][f"{precision} {graph}"]["decode b1 c64"]["median"])
+                    for graph, cost in section["cost"].items()
+                    if graph.startswith("if ") == bool(kind)
+                ]
+                right.plot(*zip(*sorted(points), strict=True), marker=marker, label=f"{precision} {kind or 'variants'}")
+        right.plot([0.3, 1], [0.3, 1], color="black", linewidth=0.8, label="time = cost")
+        right.set_xlabel("cost fraction")
+        right.set_ylabel("time of a token / dense")
+        right.set_title("decode, batch 1, behind 64 tokens")
+        right.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def _bundle(options: argparse.Namespace, precision: str) -> Path:

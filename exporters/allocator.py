@@ -45,7 +45,7 @@ def allocate(
 
 def _summary(build: Blocks, ops: Ops, hidden: ir.Value, shared: Shared) -> ir.Value:
     """Mean and last state of the prompt, normed. [batch, 2 * width]."""
-    kind, hidden = build.spec.gates.summary, build.full(ops, hidden)
+    kind, hidden = build.spec.gates.summary, build.activation(ops, hidden)
     real = ops.op("Cast", shared.real, to=ir.DataType.FLOAT)
     total = ops.op("Squeeze", ops.op("MatMul", build.unsqueeze(ops, real, 1), hidden), ops.constant([1], "int64"))
     mean = ops.op("Div", total, ops.op("ReduceSum", real, ops.constant([1], "int64"), keepdims=1))

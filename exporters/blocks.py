@@ -36,6 +36,7 @@ class Blocks(ABC):
 
     def __init__(self, spec: GraphSpec) -> None:
         self.spec, self.ops = spec, Ops()
+        self._rotary: tuple[ir.Value, ir.Value] | None = None
 
     # what a dialect brings
 
@@ -119,7 +120,9 @@ class Blocks(ABC):
         """A tensor of the file, or its first ``rows``."""
         stored = self.spec.tensors[name]
         if rows is None or rows == stored.shape[0]:
-            return ops.weight(name, stored)
+            found = ops.weight(name, stored)
+            narrow = name.startswith("gates.") and stored.dtype != "float32"
+            return self.full(ops, found) if narrow else found
         return ops.weight(f"{name}[:{rows}]", stored.prefix(rows))
 
     def matmul(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
@@ -131,8 +134,25 @@ class Blocks(ABC):
         return ops.op("RMSNormalization", value, self.weight(ops, name), epsilon=self.spec.epsilon, axis=-1)
 
     def full(self, ops: Ops, value: ir.Value) -> ir.Value:
-        """In float32, which gates and logits are computed in."""
-        return value if self.spec.dtype == "float32" else ops.op("Cast", value, to=ir.DataType.FLOAT)
+        """From 16 bits to float32, which gates and logits are computed in."""
+        return ops.op("Cast", value, to=ir.DataType.FLOAT)
+
+    def activation(self, ops: Ops, value: ir.Value) -> ir.Value:
+        """A value of the decoder in float32."""
+        return value if self.spec.dtype == "float32" else self.full(ops, value)
+
+    def rotary(self) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines [positions, head_dim / 2]: constant, so computed once, as a graph is opened."""
+        if self._rotary is None:
+            ops, spec = self.ops, self.spec
+            bounds = (ops.constant(float(at), "float32") for at in (0, spec.positions, 1))
+            angles = ops.op(
+                "Mul", self.unsqueeze(ops, ops.op("Range", *bounds), 1), self.weight(ops, "rotary.frequencies")
+            )
+            scale = ops.constant(spec.rotary_scale, "float32")
+            cos, sin = (self.rounded(ops, ops.op("Mul", ops.op(kind, angles), scale)) for kind in ("Cos", "Sin"))
+            self._rotary = cos, sin
+        return self._rotary
 
     def rounded(self, ops: Ops, value: ir.Value) -> ir.Value:
         """From float32 to what the decoder computes in."""
@@ -225,7 +245,8 @@ class Blocks(ABC):
 
     def head(self, last: ir.Value) -> ir.Value:
         """[batch, 1, width] -> [batch, 1, vocabulary]."""
-        return self.full(self.ops, self.matmul_t(self.ops, last, "embed" if self.spec.shape.tied else "head"))
+        logits = self.matmul_t(self.ops, last, "embed" if self.spec.shape.tied else "head")
+        return self.activation(self.ops, logits)
 
     # gates
 
@@ -240,7 +261,7 @@ class Blocks(ABC):
     def tau(self, last: ir.Value, told: ir.Value) -> ir.Value:
         """The transition gate at the last token. [batch]."""
         ops = self.ops
-        state = self.full(ops, ops.op("Squeeze", last, ops.constant([1], "int64")))
+        state = self.activation(ops, ops.op("Squeeze", last, ops.constant([1], "int64")))
         features = ops.op("Concat", state, self.budget(ops, "transition", told), axis=-1)
         inner = self.silu(ops, self.affine(ops, features, "transition.inner"))
         logit = self.affine(ops, inner, "transition.outer")

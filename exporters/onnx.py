@@ -31,7 +31,7 @@ from l2a_compress.exporters.peers import write_configs
 from l2a_compress.exporters.quantize import BITS, quantize
 from l2a_compress.exporters.shapes import PHASES, fix, sizes_of
 from l2a_compress.exporters.spec import GraphSpec, widths_of
-from l2a_compress.exporters.weights import BY_INPUT, WeightFile, gate_tensors, model_tensors, narrowed, rotary_tables
+from l2a_compress.exporters.weights import BY_INPUT, WeightFile, gate_tensors, model_tensors, narrowed, rotary_of
 from l2a_compress.files import atomic_dir, sha256_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.tags import read_tags
@@ -55,8 +55,9 @@ class ExportOptions:
         if_graph: whether the ``If`` graph is exported.
         calibration: prompts that the ladder is mined from.
         positions: most tokens of a sequence; None: the model's own limit, at most 8192.
-        precision: fp32, fp16 or bf16 of weights, activations and caches (gates and logits stay in 32 bits); int8 or
-            int4 of the matrices, in blocks of 32, and 32 bits of the rest.
+        precision: fp32, fp16 or bf16 of weights, activations and caches (gates and logits are computed in 32 bits);
+            int8 or int4 of the matrices, in blocks of 32, and 32 bits of the rest. Other than fp32, the allocator's
+            matrices are stored in 16 bits.
         whole_cache: whether layers that the ``If`` graph skips still write keys and values, so that an allocation may
             grow at any step; else it may only shrink, and to grow is to start again from the tokens.
         per_budget: most variants of a budget; of more than one, a router graph picks one for each prompt.
@@ -186,8 +187,7 @@ def export(
 
 
 def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> WeightFile:
-    bits, positions = BITS.get(options.precision), _positions(gated, options)
-    dtype = FLOATS.get(options.precision, "float32")
+    bits, dtype = BITS.get(options.precision), FLOATS.get(options.precision, "float32")
     with WeightFile(folder) as file, torch.no_grad():
         for name, value in model_tensors(gated):
             if bits is None or value.ndim < 2:
@@ -198,9 +198,10 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
             file.add(f"{name}.values", values)
             file.add(f"{name}.scales", scales)
         for name, value in gate_tensors(gated):
-            file.add(name, value)
-        for name, value in zip(("rotary.cos", "rotary.sin"), rotary_tables(gated, positions), strict=True):
-            file.add(name, narrowed(name, value, dtype))
+            allocator = name.startswith("gates.") and value.ndim >= 2 and "bias" not in name
+            narrow = allocator and options.precision != "fp32"
+            file.add(name, narrowed(name, value, "float16") if narrow else value)
+        file.add("rotary.frequencies", rotary_of(gated)[0])
     return file
 
 
@@ -229,6 +230,8 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -
         bits=BITS.get(options.precision, 0),
         dtype=FLOATS.get(options.precision, "float32"),
         whole_cache=options.whole_cache,
+        positions=_positions(gated, options),
+        rotary_scale=rotary_of(gated)[1],
     )
 
 

@@ -205,7 +205,7 @@ class OrtBlocks(Blocks):
         return ops.many(
             "GroupQueryAttention",
             *(query, key, value, *cache, *shared.parts),
-            *(self.weight(ops, name) for name in ("rotary.cos", "rotary.sin")),
+            *self.rotary(),
             outputs=3,
             domain=CONTRIB,
             num_heads=groups * heads_per_group,

@@ -22,6 +22,8 @@ class GraphSpec:
         think_id: id of ``<think>``.
         tensors: the weight file's content.
         widths: KV groups that a layer of the ``If`` graph can be run with, ascending; the last is all of them.
+        positions: most tokens of a sequence.
+        rotary_scale: of the cosines and sines.
         dialect: ``ort`` or ``standard``.
         bits: of the quantized matrices, 0 where they are not.
         dtype: of the decoder's weights, activations and caches, by NumPy's name; gates and logits are float32.
@@ -36,6 +38,8 @@ class GraphSpec:
     think_id: int
     tensors: Mapping[str, Stored]
     widths: tuple[int, ...]
+    positions: int
+    rotary_scale: float = 1.0
     dialect: str = "ort"
     bits: int = 0
     dtype: str = "float32"

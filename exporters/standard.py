@@ -118,8 +118,7 @@ class StandardBlocks(Blocks):
         return ops.op("Transpose", split, perm=[0, 2, 1, 3])
 
     def _rotated(self, ops: Ops, value: ir.Value, shared: Shared) -> ir.Value:
-        tables = (self.weight(ops, name) for name in ("rotary.cos", "rotary.sin"))
-        return ops.op("RotaryEmbedding", value, *tables, shared.parts[0])
+        return ops.op("RotaryEmbedding", value, *self.rotary(), shared.parts[0])
 
     def _present(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared, groups: int) -> Present:
         """Past keys and values with the new ones behind them."""

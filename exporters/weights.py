@@ -148,12 +148,10 @@ def narrowed(name: str, value: Array, dtype: str) -> Array:
     return found
 
 
-def rotary_tables(gated: GatedModel, positions: int) -> tuple[Array, Array]:
-    """Cosines and sines [positions, head_dim / 2] of the model's own rotary embedding."""
+def rotary_of(gated: GatedModel) -> tuple[Array, float]:
+    """Inverse frequencies [head_dim / 2] and the scale of the model's own rotary embedding."""
     rotary = cast(Any, gated.model.base_model).rotary_emb
-    angles = torch.arange(positions)[:, None].float() * rotary.inv_freq.float()[None]
-    scale = float(rotary.attention_scaling)
-    return _array(angles.cos() * scale), _array(angles.sin() * scale)
+    return _array(rotary.inv_freq), float(rotary.attention_scaling)
 
 
 def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:

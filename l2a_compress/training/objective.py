@@ -28,7 +28,7 @@ class ObjectiveConfig:
         tokens: lambda_T, weight of R_tok, the mean of 1 - tau over the think tokens.
         transition: weight of the supervised targets of tau (our addition: R_tok alone only pushes tau up).
         swap: weight of :func:`swap_ranking` (our addition). Above 0, each step runs the student once more, without
-            gradient.
+            gradient, as long as there is noise (see ``Annealing``).
         without: terms that are switched off, of :data:`TERMS`.
     """
 

@@ -75,7 +75,9 @@ class TrainingStep(nn.Module):
             else:
                 loss = loss + 0.0 * terms["transition"]
         if self.objective.swap and self.gated.gate_config.mode == "stem":
-            terms["swap"] = self._swap(batch, request, gates, states.detach(), where)
+            terms["swap"] = loss.new_zeros(())
+            if self.noise > 0:  # once the exploration has settled, the order has too
+                terms["swap"] = self._swap(batch, request, gates, states.detach(), where)
             loss = loss + self.objective.swap * terms["swap"]
         terms |= _realized(gates, self.gated)
         terms["loss"] = loss

@@ -245,7 +245,10 @@ def with_exact_activations(path: Path) -> Path:
 
 @torch.no_grad()
 def with_weights(gated: GatedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> GatedModel:
-    """Adapters merged, and every matrix changed, in the order of the groups that export uses."""
+    """Adapters merged, every matrix changed, in the order of groups that export uses; an allocator of 16 bits."""
+    for name, value in gated.allocator.named_parameters():
+        if value.ndim >= 2 and "bias" not in name and value.is_floating_point():
+            value.copy_(value.half().float())
     embed = gated.model.get_input_embeddings()
     embed.weight.copy_(change(embed.weight))
     for wrapper in decoder_layers(gated.model):

@@ -99,7 +99,7 @@ def test_without_each_term() -> None:
 def test_the_swap_term_measures_what_changing_places_does() -> None:
     batch = new_batch(6, contract="cap", switch_share=0.0, dense_share=0.0)
     step = new_step(swap=1.0)
-    step.noise = 0.0
+    step.noise = 1e-9  # it is measured while there is noise
     term = step(batch)["swap"]
     gated, expected, measured = step.gated, [], 0
     stem = gated.gate_config.stem_layers
@@ -141,15 +141,25 @@ def row_loss(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
 
 def test_the_swap_term_teaches_the_layer_gates_alone() -> None:
     step, batch = new_step(swap=1.0), new_batch(8, switch_share=0.0)
+    step.noise = 1e-9
     step(batch)["swap"].backward()
     reached = {name for name, p in trainable(step.gated).items() if p.grad is not None and p.grad.abs().max() > 0}
     assert "allocator.layer_gates.outer_bias" in reached
     assert not any("head_gates" in name or "layers.1." in name for name in reached)  # layer 0 is what the gates read
 
 
+def test_nothing_is_swapped_once_the_exploration_has_settled() -> None:
+    step, batch = new_step(swap=1.0), new_batch(4, switch_share=0.0)
+    step.noise = 0.0
+    terms, plain = step(batch), new_step()(batch)
+    assert float(terms["swap"]) == 0
+    torch.testing.assert_close(terms["loss"], plain["loss"])
+
+
 def test_checkpointing_recomputes_what_ran_and_not_what_was_swapped() -> None:
     batch = new_batch(4, switch_share=0.0)
     step = new_step(swap=1.0)
+    step.noise = 1e-9
     expected = gradients(step, batch)
     step.activation_checkpointing_enable()
     for name, value in gradients(step, batch).items():
