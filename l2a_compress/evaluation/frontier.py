@@ -78,7 +78,7 @@ def evaluate(
         raise ConfigError("evaluation needs at least one budget and one problem")
     metric = metric or _metric_for(data, seed)
     began, bench = time.perf_counter(), _bench(artifact, settings, data, metric, seed, batch_size)
-    with _evaluating(artifact.gated):
+    with evaluating(artifact.gated):
         runs = _gated_runs(bench, settings.budgets, contracts, think_shares if metric == "accuracy" else ())
         context = Context(artifact.gated, lambda: _calibration(artifact, bench, seed))
         sparsities = [_layer_sparsity(run) for run in runs if run.contract == "cap" and run.budget.think_tokens is None]
@@ -98,7 +98,7 @@ def evaluate(
 
 
 @contextmanager
-def _evaluating(gated: GatedModel) -> Iterator[None]:
+def evaluating(gated: GatedModel) -> Iterator[None]:
     """Evaluation mode, and fused attention in the place of eager: a decoded token then copies no keys and values."""
     was_training, attention = gated.training, gated.model.config._attn_implementation
     gated.eval()

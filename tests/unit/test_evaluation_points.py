@@ -11,6 +11,7 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.errors import ConfigError, DataError
 from l2a_compress.evaluation.baselines import BASELINES, Context, baseline_runs, known_baselines
+from l2a_compress.evaluation.frontier import evaluating
 from l2a_compress.evaluation.points import Bench, allocate, dense_run, measure, point_of
 from l2a_compress.evaluation.prompts import held_out, plan_batches
 from l2a_compress.evaluation.values import THINK_BIN, Measured, Point, Row, Run
@@ -21,7 +22,7 @@ from l2a_compress.training.collate import left_padded
 from l2a_compress.training.data_config import DataConfig
 from toy_data import word_tokenizer
 from toy_evaluation import THINK, new_bench
-from toy_models import GROUPS, LAYERS, new_gated, random_allocations
+from toy_models import GROUPS, LAYERS, new_gated, prompts, random_allocations
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,20 @@ def test_the_problems_are_held_out_and_end_in_think(bench: Bench) -> None:
     assert {problem.prompt[-1] for problem in bench.problems} == {think}
     assert {problem.tag("difficulty") for problem in bench.problems} >= {"easy", "hard"}
     assert len({problem.prompt for problem in bench.problems}) == 9
+
+
+def test_evaluation_fuses_attention_and_leaves_the_model_as_it_was() -> None:
+    gated, (ids, mask) = new_gated(), prompts()
+    gated.model.set_attn_implementation("eager")
+    gated.train()
+    with torch.no_grad(), pytest.raises(KeyError), evaluating(gated):
+        assert (gated.model.config._attn_implementation, gated.training) == ("sdpa", False)
+        fused = gated(ids, mask).hidden
+        raise KeyError
+    assert (gated.model.config._attn_implementation, gated.training) == ("eager", True)
+    with torch.no_grad():
+        plain = gated.eval()(ids, mask).hidden
+    torch.testing.assert_close(fused[mask.bool()], plain[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 def test_batched_rows_equal_rows_run_alone(bench: Bench) -> None:
