@@ -150,8 +150,9 @@ def test_the_swap_term_teaches_the_layer_gates_alone() -> None:
 
 def test_nothing_is_swapped_once_the_exploration_has_settled() -> None:
     step, batch = new_step(swap=1.0), new_batch(4, switch_share=0.0)
-    step.noise = 0.0
-    terms, plain = step(batch), new_step()(batch)
+    other = new_step()
+    step.noise = other.noise = 0.0
+    terms, plain = step(batch), other(batch)
     assert float(terms["swap"]) == 0
     torch.testing.assert_close(terms["loss"], plain["loss"])
 
