@@ -141,6 +141,8 @@ def narrowed(name: str, value: Array, dtype: str) -> Array:
     Raises:
         ConfigError: a number is beyond the range of ``dtype``.
     """
+    if value.dtype.name == dtype:
+        return value
     with np.errstate(over="ignore"):
         found: Array = value.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     if not np.isfinite(found.astype(np.float32)).all():
