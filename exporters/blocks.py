@@ -121,8 +121,10 @@ class Blocks(ABC):
         stored = self.spec.tensors[name]
         if rows is None or rows == stored.shape[0]:
             found = ops.weight(name, stored)
-            narrow = name.startswith("gates.") and stored.dtype != "float32"
-            return self.full(ops, found) if narrow else found
+            if not name.startswith("gates.") or stored.dtype == "float32":
+                return found
+            found = self.full(ops, found)  # DequantizeLinear in a branch is what onnxruntime's optimizer fails on
+            return ops.op("Mul", found, self.weight(ops, f"{name}.scales")) if stored.dtype == "int8" else found
         return ops.weight(f"{name}[:{rows}]", stored.prefix(rows))
 
     def matmul(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
@@ -134,7 +136,7 @@ class Blocks(ABC):
         return ops.op("RMSNormalization", value, self.weight(ops, name), epsilon=self.spec.epsilon, axis=-1)
 
     def full(self, ops: Ops, value: ir.Value) -> ir.Value:
-        """From 16 bits to float32, which gates and logits are computed in."""
+        """To float32, which gates and logits are computed in."""
         return ops.op("Cast", value, to=ir.DataType.FLOAT)
 
     def activation(self, ops: Ops, value: ir.Value) -> ir.Value:

@@ -28,14 +28,14 @@ from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
 from l2a_compress.exporters.graph import if_graph, router_graph, static_graph
 from l2a_compress.exporters.peers import write_configs
-from l2a_compress.exporters.quantize import BITS, quantize
+from l2a_compress.exporters.quantize import BITS, quantize, quantize_columns
 from l2a_compress.exporters.shapes import PHASES, fix, sizes_of
 from l2a_compress.exporters.spec import GraphSpec, widths_of
 from l2a_compress.exporters.weights import BY_INPUT, WeightFile, gate_tensors, model_tensors, narrowed, rotary_of
 from l2a_compress.files import atomic_dir, sha256_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.tags import read_tags
-from l2a_compress.training.run import calibration_prompts
+from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 log = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ class ExportOptions:
         calibration: prompts that the ladder is mined from.
         positions: most tokens of a sequence; None: the model's own limit, at most 8192.
         precision: fp32, fp16 or bf16 of weights, activations and caches (gates and logits are computed in 32 bits);
-            int8 or int4 of the matrices, in blocks of 32, and 32 bits of the rest. Other than fp32, the allocator's
-            matrices are stored in 16 bits.
+            int8 or int4 of the matrices, in blocks of 32, and 32 bits of the rest. The allocator's matrices are stored
+            in 16 bits beside 16-bit weights, in 8 bits beside quantized ones.
         whole_cache: whether layers that the ``If`` graph skips still write keys and values, so that an allocation may
             grow at any step; else it may only shrink, and to grow is to start again from the tokens.
         per_budget: most variants of a budget; of more than one, a router graph picks one for each prompt.
@@ -198,9 +198,17 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
             file.add(f"{name}.values", values)
             file.add(f"{name}.scales", scales)
         for name, value in gate_tensors(gated):
-            allocator = name.startswith("gates.") and value.ndim >= 2 and "bias" not in name
-            narrow = allocator and options.precision != "fp32"
-            file.add(name, narrowed(name, value, "float16") if narrow else value)
+            if (
+                not (name.startswith("gates.") and value.ndim == 2 and "bias" not in name)
+                or options.precision == "fp32"
+            ):
+                file.add(name, value)
+            elif bits is None:
+                file.add(name, narrowed(name, value, "float16"))
+            else:
+                values, scales = quantize_columns(value)
+                file.add(name, values)
+                file.add(f"{name}.scales", scales)
         file.add("rotary.frequencies", rotary_of(gated)[0])
     return file
 
@@ -265,7 +273,7 @@ def _positions(gated: GatedModel, options: ExportOptions) -> int:
 def _ladder(loaded: LoadedArtifact, options: ExportOptions) -> list[tuple[float, Allocation]]:
     if not options.budgets:
         return []
-    prompts = calibration_prompts(loaded.recipe, loaded.tokenizer, options.calibration)
+    prompts = calibration_prompts(loaded.recipe, loaded.tokenizer, options.calibration, batch_size=16)
     return ladders.mine(loaded.gated, prompts, options.budgets, per_budget=options.per_budget)
 
 

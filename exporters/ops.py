@@ -91,8 +91,9 @@ class Ops:
         )
 
     def _keep(self, name: str, tensor: Any) -> ir.Value:
-        self.initializers[name] = self.tape.initializer(tensor, name)
-        return self.initializers[name]
+        value = self.initializers[name] = self.tape.initializer(tensor, name)
+        value.type = value.shape = None  # the tensor says them; said again they are a fifth of the file
+        return value
 
     def _named(self, value: ir.Value) -> ir.Value:
         self.root._count += 1

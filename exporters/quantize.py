@@ -1,7 +1,8 @@
-"""Block-wise symmetric quantization to 4 or 8 bits, in the layout of onnxruntime's ``MatMulNBits``.
+"""Symmetric quantization: of the decoder's matrices in blocks, of the allocator's by column.
 
-A matrix [out, in] is cut along ``in`` into blocks that share one scale. The rows stand one after another, so the
-first rows of a matrix are a prefix of its bytes, as in 32 bits; its first columns are not.
+The blocks have 4 or 8 bits and the layout of onnxruntime's ``MatMulNBits``. A matrix [out, in] is cut along ``in``
+into blocks that share one scale. The rows stand one after another, so the first rows of a matrix are a prefix of its
+bytes, as in 32 bits; its first columns are not.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from l2a_compress.exporters.weights import Array
 
 BITS = {"int8": 8, "int4": 4}
 BLOCK = 32
+_CHUNK = 4096  # rows at a time, so that a large embedding table costs no second copy
 
 
 def quantize(matrix: Array, bits: int, block: int = BLOCK) -> tuple[Array, Array]:
@@ -27,8 +29,16 @@ def quantize(matrix: Array, bits: int, block: int = BLOCK) -> tuple[Array, Array
     rows, columns = matrix.shape
     if columns % block:
         raise ConfigError(f"a matrix of {columns} inputs cannot be quantized in blocks of {block}; export as fp32")
+    values = np.empty((rows, columns // block, block * bits // 8), dtype=np.uint8)
+    scales = np.empty((rows, columns // block), dtype=np.float32)
+    for start in range(0, rows, _CHUNK):
+        part = slice(start, start + _CHUNK)
+        values[part], scales[part] = _quantize(matrix[part].reshape(-1, columns // block, block), bits)
+    return values, scales
+
+
+def _quantize(blocks: Array, bits: int) -> tuple[Array, Array]:
     middle = 1 << (bits - 1)
-    blocks = matrix.reshape(rows, columns // block, block).astype(np.float32)
     places = np.abs(blocks).argmax(-1)[..., None]
     largest = np.take_along_axis(blocks, places, -1)
     scales = np.where(largest == 0, 1, largest / -middle).astype(np.float32)
@@ -44,3 +54,10 @@ def dequantize(values: Array, scales: Array, bits: int) -> Array:
         values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
     numbers = (values.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
     return numbers.reshape(len(values), -1)
+
+
+def quantize_columns(matrix: Array) -> tuple[Array, Array]:
+    """[in, out], float32 -> (values [in, out], int8; scales [out], float32); a number is value * scale."""
+    largest = np.abs(matrix).max(axis=0)
+    scales = np.where(largest == 0, 1, largest / 127).astype(np.float32)
+    return np.rint(matrix / scales).astype(np.int8), scales

@@ -20,7 +20,7 @@ from l2a_compress.exporters.weights import ALIGNMENT, WEIGHT_FILE
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.runtime.decoder import Array, GraphDecoder
-from l2a_compress.training.run import calibration_prompts
+from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
 
 

@@ -55,11 +55,11 @@ def held_out(
     for example in examples_of(data, "heldout", count=count, seed=seed):
         if metric == "accuracy" and example.kind != "reasoning":
             raise ConfigError(f"data of kind {example.kind!r} has no exact answer to compare with; use --metric nll")
-        problem = _problem(example, tokenizer, _max_length(data), labelled=metric == "nll")
+        problem = _problem(example, tokenizer, data.max_length, labelled=metric == "nll")
         if problem is not None:
             problems.append(problem)
     if not problems:
-        raise DataError(f"no held-out example fits max_length = {_max_length(data)}; raise data.max_length")
+        raise DataError(f"no held-out example fits max_length = {data.max_length}; raise data.max_length")
     return problems
 
 
@@ -91,11 +91,6 @@ def _style(example: Example) -> Style | None:
     if example.kind != "reasoning":
         return None
     return "long" if "long" in example.traces else next(iter(example.traces))
-
-
-def _max_length(data: DataConfig | MixtureConfig) -> int:
-    sources = data.sources if isinstance(data, MixtureConfig) else (data,)
-    return max(source.max_length for source in sources)
 
 
 def plan_batches(allocations: Sequence[Allocation], lengths: Sequence[tuple[int, int]], size: int) -> list[list[int]]:

@@ -62,7 +62,7 @@ def digest_of(model: PreTrainedModel) -> str:
     total = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -133,6 +133,11 @@ class MixtureConfig:
         if not self.sources:
             raise ConfigError("a mixture needs at least one source")
 
+    @property
+    def max_length(self) -> int:
+        """Most tokens of an example of any source."""
+        return max(source.max_length for source in self.sources)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal mixture."""
         return {"sources": [source.to_json() for source in self.sources]}

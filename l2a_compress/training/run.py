@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from l2a_compress.errors import ConfigError
@@ -24,11 +23,9 @@ from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
 from l2a_compress.modeling.tags import ensure_tags
-from l2a_compress.training.collate import Collator, left_padded
+from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.data import load_examples
-from l2a_compress.training.data_config import DataConfig, MixtureConfig
-from l2a_compress.training.encode import UnfitError, encode_prompt
-from l2a_compress.training.examples import Example
+from l2a_compress.training.data_config import MixtureConfig
 from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples
 from l2a_compress.training.step import TrainingStep
@@ -141,43 +138,16 @@ def build(recipe: Recipe) -> tuple[GatedModel, PreTrainedTokenizerBase, str]:
 
 def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """All samples of the run, in order."""
+    mixture = recipe.data if isinstance(recipe.data, MixtureConfig) else MixtureConfig(sources=(recipe.data,))
     return Samples(
-        load_examples(MixtureConfig(sources=_sources(recipe)), "train", recipe.seed),  # a mixture is shuffled
+        load_examples(mixture, "train", recipe.seed),  # a mixture is shuffled
         tokenizer,
         recipe.draws,
         count=recipe.optim.steps * recipe.optim.batch_size,
         seed=recipe.seed,
-        max_length=_max_length(recipe),
+        max_length=recipe.data.max_length,
         think_reference=recipe.gates.think_reference,
     )
-
-
-def calibration_prompts(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int, batch_size: int = 64
-) -> list[tuple[Tensor, Tensor]]:
-    """Left-padded ``(input_ids, attention_mask)`` batches of prompts of the calibration split, by length."""
-    examples = load_examples(recipe.data, "calibration", recipe.seed)
-    found = (_prompt_ids(examples[i], tokenizer, _max_length(recipe)) for i in range(min(count, len(examples))))
-    rows = sorted((ids for ids in found if ids is not None), key=len)
-    return [
-        left_padded(rows[at : at + batch_size], Collator.of(tokenizer).pad_token_id)
-        for at in range(0, len(rows), batch_size)
-    ]
-
-
-def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int] | None:
-    try:
-        return encode_prompt(example, tokenizer, max_length=max_length)
-    except UnfitError:
-        return None
-
-
-def _sources(recipe: Recipe) -> tuple[DataConfig, ...]:
-    return recipe.data.sources if isinstance(recipe.data, MixtureConfig) else (recipe.data,)
-
-
-def _max_length(recipe: Recipe) -> int:
-    return max(source.max_length for source in _sources(recipe))
 
 
 def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:

@@ -14,8 +14,9 @@ from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.generation import GenerationConfig, generate
 from l2a_compress.modeling.tags import read_tags
+from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.run import calibration_prompts, train
+from l2a_compress.training.run import train
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 from toy_models import FAMILIES, LAYERS, save_base, tiny_recipe
 

@@ -147,6 +147,7 @@ def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(pr
     assert lint(tmp_path / "bundle", bundle) == []
     loaded = load_artifact(artifact)
     rounded = with_weights(loaded.gated, lambda weight: rounded_matrix(weight, BITS[precision]))
+    round_allocator(rounded)
     ids, mask = prompts(6, 12)
     for entry in bundle.graphs:
         asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
@@ -264,6 +265,16 @@ def with_weights(gated: GatedModel, change: Callable[[torch.Tensor], torch.Tenso
         if "lora_B" in name:
             value.zero_()
     return gated
+
+
+@torch.no_grad()
+def round_allocator(gated: GatedModel) -> None:
+    """To 8 bits by column: what the graphs of quantized bundles decide with."""
+    allocator = gated.allocator
+    for matrix in (allocator.layer_gates.inner, allocator.head_gates.inner, allocator.embedding.linear.weight.t()):
+        step = matrix.abs().amax(-2, keepdim=True) / 127
+        assert (step > 0).all()
+        matrix.copy_(torch.round(matrix / step) * step)
 
 
 def rounded_matrix(weight: torch.Tensor, bits: int) -> torch.Tensor:
