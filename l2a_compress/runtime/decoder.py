@@ -40,21 +40,28 @@ class GraphDecoder:
             options.inter_op_num_threads = 1
         self.session = ort.InferenceSession(str(path), options, providers=list(providers))
         self.inputs = {item.name: item for item in self.session.get_inputs()}
-        self.outputs = [item.name for item in self.session.get_outputs()]
         self.in_place = in_place
+        names = [item.name for item in self.session.get_outputs()]
+        self._fresh = [name for name in names if not (in_place and name.startswith(_PRESENT))]  # made by each step
         self._binding = self.session.io_binding()
-        self._buffers: dict[str, ort.OrtValue] = {}
+        self._buffers: list[ort.OrtValue] = []  # what the binding borrows
         self._given: dict[str, Array] = {}
 
     def start(self, batch: int, capacity: int) -> None:
         """Makes room for ``batch`` sequences of at most ``capacity`` slots; what was there is forgotten."""
-        self._buffers = {}
+        self._binding.clear_binding_inputs()
+        self._binding.clear_binding_outputs()
+        self._buffers = []
         for name, item in self.inputs.items():
             if name.startswith(_PAST):
                 _, groups, _, size = item.shape
                 dtype, number = _CACHES[item.type]
                 room = np.zeros((batch, groups, capacity if self.in_place else 0, size), dtype=dtype)
-                self._buffers[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(room, number)
+                buffer = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(room, number)
+                self._binding.bind_ortvalue_input(name, buffer)
+                self._buffers.append(buffer)
+                if self.in_place:
+                    self._binding.bind_ortvalue_output(_PRESENT + name.removeprefix(_PAST), buffer)
 
     def step(self, input_ids: Array, attention_mask: Array, **inputs: Array) -> Mapping[str, Array]:
         """Runs the graph once.
@@ -68,25 +75,16 @@ class GraphDecoder:
             All outputs but the buffers, by name.
         """
         binding = self._binding
-        binding.clear_binding_inputs()
-        binding.clear_binding_outputs()
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        self._given = {name: np.ascontiguousarray(value) for name, value in given.items()}  # the binding only borrows
+        self._given = {name: np.ascontiguousarray(value) for name, value in given.items()}
         for name, value in self._given.items():
             binding.bind_cpu_input(name, value)
-        for name, buffer in self._buffers.items():
-            binding.bind_ortvalue_input(name, buffer)
-        for name in self.outputs:
-            if self.in_place and name.startswith(_PRESENT):
-                binding.bind_ortvalue_output(name, self._buffers[_past_of(name)])
-            else:
-                binding.bind_output(name, "cpu")
+        for name in self._fresh:
+            binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        values = dict(zip(self.outputs, binding.get_outputs(), strict=True))
-        if not self.in_place:
-            self._buffers = {_past_of(name): value for name, value in values.items() if name.startswith(_PRESENT)}
-        return {name: value.numpy() for name, value in values.items() if not name.startswith(_PRESENT)}
-
-
-def _past_of(present: str) -> str:
-    return _PAST + present.removeprefix(_PRESENT)
+        found = binding.get_outputs()[-len(self._fresh) :]  # in the order they were bound in: the buffers stand first
+        values = dict(zip(self._fresh, found, strict=True))
+        presents = [name for name in values if name.startswith(_PRESENT)]
+        for name in presents:
+            binding.bind_ortvalue_input(_PAST + name.removeprefix(_PRESENT), values.pop(name))
+        return {name: value.numpy() for name, value in values.items()}
