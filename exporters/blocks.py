@@ -14,6 +14,7 @@ from l2a_compress.exporters.spec import GraphSpec
 BATCH, SEQUENCE, TOTAL, PAST, PRESENT = "batch", "sequence", "total", "past", "present"
 Cache = tuple[ir.Value | None, ir.Value | None]  # None: nothing is cached
 Present = tuple[ir.Value, ir.Value]
+Rows = tuple[int, int]  # start, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,8 @@ class Blocks(ABC):
         """What all layers read, from ``input_ids`` [batch, sequence] and ``attention_mask`` [batch, total]."""
 
     @abstractmethod
-    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
-        """``value`` [batch, n, in] @ a matrix stored [out, in], or its first ``rows``, transposed."""
+    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
+        """``value`` [batch, n, in] @ a matrix stored [out, in], or some of its rows, transposed."""
 
     @abstractmethod
     def silu(self, ops: Ops, value: ir.Value) -> ir.Value:
@@ -74,7 +75,7 @@ class Blocks(ABC):
             cache: past keys and values of all groups.
             shared: what all layers read.
             widest: [layers], int64: the most groups that any row keeps.
-            heads: [batch, layers, groups], float: 1 where a row keeps a group.
+            heads: [batch, layers, channels of all heads], float: 1 where a row keeps the channel's group.
         """
 
     # inputs and outputs
@@ -116,19 +117,19 @@ class Blocks(ABC):
 
     # small helpers
 
-    def weight(self, ops: Ops, name: str, rows: int | None = None) -> ir.Value:
-        """A tensor of the file, or its first ``rows``."""
+    def weight(self, ops: Ops, name: str, rows: Rows | None = None) -> ir.Value:
+        """A tensor of the file, or some of its rows."""
         stored = self.spec.tensors[name]
-        if rows is None or rows == stored.shape[0]:
+        if rows is None or rows == (0, stored.shape[0]):
             found = ops.weight(name, stored)
             if not name.startswith("gates.") or stored.dtype == "float32":
                 return found
             found = self.full(ops, found)  # DequantizeLinear in a branch is what onnxruntime's optimizer fails on
             return ops.op("Mul", found, self.weight(ops, f"{name}.scales")) if stored.dtype == "int8" else found
-        return ops.weight(f"{name}[:{rows}]", stored.prefix(rows))
+        return ops.weight(f"{name}[{rows[0]}:{sum(rows)}]", stored.rows(*rows))
 
-    def matmul(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
-        """``value`` @ a matrix stored [in, out], or its first ``rows``."""
+    def matmul(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
+        """``value`` @ a matrix stored [in, out], or some of its rows."""
         return ops.op("MatMul", value, self.weight(ops, name, rows))
 
     def norm(self, ops: Ops, value: ir.Value, name: str) -> ir.Value:
@@ -195,32 +196,36 @@ class Blocks(ABC):
         found = self.ops.op("Equal", ids, self.ops.constant(self.spec.think_id, "int64"))
         return self.unsqueeze(self.ops, self.ops.op("Cast", found, to=TYPES[self.spec.dtype]), 2)
 
-    def heads(self, ops: Ops, index: int, part: str, normed: ir.Value, heads: int) -> ir.Value:
-        """Queries, keys or values of the first ``heads`` heads, with their bias and their norm."""
-        name, size = f"layers.{index}.{part}", self.spec.shape.head_dim
-        found = self.matmul_t(ops, normed, name, heads * size)
-        if f"{name}_bias" in self.spec.tensors:
-            found = ops.op("Add", found, self.weight(ops, f"{name}_bias", heads * size))
-        if f"{name}_norm" in self.spec.tensors:
+    def heads(self, ops: Ops, index: int, part: str, normed: ir.Value, groups: int) -> ir.Value:
+        """Queries, keys or values (``part`` q, k, v) of the first ``groups``, with their bias and their norm."""
+        shape, size = self.spec.shape, self.spec.shape.head_dim
+        heads = groups * shape.heads_per_group if part == "q" else groups
+        start = {"q": 0, "k": shape.num_heads, "v": shape.num_heads + shape.num_groups}[part] * size
+        found = self.projected(ops, index, normed, (start, heads * size))
+        norm = f"layers.{index}.{part}_norm"
+        if norm in self.spec.tensors:
             split = ops.op("Reshape", found, ops.constant([0, 0, heads, size], "int64"))
-            split = self.norm(ops, split, f"{name}_norm")
-            found = ops.op("Reshape", split, ops.constant([0, 0, heads * size], "int64"))
+            found = ops.op("Reshape", self.norm(ops, split, norm), ops.constant([0, 0, heads * size], "int64"))
         return found
 
+    def projected(self, ops: Ops, index: int, normed: ir.Value, rows: Rows | None) -> ir.Value:
+        """Some rows, or all, of queries, keys and values behind one another, with their bias."""
+        name = f"layers.{index}.qkv"
+        found, bias = self.matmul_t(ops, normed, name, rows), f"{name}_bias"
+        return ops.op("Add", found, self.weight(ops, bias, rows)) if bias in self.spec.tensors else found
+
     def masked(self, ops: Ops, attended: ir.Value, mask: ir.Value, width: int) -> ir.Value:
-        """Heads of ``width`` groups without the groups that ``mask`` [batch, groups] leaves out."""
+        """Heads of ``width`` groups without what ``mask`` [batch, 1, channels of all heads] leaves out."""
         shape = self.spec.shape
-        size = shape.heads_per_group * shape.head_dim
         if width < shape.num_groups:
-            mask = self.part(ops, mask, 0, width, 1)
-        split = ops.op("Reshape", attended, ops.constant([0, 0, width, size], "int64"))
-        wide = ops.op("Unsqueeze", mask, ops.constant([1, 3], "int64"))
-        return ops.op("Reshape", ops.op("Mul", split, wide), ops.constant([0, 0, width * size], "int64"))
+            mask = self.part(ops, mask, 0, width * shape.heads_per_group * shape.head_dim, 2)
+        return ops.op("Mul", attended, mask)
 
     def project(self, ops: Ops, index: int, attended: ir.Value, width: int) -> ir.Value:
         """The output projection of the first ``width`` groups."""
         name = f"layers.{index}.o"
-        found = self.matmul(ops, attended, name, width * self.spec.shape.heads_per_group * self.spec.shape.head_dim)
+        shape = self.spec.shape
+        found = self.matmul(ops, attended, name, (0, width * shape.heads_per_group * shape.head_dim))
         bias = f"{name}_bias"
         return ops.op("Add", found, self.weight(ops, bias)) if bias in self.spec.tensors else found
 

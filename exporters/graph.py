@@ -72,7 +72,9 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
     )
     widest = ops.op("ReduceMax", allocation, ops.constant([0], "int64"), keepdims=0)  # [layers]
     kept = build.unsqueeze(ops, allocation, 2)
-    heads = ops.op("Greater", kept, ops.constant(range(shape.num_groups), "int64"))  # [batch, layers, groups]
+    size = shape.heads_per_group * shape.head_dim
+    owners = [channel // size for channel in range(shape.num_groups * size)]
+    heads = ops.op("Greater", kept, ops.constant(owners, "int64"))  # [batch, layers, channels]
     heads = ops.op("Cast", heads, to=TYPES[spec.dtype])
     for index in range(stem, shape.num_layers):
         hidden, presents[index] = build.gated_layer(index, hidden, caches[index], shared, widest, heads)

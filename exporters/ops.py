@@ -27,10 +27,11 @@ Dims = Sequence[int | str]
 
 
 class Ops:
-    """Nodes of one graph, or of one branch of an ``If``; initializers always belong to the outermost graph."""
+    """Nodes of one graph, or of one branch of an ``If``."""
 
     def __init__(self, outer: Ops | None = None) -> None:
         self.tape = ir.tape.Tape()
+        self.outer = outer
         self.root: Ops = outer.root if outer else self
         self.initializers: dict[str, ir.Value] = {}
         self.constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
@@ -57,21 +58,28 @@ class Ops:
         return root.constants[key]
 
     def weight(self, name: str, stored: Stored) -> ir.Value:
-        """A tensor of the weight file, under a name; asked for twice it is one initializer."""
-        root = self.root
-        if name in root.initializers:
-            return root.initializers[name]
+        """A tensor of the weight file, under a name; asked for twice in a graph or its branches it is one initializer.
+
+        It belongs to the graph or branch that uses it: what a branch takes from around it costs time at every run, and
+        what it takes from around an outer branch onnxruntime does not prepack.
+        """
+        at: Ops | None = self
+        while at is not None:
+            if name in at.initializers:
+                return at.initializers[name]
+            at = at.outer
         tensor = ir.ExternalTensor(
             WEIGHT_FILE, stored.offset, stored.length, TYPES[stored.dtype], shape=ir.Shape(stored.shape), name=name
         )
-        return root._keep(name, tensor)
+        return self._keep(name, tensor)
 
     def branch(self, name: str, build: Callable[[Ops], Sequence[ir.Value]]) -> ir.Graph:
         """A branch of an ``If``. It may use every value of the graphs around it."""
         inner = Ops(self)
         outputs = build(inner)
         own = [value if _made_by(value, inner) else inner.op("Identity", value) for value in outputs]
-        return ir.Graph([], own, nodes=inner.tape.nodes, name=name)
+        weights = list(inner.initializers.values())
+        return ir.Graph([], own, nodes=inner.tape.nodes, initializers=weights, name=name)
 
     def choose(
         self,

@@ -7,10 +7,11 @@ keys and values are outputs of the ``If`` itself, which is what lets onnxruntime
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 
-from l2a_compress.exporters.blocks import Blocks, Cache, Present, Shared
+from l2a_compress.exporters.blocks import Blocks, Cache, Present, Rows, Shared
 from l2a_compress.exporters.ops import CONTRIB, Ops
 from l2a_compress.exporters.quantize import BLOCK
 from l2a_compress.exporters.weights import Stored
@@ -18,6 +19,8 @@ from l2a_compress.exporters.weights import Stored
 
 class OrtBlocks(Blocks):
     """GroupQueryAttention, fused norms, and MatMulNBits where the matrices are quantized."""
+
+    _decisions: tuple[Sequence[Any], ...] | None = None
 
     def shared(self, ids: ir.Value, mask: ir.Value) -> Shared:
         """Parts: lengths [batch] (real tokens - 1) and total (a scalar), both int32."""
@@ -32,26 +35,26 @@ class OrtBlocks(Blocks):
         parts = tuple(ops.op("Cast", value, to=ir.DataType.INT32) for value in (lengths, total))
         return Shared(last=last, real=real, parts=parts)
 
-    def matmul(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
+    def matmul(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
         """As everywhere; a quantized matrix is read whole."""
         if f"{name}.values" in self.spec.tensors:
             return self._quantized(ops, value, name, None)
         return super().matmul(ops, value, name, rows)
 
-    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
-        """``value`` @ a matrix stored [out, in], or its first ``rows``, transposed."""
+    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
+        """``value`` @ a matrix stored [out, in], or some of its rows, transposed."""
         if f"{name}.values" in self.spec.tensors:
             return self._quantized(ops, value, name, rows)
         return ops.op("FusedMatMul", value, self.weight(ops, name, rows), domain=CONTRIB, transB=1)
 
-    def _quantized(self, ops: Ops, value: ir.Value, name: str, rows: int | None) -> ir.Value:
+    def _quantized(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None) -> ir.Value:
         outputs, blocks, _ = self.spec.tensors[f"{name}.values"].shape
         return ops.op(
             "MatMulNBits",
             *(value, self.weight(ops, f"{name}.values", rows), self.weight(ops, f"{name}.scales", rows)),
             domain=CONTRIB,
             K=blocks * BLOCK,
-            N=rows or outputs,
+            N=rows[1] if rows else outputs,
             bits=self.spec.bits,
             block_size=BLOCK,
             accuracy_level=4,
@@ -110,15 +113,14 @@ class OrtBlocks(Blocks):
         self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
     ) -> tuple[ir.Value, Present]:
         """The whole layer in one ``If``, and its widths in ``If`` nodes within."""
-        outer, spec = self.ops, self.spec
-        width = outer.op("Gather", widest, outer.constant(index, "int64"))
-        runs = outer.op("Greater", width, outer.constant(0, "int64"))
+        spec = self.spec
+        if self._decisions is None:
+            self._decisions = self._decided(widest, heads)
+        wider, mask, row = (values[index] for values in self._decisions)
 
         def then(ops: Ops) -> list[ir.Value]:
             normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
-            mask = ops.op("Gather", heads, ops.constant(index, "int64"), axis=1)  # [batch, groups]
-            update, key, value = self._widths(ops, index, normed, cache, shared, width, mask, spec.widths)
-            row = self.unsqueeze(ops, self.part(ops, mask, 0, 1, 1), 2)  # whoever keeps the layer keeps its first group
+            update, key, value = self._widths(ops, index, normed, cache, shared, wider, mask, spec.widths)
             return [self.mlp(ops, index, update, hidden, row), key, value]
 
         def otherwise(ops: Ops) -> list[ir.Value]:
@@ -127,8 +129,24 @@ class OrtBlocks(Blocks):
             normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
             return [ops.op("Identity", hidden), *self._write_cache(ops, index, normed, cache, shared)]
 
-        found, key, value = outer.choose(f"layer_{index}", runs, then, otherwise, 3)
+        found, key, value = self.ops.choose(f"layer_{index}", wider[0], then, otherwise, 3)
         return found, (key, value)
+
+    def _decided(self, widest: ir.Value, heads: ir.Value) -> tuple[Sequence[Any], ...]:
+        """By layer: whether it runs wider than 0 and than each width but the last; its masks of channels and of rows.
+
+        Taken apart in a few nodes at the start, not in each layer.
+        """
+        ops = self.ops
+
+        def apart(value: ir.Value, axis: int) -> list[ir.Value]:
+            layers = self.spec.shape.num_layers
+            return ops.many("Split", value, outputs=layers, axis=axis, num_outputs=layers)
+
+        bounds = (0, *self.spec.widths[:-1])
+        wider = [apart(ops.op("Greater", widest, ops.constant(bound, "int64")), 0) for bound in bounds]
+        first = self.part(ops, heads, 0, 1, 2)  # whoever keeps the layer keeps its first group
+        return list(zip(*wider, strict=True)), apart(heads, 1), apart(first, 1)
 
     def _widths(
         self,
@@ -137,7 +155,7 @@ class OrtBlocks(Blocks):
         normed: ir.Value,
         cache: Cache,
         shared: Shared,
-        width: ir.Value,
+        wider: Sequence[ir.Value],
         mask: ir.Value,
         widths: Sequence[int],
     ) -> list[ir.Value]:
@@ -152,9 +170,9 @@ class OrtBlocks(Blocks):
             return run(ops)
         return ops.choose(
             f"layer_{index}_width_{widths[-1]}",
-            ops.op("Greater", width, ops.constant(widths[-2], "int64")),
+            wider[len(widths) - 1],
             run,
-            lambda inner: self._widths(inner, index, normed, cache, shared, width, mask, widths[:-1]),
+            lambda inner: self._widths(inner, index, normed, cache, shared, wider, mask, widths[:-1]),
             3,
         )
 
@@ -164,10 +182,13 @@ class OrtBlocks(Blocks):
         """Heads of the first ``width`` groups over a cache of ``cached`` groups: (heads, key, value).
 
         Where the cache is wider, keys and values of all its groups are computed, so that it stays whole, and the
-        queries of the others are zero.
+        queries of the others are zero. A whole layer's come out of one matrix.
         """
         shape = self.spec.shape
-        query = self.heads(ops, index, "q", normed, width * shape.heads_per_group)
+        if width == cached == shape.num_groups and f"layers.{index}.q_norm" not in self.spec.tensors:
+            packed = self.projected(ops, index, normed, None)
+            return self._group_query(ops, packed, None, None, cache, shared, cached, shape.heads_per_group)
+        query = self.heads(ops, index, "q", normed, width)
         key = self.heads(ops, index, "k", normed, cached)
         value = self.heads(ops, index, "v", normed, cached)
         if width < cached:
@@ -184,18 +205,17 @@ class OrtBlocks(Blocks):
         return ops.op("Pad", value, ops.constant([0, 0, 0, 0, 0, missing], "int64"))
 
     def _write_cache(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared) -> list[ir.Value]:
-        """Keys and values of a layer that does not run: (key, value). The operator wants queries, and gets zeros."""
+        """Keys and values of a layer that does not run: (key, value). The operator wants queries, and gets the keys."""
         groups = self.spec.shape.num_groups
         key, value = (self.heads(ops, index, part, normed, groups) for part in ("k", "v"))
-        nothing = ops.op("Mul", key, self.number(ops, 0.0))
-        return self._group_query(ops, nothing, key, value, cache, shared, groups, 1)[1:]
+        return self._group_query(ops, key, key, value, cache, shared, groups, 1)[1:]
 
     def _group_query(
         self,
         ops: Ops,
         query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
+        key: ir.Value | None,
+        value: ir.Value | None,
         cache: Cache,
         shared: Shared,
         groups: int,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from l2a_compress.exporters.blocks import Blocks, Cache, Present, Shared
+from l2a_compress.exporters.blocks import Blocks, Cache, Present, Rows, Shared
 from l2a_compress.exporters.ops import Ops
 
 _NEVER = -6e4  # added to a score that must not count; finite in 16 bits too, so that a row of padding has no NaN
@@ -47,12 +47,14 @@ class StandardBlocks(Blocks):
         last = ops.op("ReduceMax", marked, axis, keepdims=0)
         return Shared(last=last, real=real, parts=(positions, bias))
 
-    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: int | None = None) -> ir.Value:
+    def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
         """By Gemm, which takes a transposed matrix as it stands."""
         outputs, inputs = self.spec.tensors[name].shape
         flat = ops.op("Reshape", value, ops.constant([-1, inputs], "int64"))
         found = ops.op("Gemm", flat, self.weight(ops, name, rows), transB=1)
-        shape = ops.op("Concat", ops.op("Shape", value, end=2), ops.constant([rows or outputs], "int64"), axis=0)
+        shape = ops.op(
+            "Concat", ops.op("Shape", value, end=2), ops.constant([rows[1] if rows else outputs], "int64"), axis=0
+        )
         return ops.op("Reshape", found, shape)
 
     def silu(self, ops: Ops, value: ir.Value) -> ir.Value:
@@ -81,7 +83,7 @@ class StandardBlocks(Blocks):
         width = ops.op("Gather", widest, ops.constant(index, "int64"))
         normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
         present = self._present(ops, index, normed, cache, shared, groups)
-        mask = ops.op("Gather", heads, ops.constant(index, "int64"), axis=1)  # [batch, groups]
+        mask = ops.op("Gather", heads, ops.constant([index], "int64"), axis=1)  # [batch, 1, channels]
         update: ir.Value | None = None
         below = 0
         for size in self.spec.widths:
@@ -99,7 +101,7 @@ class StandardBlocks(Blocks):
             update = found if update is None else ops.op("Add", update, found)
             below = size
         assert update is not None
-        row = self.unsqueeze(ops, self.part(ops, mask, 0, 1, 1), 2)
+        row = self.part(ops, mask, 0, 1, 2)
         (result,) = ops.choose(
             f"layer_{index}_mlp",
             ops.op("Greater", width, ops.constant(0, "int64")),
@@ -136,7 +138,7 @@ class StandardBlocks(Blocks):
         """Heads of the first ``width`` groups, side by side, over keys and values of ``cached`` groups."""
         shape = self.spec.shape
         count = width * shape.heads_per_group
-        query = self._rotated(ops, self._split(ops, self.heads(ops, index, "q", normed, count), count), shared)
+        query = self._rotated(ops, self._split(ops, self.heads(ops, index, "q", normed, width), count), shared)
         query = ops.op("Mul", query, self.number(ops, shape.head_dim**-0.5))
         # [batch, groups, heads of a group, sequence, size] against keys of [batch, groups, 1, size, total].
         sizes = ops.constant([width, shape.heads_per_group], "int64")

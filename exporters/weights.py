@@ -3,13 +3,13 @@
 Tensors are made and written one after another, so that the file costs about one layer of memory. A layer's KV groups
 stand in the order of importance that its gates keep them in:
 
-    q, k, v   [out, in]   the rows of group 0, then of group 1, ...   (biases likewise)
+    qkv       [out, in]   q, k and v behind one another; of each the rows of group 0, of group 1, ...  (biases likewise)
     o         [in, out]   the rows that take group 0's heads, ...
     gate, up, down   [in, out]
     embed     [vocabulary, width], also the output head where the model ties them
 
-A variant that keeps n groups of a layer therefore reads a byte prefix of q, k, v and o. Quantized, all matrices stand
-as [out, in] (see ``quantize``), and o, of which a narrower layer needs columns, is read whole.
+A variant that keeps n groups of a layer therefore reads a byte prefix of each of q, k, v and o. Quantized, all matrices
+stand as [out, in] (see ``quantize``), and o, of which a narrower layer needs columns, is read whole.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class Stored:
         """Bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
-    def prefix(self, rows: int) -> Stored:
-        """The first ``rows`` of the first axis."""
-        if not 0 < rows <= self.shape[0]:
-            raise ConfigError(f"a prefix of {rows} rows of a tensor of shape {self.shape}")
-        return Stored(self.offset, (rows, *self.shape[1:]), self.dtype)
+    def rows(self, start: int, count: int) -> Stored:
+        """``count`` rows of the first axis."""
+        if start < 0 or count < 1 or start + count > self.shape[0]:
+            raise ConfigError(f"rows {start} to {start + count} of a tensor of shape {self.shape}")
+        return Stored(self.offset + start * self.length // self.shape[0], (count, *self.shape[1:]), self.dtype)
 
 
 class WeightFile:
@@ -111,11 +111,16 @@ def _layer_tensors(layer: nn.Module, order: Tensor, gated: GatedModel) -> Iterat
     width = shape.heads_per_group * shape.head_dim
     queries = (order[:, None] * width + torch.arange(width)).flatten()
     yield "input_norm", _array(cast(Any, layer.input_layernorm).weight)
-    for name, rows in (("q", queries), ("k", keys), ("v", keys)):
-        linear = sliced_linear(getattr(attention, f"{name}_proj"), None, None)
-        yield name, _array(linear.weight[rows])
-        if _has_bias(linear):
-            yield f"{name}_bias", _array(linear.bias[rows])
+    inputs = [
+        (sliced_linear(getattr(attention, f"{name}_proj"), None, None), rows)
+        for name, rows in (("q", queries), ("k", keys), ("v", keys))
+    ]
+    yield "qkv", _array(torch.cat([linear.weight[rows] for linear, rows in inputs]))
+    if any(_has_bias(linear) for linear, _ in inputs):
+        biases = (
+            linear.bias[rows] if _has_bias(linear) else linear.weight.new_zeros(len(rows)) for linear, rows in inputs
+        )
+        yield "qkv_bias", _array(torch.cat(list(biases)))
     for name in ("q_norm", "k_norm"):
         if hasattr(attention, name):
             yield name, _array(getattr(attention, name).weight)

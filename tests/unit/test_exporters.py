@@ -663,11 +663,13 @@ def test_variants_that_are_not_nested_are_refused(copy: Path) -> None:
         Bundle.load(copy)
 
 
-def test_a_prefix_is_within_its_tensor() -> None:
+def test_rows_are_within_their_tensor() -> None:
     stored = Stored(4096, (8, 3), "float32")
-    assert (stored.length, stored.prefix(2)) == (96, Stored(4096, (2, 3), "float32"))
-    with pytest.raises(ConfigError, match="prefix"):
-        stored.prefix(9)
+    assert (stored.length, stored.rows(0, 2)) == (96, Stored(4096, (2, 3), "float32"))
+    assert stored.rows(2, 6) == Stored(4096 + 24, (6, 3), "float32")
+    for start, count in ((0, 9), (7, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ConfigError, match="rows"):
+            stored.rows(start, count)
 
 
 def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
