@@ -9,9 +9,11 @@ together. Nothing but numpy and the engine itself is imported, so any environmen
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -20,8 +22,12 @@ import numpy as np
 TOKEN = 300  # any ordinary token; what is decoded does not matter, how long it takes does
 
 
+_draw = np.random.default_rng(0)
+
+
 def _prompt(batch: int, length: int) -> Any:
-    return (np.arange(batch * length, dtype=np.int64).reshape(batch, length) * 7919) % 20_000 + 1_000
+    """Never the same twice: an engine may keep what it computed for a prompt."""
+    return _draw.integers(1_000, 20_000, (batch, length))
 
 
 class Bundle:
@@ -101,7 +107,7 @@ class GenAI:
 
 
 class OpenVINO:
-    """OpenVINO GenAI's pipeline on a GGUF file; its own performance metrics."""
+    """OpenVINO GenAI's pipeline on a GGUF file; its own clock of each step, as it has no call for one."""
 
     def __init__(self, path: str, threads: int) -> None:
         import openvino_genai as genai
@@ -110,14 +116,63 @@ class OpenVINO:
         self.pipe = genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
 
     def run(self, task: str, batch: int, length: int, tokens: int, **_: Any) -> float:
-        """Time to the first token, or per token after it."""
+        """The first step, or the mean of those after the second, which is slower than the rest."""
         import openvino as ov
 
         ids = _prompt(batch, length)
         inputs = self.genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
-        config = self.genai.GenerationConfig(max_new_tokens=1 if task == "prefill" else tokens, ignore_eos=True)
-        metrics = self.pipe.generate(inputs, config).perf_metrics
-        return float(metrics.get_ttft().mean if task == "prefill" else metrics.get_tpot().mean) / 1000
+        count = 1 if task == "prefill" else tokens + 1
+        config = self.genai.GenerationConfig(max_new_tokens=count, ignore_eos=True)
+        raw = self.pipe.generate(inputs, config).perf_metrics.raw_metrics
+        steps = list(raw.token_infer_durations)  # microseconds
+        assert len(steps) == count
+        return float(steps[0] if task == "prefill" else np.mean(steps[2:])) / 1e6
+
+
+class LlamaCpp:
+    """llama.cpp's server, in this process (xllamacpp), on a GGUF file; one slot for each row of a batch."""
+
+    def __init__(self, path: str, threads: int) -> None:
+        self.path, self.threads, self.server, self.slots = path, threads, None, 0
+
+    def _open(self, slots: int) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = self.path
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
+        params.n_parallel, params.n_ctx = slots, slots * 1024
+        params.n_batch = params.n_ubatch = 512
+        params.cache_prompt = False
+        self.server, self.slots = None, slots
+        self.server = xllamacpp.Server(params)
+
+    def run(self, task: str, batch: int, length: int, tokens: int, **_: Any) -> float:
+        """The server's own clock of a prompt; of decoding, the median gap between tokens once all rows decode."""
+        if self.slots != batch:
+            self._open(batch)
+        count = 1 if task == "prefill" else 3 * tokens
+        settings = {"n_predict": count, "ignore_eos": True, "top_k": 1, "cache_prompt": False, "stream": True}
+        arrived: list[list[float]] = [[] for _ in range(batch)]
+        last: list[dict[str, Any]] = [{} for _ in range(batch)]
+
+        def ask(row: int, prompt: list[int]) -> None:
+            def take(piece: Any) -> None:
+                arrived[row].append(time.perf_counter())
+                last[row] = piece
+
+            self.server.handle_completions({"prompt": prompt, **settings}, take)
+
+        rows = [threading.Thread(target=ask, args=item) for item in enumerate(_prompt(batch, length).tolist())]
+        for row in rows:
+            row.start()
+        for row in rows:
+            row.join()
+        if task == "prefill":
+            return float(last[0]["timings"]["prompt_ms"]) / 1000
+        together = max(times[0] for times in arrived)
+        gaps = [b - a for times in arrived for a, b in itertools.pairwise(times) if a >= together]
+        return float(np.median(gaps))
 
 
 class Transformers:
@@ -148,7 +203,7 @@ class Transformers:
             return (time.perf_counter() - began) / (tokens - 1)
 
 
-KINDS = {"bundle": Bundle, "genai": GenAI, "openvino": OpenVINO, "transformers": Transformers}
+KINDS = {"bundle": Bundle, "genai": GenAI, "openvino": OpenVINO, "llamacpp": LlamaCpp, "transformers": Transformers}
 
 
 def main() -> None:

@@ -1,13 +1,20 @@
 """Speed of a bundle against what people use today: SmolLM2-135M on this machine's CPU, all engines in turns.
 
     python benchmarks/onnx_speed.py --artifact runs/smollm2/artifact
-    python benchmarks/onnx_speed.py --artifact A --openvino PYTHON     # an interpreter that has openvino-genai
+    python benchmarks/onnx_speed.py --artifact A --openvino PYTHON --llamacpp PYTHON
+
+The last two are interpreters that have openvino-genai and xllamacpp, each in an environment of its own.
 
 onnxruntime-genai, which the development set-up installs, and Transformers in bf16 always take part. Columns: a prefill
 of 512 tokens; decode steps of batch 1 and 8 behind 64 and 448 tokens. Every round runs all engines, in an order that
 turns by one; a figure is the median over rounds of the ratio of wall-clock times, with a 95 % bootstrap interval.
-Peers run the dense base model, ours has its adapters merged, which is the same work. Bundles and peers' models are
-made once, in --work; figures and a picture go to benchmarks/results/onnx_speed.json and .png.
+Engines are started anew several times, since the place of the weights in memory alone changes their speed by a tenth;
+all of them ask for huge pages (glibc.malloc.hugetlb). Peers run the dense base model, ours has its adapters merged,
+which is the same work. Bundles and peers' models are made once, in --work; figures and a picture go to
+benchmarks/results/onnx_speed.json and .png.
+
+A time is compared with two costs: of the layers alone, which is what a budget counts, and of the whole step, where the
+output head and the attention over the context, which every budget pays, count as well. The bars are of the second.
 """
 
 from __future__ import annotations
@@ -15,15 +22,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fetch_models import DEFAULT_CACHE, fetch
 from measure import RESULTS, Results, ratio, shown, verdict
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.bundle import Bundle
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.modeling.loading import load_base
@@ -37,7 +46,16 @@ COLUMNS = {
     "decode b8 c64": {"task": "decode", "batch": 8, "length": 64, "tokens": 9},
     "decode b8 c448": {"task": "decode", "batch": 8, "length": 448, "tokens": 9},
 }
-PRECISIONS = ("fp32", "int8", "int4")
+BUNDLES = {  # name: (precision, block)
+    "fp32": ("fp32", None),
+    "int8": ("int8", None),
+    "int4": ("int4", None),
+    "int4/128": ("int4", 128),
+}
+IF_BUDGETS = ("b1", "b0.4")
+IF_KINDS = ("if", "lean-if")  # with a whole cache, and with one that holds the layers that ran
+HEADS = {"2/3 heads": 2, "1/3 heads": 1}  # all layers, of 3 KV groups
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 class Engine:
@@ -51,6 +69,7 @@ class Engine:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                env=os.environ | ENVIRONMENT,
             )
         self.log = log
         self._answer()
@@ -84,19 +103,21 @@ def main() -> None:
     beside = sys.executable if importlib.util.find_spec("onnxruntime_genai") else None
     parser.add_argument("--genai", default=beside, help="interpreter that has onnxruntime-genai (%(default)s)")
     parser.add_argument("--openvino", help="interpreter that has openvino-genai")
+    parser.add_argument("--llamacpp", help="interpreter that has xllamacpp")
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="cache of checkpoints (%(default)s)")
     parser.add_argument("--work", type=Path, default=DEFAULT_CACHE.parent / "speed", help="bundles (%(default)s)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="(%(default)s)")
+    parser.add_argument("--starts", type=int, default=3, help="how often engines are started (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="of each start (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "onnx_speed.json", help="figures (%(default)s)")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    bundles = {precision: _bundle(options, precision) for precision in PRECISIONS}
+    bundles = {name: _bundle(options, name) for name in BUNDLES}
     results = Results(options.out)
     for threads in options.threads:
         print(f"{threads} thread{'s' if threads > 1 else ''}")
         section = _measure(options, bundles, threads)
-        settings = {"rounds": options.rounds, "columns": COLUMNS}
+        settings = {"rounds": options.starts * options.rounds, "starts": options.starts, "columns": COLUMNS}
         results.put(f"threads_{threads}", section, settings, threads=threads)
     draw(results.sections, options.out.with_suffix(".png"))
     print(f"figures: {options.out}, {options.out.with_suffix('.png')}")
@@ -109,7 +130,11 @@ def draw(sections: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4.5 * len(sections)), layout="constrained")
     rows = figure.subplots(len(sections), 2, squeeze=False)
     for (name, section), (left, right) in zip(sections.items(), rows, strict=True):
-        speeds = {key: value for key, value in section["speed"].items() if not key.endswith("transformers bf16")}
+        speeds = {
+            key: value
+            for key, value in section["speed"].items()
+            if not key.endswith("transformers bf16") and not key.startswith("int8 /")
+        }
         width = 0.8 / len(speeds)
         for at, (key, columns) in enumerate(speeds.items()):
             values = [columns[column] for column in COLUMNS]
@@ -124,28 +149,43 @@ def draw(sections: dict[str, Any], path: Path) -> None:
         left.set_ylabel("speed, ratio")
         left.set_title(name.replace("_", " ") + ": dense graph / peer")
         left.legend(fontsize=7, ncols=2)
-        for kind, marker in (("", "o"), ("if ", "s")):
-            for precision in PRECISIONS:
+        column = "decode b1 c64"
+        for kind, marker in (("b", "o"), ("if b", "s"), ("lean-if b", "^")):
+            for name in BUNDLES:
                 points = [
-                    (cost, section["time"][f"{precision} {graph}"]["decode b1 c64"]["median"])
-                    for graph, cost in section["cost"].items()
-                    if graph.startswith("if ") == bool(kind)
+                    (costs[column], section["time"][graph][column]["median"])
+                    for graph, costs in section["cost"].items()
+                    if graph.startswith(f"{name} {kind}")
                 ]
-                right.plot(*zip(*sorted(points), strict=True), marker=marker, label=f"{precision} {kind or 'variants'}")
-        right.plot([0.3, 1], [0.3, 1], color="black", linewidth=0.8, label="time = cost")
-        right.set_xlabel("cost fraction")
+                label = f"{name} {'variants' if kind == 'b' else kind.rpartition(' ')[0]}"
+                right.plot(*zip(*sorted(points), strict=True), marker=marker, label=label)
+        right.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.8, label="time = cost")
+        right.set_xlabel("cost of the step, head and attention included / dense")
         right.set_ylabel("time of a token / dense")
         right.set_title("decode, batch 1, behind 64 tokens")
         right.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
-def _bundle(options: argparse.Namespace, precision: str) -> Path:
-    folder: Path = options.work / f"bundle-{precision}"
+def _bundle(options: argparse.Namespace, name: str) -> tuple[Path, Path, Path]:
+    """The bundle, one with a lean If graph, and one whose variants keep all layers and fewer heads; made once."""
+    precision, block = BUNDLES[name]
+    folder: Path = options.work / f"bundle-{name.replace('/', '-')}"
+    lean, pruned = (folder.with_name(f"{folder.name}-{kind}") for kind in ("lean", "heads"))
+    common = {"precision": precision, "block": block, "positions": 2048}
     if not folder.exists():
         print(f"exporting {folder}")
-        export(options.artifact, folder, ExportOptions(precision=precision, positions=2048))
-    return folder
+        export(options.artifact, folder, ExportOptions(**common))
+    if not lean.exists():
+        export(options.artifact, lean, ExportOptions(**common, budgets=(), whole_cache=False))
+    if not pruned.exists():
+        shape = Bundle.load(folder).shape
+        ladder = []
+        for count in HEADS.values():
+            groups = (tuple(range(count)),) * shape.num_layers
+            ladder.append((count / shape.num_groups, Allocation(num_groups=shape.num_groups, groups=groups)))
+        export(options.artifact, pruned, ExportOptions(**common, allocations=tuple(ladder), if_graph=False))
+    return folder, lean, pruned
 
 
 def _base(options: argparse.Namespace) -> Path:
@@ -170,72 +210,101 @@ def _genai(options: argparse.Namespace, precision: str) -> Path:
     return folder
 
 
-def _measure(options: argparse.Namespace, bundles: dict[str, Path], threads: int) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, bundles: dict[str, tuple[Path, Path, Path]], threads: int) -> dict[str, Any]:
     """All engines in turns: seconds by engine and column, and the ratios that have a bar."""
-    log, engines, runs = options.work / "engines.log", [], {}
+    costs = {f"{name} {graph}": cost for name, made in bundles.items() for _, graph, _, cost in _graphs(*made)}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for number in range(options.starts):
+        engines: dict[tuple[str, str, Path], Engine] = {}
 
-    def start(python: str, kind: str, path: Path) -> Engine:
-        engines.append(Engine(python, kind, path, threads, log))
-        return engines[-1]
+        def start(python: str, kind: str, path: Path, engines: dict[Any, Engine] = engines) -> Engine:
+            if (python, kind, path) not in engines:
+                engines[python, kind, path] = Engine(python, kind, path, threads, options.work / "engines.log")
+            return engines[python, kind, path]
 
-    costs: dict[str, float] = {}
-    try:
-        for precision, folder in bundles.items():
-            ours = start(sys.executable, "bundle", folder)
-            for name, request, cost in _graphs(Bundle.load(folder)):
-                runs[f"{precision} {name}"] = (ours, request)
-                costs[name] = cost
-        runs["transformers bf16"] = (start(sys.executable, "transformers", _base(options)), {})
-        for precision in ("fp32", "int4") if options.genai else ():
-            runs[f"genai {precision}"] = (start(options.genai, "genai", _genai(options, precision)), {})
-        if options.openvino:
-            file = fetch(CHECKPOINT, options.models)
-            runs["openvino gguf q4_1"] = (start(options.openvino, "openvino", file), {})
-        seconds = _rounds(runs, options.rounds)
-    finally:
-        for engine in engines:
-            engine.close()
+        try:
+            runs = {}
+            for name, made in bundles.items():
+                for folder, graph, request, _ in _graphs(*made):
+                    runs[f"{name} {graph}"] = (start(sys.executable, "bundle", folder), request)
+            runs["transformers bf16"] = (start(sys.executable, "transformers", _base(options)), {})
+            for precision in ("fp32", "int4") if options.genai else ():
+                runs[f"genai {precision}"] = (start(options.genai, "genai", _genai(options, precision)), {})
+            for kind, python in (("openvino", options.openvino), ("llamacpp", options.llamacpp)):
+                if python:
+                    runs[f"{kind} gguf q4_1"] = (start(python, kind, fetch(CHECKPOINT, options.models)), {})
+            print(f"  start {number + 1}/{options.starts}", flush=True)
+            _rounds(runs, options.rounds, seconds)
+        finally:
+            for engine in engines.values():
+                engine.close()
     return {"seconds": seconds, "cost": costs, **_ratios(seconds, costs)}
 
 
-def _graphs(bundle: Bundle) -> list[tuple[str, dict[str, Any], float]]:
-    """Each variant, and the ``If`` graph told to run what the variant runs."""
-    found: list[tuple[str, dict[str, Any], float]] = []
-    for entry in bundle.graphs:
-        if entry.allocation is not None:
+def _graphs(folder: Path, lean: Path, pruned: Path) -> Iterator[tuple[Path, str, dict[str, Any], dict[str, float]]]:
+    """Each variant, ``If`` graphs told to run what some of them run, and pruned variants: (folder, name, ...)."""
+    bundle = Bundle.load(folder)
+    for entry in bundle.variants:
+        assert entry.allocation is not None
+        cost = _costs(bundle, entry.allocation)
+        yield folder, entry.name, {"graph": entry.name}, cost
+        if entry.name in IF_BUDGETS:
             kept = [len(groups) for groups in entry.allocation.groups]
-            found.append((entry.name, {"graph": entry.name}, entry.cost))
-            found.append((f"if {entry.name}", {"graph": "if", "kept": kept}, entry.cost))
-    return found
+            for kind, where in zip(IF_KINDS, (folder, lean), strict=True):
+                yield where, f"{kind} {entry.name}", {"graph": "if", "kept": kept}, cost
+    for label, entry in zip(HEADS, Bundle.load(pruned).variants, strict=True):
+        assert entry.allocation is not None
+        yield pruned, label, {"graph": entry.name}, _costs(bundle, entry.allocation)
 
 
-def _rounds(runs: dict[str, tuple[Engine, dict[str, Any]]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by run and column; one round more, which is thrown away, comes first."""
-    names, seconds = list(runs), {name: {column: [] for column in COLUMNS} for name in runs}
-    for number in range(-1, rounds):
+def _costs(bundle: Bundle, allocation: Allocation) -> dict[str, float]:
+    """Shares of the dense model's cost: of its layers, and of a whole step of each column."""
+    cost, shape = bundle.cost, bundle.shape
+    dense = Allocation.dense(shape.num_layers, shape.num_groups)
+
+    def step(kept: Allocation, task: dict[str, Any]) -> int:
+        if task["task"] == "decode":
+            return cost.flops(kept, task["length"])
+        head = cost.flops(kept, 0) - cost.units(kept)  # of the last token alone
+        return head + sum(cost.flops(kept, seen) - head for seen in range(1, task["length"] + 1))
+
+    steps = {column: round(step(allocation, task) / step(dense, task), 4) for column, task in COLUMNS.items()}
+    return {"layers": cost.fraction(allocation), **steps}
+
+
+def _rounds(
+    runs: dict[str, tuple[Engine, dict[str, Any]]], rounds: int, seconds: dict[str, dict[str, list[float]]]
+) -> None:
+    """Adds to the seconds by run and column; short runs, which are thrown away, come first."""
+    names = list(runs)
+    for engine, request in runs.values():
+        for task, length in (("prefill", 64), ("decode", 64)):
+            engine.seconds({"task": task, "batch": 1, "length": length, "tokens": 3, **request})
+    for number in range(rounds):
         for column, task in COLUMNS.items():
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 engine, request = runs[name]
                 took = engine.seconds({**task, **request})
-                if number >= 0:
-                    seconds[name][column].append(took)
-        print(f"  round {number + 1}/{rounds}", end="\r", flush=True)
-    return seconds
+                seconds.setdefault(name, {key: [] for key in COLUMNS})[column].append(took)
+        print(f"  round {number + 1}/{rounds}", flush=True)
 
 
-def _ratios(seconds: dict[str, dict[str, list[float]]], costs: dict[str, float]) -> dict[str, Any]:
+def _ratios(seconds: dict[str, dict[str, list[float]]], costs: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Speeds against peers, and times of each budget against the dense graph of the same kind."""
     peers, budgets = {}, {}
-    others = [name for name in seconds if not name.startswith(PRECISIONS)]
-    for precision in PRECISIONS:
-        dense = seconds[f"{precision} b1"]
+    others = [name for name in seconds if name not in costs]
+    for name in BUNDLES:
+        dense = seconds[f"{name} b1"]
         for other in others:
-            peers[f"{precision} / {other}"] = _by_column(seconds[other], dense)
-        peers[f"{precision} if / {precision}"] = _by_column(dense, seconds[f"{precision} if b1"])
-        for name in costs:
-            kind = "if b1" if name.startswith("if ") else "b1"
-            budgets[f"{precision} {name}"] = _by_column(seconds[f"{precision} {name}"], seconds[f"{precision} {kind}"])
+            peers[f"{name} / {other}"] = _by_column(seconds[other], dense)
+        for kind in IF_KINDS:
+            peers[f"{name} {kind} / {name}"] = _by_column(dense, seconds[f"{name} {kind} b1"])
+    for graph in costs:
+        name, _, kind = graph.partition(" ")
+        first = kind.partition(" ")[0]
+        dense = f"{first} b1" if first in IF_KINDS else "b1"
+        budgets[graph] = _by_column(seconds[graph], seconds[f"{name} {dense}"])
     _report(peers, budgets, costs)
     return {"speed": peers, "time": budgets}
 
@@ -244,22 +313,29 @@ def _by_column(above: dict[str, list[float]], below: dict[str, list[float]]) -> 
     return {column: ratio(above[column], below[column]) for column in COLUMNS}
 
 
-def _report(peers: dict[str, Any], budgets: dict[str, Any], costs: dict[str, float]) -> None:
+def _report(peers: dict[str, Any], budgets: dict[str, Any], costs: dict[str, dict[str, float]]) -> None:
+    """Prints every figure that has a bar."""
     for name, columns in peers.items():
         print(f"speed {name:32}", *(f"{column}: {shown(value)}" for column, value in columns.items()), sep="  ")
-    bars: Sequence[tuple[str, str, float]] = (("fp32", "genai fp32", 0.97), ("int4", "genai int4", 0.97))
-    for precision, other, bar in bars:
-        for column, value in peers.get(f"{precision} / {other}", {}).items():
-            verdict(f"{precision} / {other}, {column}: {shown(value)}", value["median"], bar, at_most=False)
-    for precision in PRECISIONS:
-        for column, value in peers[f"{precision} if / {precision}"].items():
-            verdict(f"{precision} if / straight, {column}: {shown(value)}", value["median"], 0.96, at_most=False)
+    bars: Sequence[tuple[str, float]] = (("fp32 / genai fp32", 0.97), ("int4 / genai int4", 0.97))
+    bars = (*bars, *((f"{name} {kind} / {name}", 0.96) for name in BUNDLES for kind in IF_KINDS))
+    for name, bar in bars:
+        for column, value in peers.get(name, {}).items():
+            verdict(f"{name}, {column}: {shown(value)}", value["median"], bar, at_most=False)
+    for column in list(COLUMNS)[1:]:  # decode: our fastest precision against the fastest peer
+        others = {name.partition(" / ")[2] for name in peers if "if /" not in name}
+        best = max(BUNDLES, key=lambda name: peers[f"{name} / transformers bf16"][column]["median"])
+        value, peer = min((peers[f"{best} / {other}"][column]["median"], other) for other in others)
+        verdict(f"best of all, {column}: {best} / {peer} {value:.3f}", value, 1.0, at_most=False)
     for name, columns in budgets.items():
-        graph = name.partition(" ")[2]
-        bar = costs[graph] + (0.06 if graph.startswith("if ") else 0.03)
+        kind = name.partition(" ")[2]
+        if kind.endswith("b1"):
+            continue
         for column, value in columns.items():
-            if graph not in ("b1", "if b1"):
-                verdict(f"time {name}, {column}: {shown(value)}", value["median"], round(bar, 3), at_most=True)
+            cost = costs[name][column]
+            bar = (1 + cost) / 2 if kind in HEADS else cost + (0.06 if kind.startswith(IF_KINDS) else 0.03)
+            text = f"time {name}, {column}: {shown(value)}, cost {cost:.3f} (layers alone {costs[name]['layers']:.3f})"
+            verdict(text, value["median"], round(bar, 3), at_most=True)
 
 
 if __name__ == "__main__":

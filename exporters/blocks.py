@@ -122,7 +122,7 @@ class Blocks(ABC):
         stored = self.spec.tensors[name]
         if rows is None or rows == (0, stored.shape[0]):
             found = ops.weight(name, stored)
-            if not name.startswith("gates.") or stored.dtype == "float32":
+            if not name.startswith(("gates.", "transition.")) or stored.dtype == "float32":
                 return found
             found = self.full(ops, found)  # DequantizeLinear in a branch is what onnxruntime's optimizer fails on
             return ops.op("Mul", found, self.weight(ops, f"{name}.scales")) if stored.dtype == "int8" else found

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from transformers import PretrainedConfig
@@ -28,10 +29,18 @@ from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
 from l2a_compress.exporters.graph import if_graph, router_graph, static_graph
 from l2a_compress.exporters.peers import write_configs
-from l2a_compress.exporters.quantize import BITS, quantize, quantize_columns
+from l2a_compress.exporters.quantize import BITS, BLOCKS, SIZES, quantize, quantize_columns, rounded_columns
 from l2a_compress.exporters.shapes import PHASES, fix, sizes_of
 from l2a_compress.exporters.spec import GraphSpec, widths_of
-from l2a_compress.exporters.weights import BY_INPUT, WeightFile, gate_tensors, model_tensors, narrowed, rotary_of
+from l2a_compress.exporters.weights import (
+    BY_INPUT,
+    WeightFile,
+    gate_tensors,
+    model_tensors,
+    narrowed,
+    rotary_of,
+    round_gates,
+)
 from l2a_compress.files import atomic_dir, sha256_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.tags import read_tags
@@ -51,13 +60,17 @@ class ExportOptions:
 
     Attributes:
         budgets: of the static variants, falling; none for no variant.
+        allocations: of the static variants, with their budgets, instead of what is mined for ``budgets``; each one a
+            part of the one before it.
         dialect: ``ort`` (onnxruntime's own operators) or ``standard`` (opset 23 alone).
         if_graph: whether the ``If`` graph is exported.
         calibration: prompts that the ladder is mined from.
         positions: most tokens of a sequence; None: the model's own limit, at most 8192.
         precision: fp32, fp16 or bf16 of weights, activations and caches (gates and logits are computed in 32 bits);
-            int8 or int4 of the matrices, in blocks of 32, and 32 bits of the rest. The allocator's matrices are stored
-            in 16 bits beside 16-bit weights, in 8 bits beside quantized ones.
+            int8 or int4 of the matrices, in blocks, and 32 bits of the rest. The matrices of gates are stored in 16
+            bits beside 16-bit weights, in 8 bits beside quantized ones.
+        block: numbers of an int8 or int4 matrix that share a scale: 32, 64 or 128; larger is faster and coarser.
+            None: 128 at int8, 32 at int4.
         whole_cache: whether layers that the ``If`` graph skips still write keys and values, so that an allocation may
             grow at any step; else it may only shrink, and to grow is to start again from the tokens.
         per_budget: most variants of a budget; of more than one, a router graph picks one for each prompt.
@@ -67,11 +80,13 @@ class ExportOptions:
     """
 
     budgets: tuple[float, ...] = (1.0, 0.85, 0.7, 0.55, 0.4)
+    allocations: tuple[tuple[float, Allocation], ...] = ()
     dialect: str = "ort"
     if_graph: bool = True
     calibration: int = 256
     positions: int | None = None
     precision: str = "fp32"
+    block: int | None = None
     whole_cache: bool = True
     per_budget: int = 1
     static_shapes: tuple[tuple[int, int], ...] = ()
@@ -86,6 +101,11 @@ class ExportOptions:
             raise ConfigError(
                 f"the standard dialect has {', '.join(FLOATS)} and a whole cache; choose such a --precision, or "
                 "--dialect ort"
+            )
+        if self.block is not None and (self.precision not in BITS or self.block not in SIZES):
+            raise ConfigError(
+                f"block = {self.block} at {self.precision}: choose one of {', '.join(map(str, SIZES))}, with "
+                f"precision {' or '.join(BITS)}"
             )
         if self.per_budget < 1:
             raise ConfigError(f"per_budget = {self.per_budget}: must be at least 1")
@@ -127,8 +147,9 @@ def export(
         loaded = load_artifact(artifact, base=base)
         gated = loaded.gated
         _refuse(gated, options)
-        if options.budgets:
-            tell("ladder")
+        if options.precision != "fp32":  # first, so that the ladder is what the graphs' own gates choose
+            round_gates(gated, rounded_columns if options.precision in BITS else lambda value: value.astype(np.float16))
+        tell("ladder")
         ladder = _ladder(loaded, options)
         tell("weights")
         spec = _spec(loaded, _write_weights(gated, folder, options), options)
@@ -194,14 +215,11 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
                 file.add(name, narrowed(name, value, dtype))
                 continue
             by_input = name.rpartition(".")[2] in BY_INPUT
-            values, scales = quantize(value.T if by_input else value, bits)
+            values, scales = quantize(value.T if by_input else value, bits, _block(options))
             file.add(f"{name}.values", values)
             file.add(f"{name}.scales", scales)
         for name, value in gate_tensors(gated):
-            if (
-                not (name.startswith("gates.") and value.ndim == 2 and "bias" not in name)
-                or options.precision == "fp32"
-            ):
+            if value.ndim != 2 or "bias" in name or options.precision == "fp32":
                 file.add(name, value)
             elif bits is None:
                 file.add(name, narrowed(name, value, "float16"))
@@ -211,6 +229,10 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
                 file.add(f"{name}.scales", scales)
         file.add("rotary.frequencies", rotary_of(gated)[0])
     return file
+
+
+def _block(options: ExportOptions) -> int:
+    return options.block or BLOCKS.get(options.precision, 0)
 
 
 def _refuse(gated: GatedModel, options: ExportOptions) -> None:
@@ -236,6 +258,7 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -
         tensors=weights.tensors,
         widths=widths_of(gated.shape) if gated.gate_config.heads else (gated.shape.num_groups,),
         bits=BITS.get(options.precision, 0),
+        block=_block(options),
         dtype=FLOATS.get(options.precision, "float32"),
         whole_cache=options.whole_cache,
         positions=_positions(gated, options),
@@ -271,8 +294,8 @@ def _positions(gated: GatedModel, options: ExportOptions) -> int:
 
 
 def _ladder(loaded: LoadedArtifact, options: ExportOptions) -> list[tuple[float, Allocation]]:
-    if not options.budgets:
-        return []
+    if options.allocations or not options.budgets:
+        return list(options.allocations)
     prompts = calibration_prompts(loaded.recipe, loaded.tokenizer, options.calibration, batch_size=16)
     return ladders.mine(loaded.gated, prompts, options.budgets, per_budget=options.per_budget)
 

@@ -106,6 +106,9 @@ class Ops:
     def _named(self, value: ir.Value) -> ir.Value:
         self.root._count += 1
         value.name = f"v{self.root._count}"
+        node = value.producer()
+        assert node is not None
+        node.name = node.name or value.name
         return value
 
 

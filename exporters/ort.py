@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from l2a_compress.exporters.blocks import Blocks, Cache, Present, Rows, Shared
 from l2a_compress.exporters.ops import CONTRIB, Ops
-from l2a_compress.exporters.quantize import BLOCK
 from l2a_compress.exporters.weights import Stored
 
 
@@ -48,15 +47,16 @@ class OrtBlocks(Blocks):
         return ops.op("FusedMatMul", value, self.weight(ops, name, rows), domain=CONTRIB, transB=1)
 
     def _quantized(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None) -> ir.Value:
-        outputs, blocks, _ = self.spec.tensors[f"{name}.values"].shape
+        shape, outputs = self.spec.shape, self.spec.tensors[f"{name}.values"].shape[0]
+        inputs = {"o": shape.num_heads * shape.head_dim, "down": shape.intermediate_size}
         return ops.op(
             "MatMulNBits",
             *(value, self.weight(ops, f"{name}.values", rows), self.weight(ops, f"{name}.scales", rows)),
             domain=CONTRIB,
-            K=blocks * BLOCK,
+            K=inputs.get(name.rpartition(".")[2], shape.hidden_size),
             N=rows[1] if rows else outputs,
             bits=self.spec.bits,
-            block_size=BLOCK,
+            block_size=self.spec.block,
             accuracy_level=4,
         )
 
@@ -73,15 +73,17 @@ class OrtBlocks(Blocks):
         table = ops.weight(
             "embed.table", Stored(stored.offset, (stored.shape[0], stored.length // stored.shape[0]), stored.dtype)
         )
-        return ops.op(
+        found = ops.op(
             "GatherBlockQuantized",
             *(table, ids, self.weight(ops, "embed.scales")),
             domain=CONTRIB,
             bits=self.spec.bits,
-            block_size=BLOCK,
+            block_size=self.spec.block,
             gather_axis=0,
             quantize_axis=1,
         )
+        width = self.spec.shape.hidden_size
+        return found if width % self.spec.block == 0 else self.part(ops, found, 0, width, 2)
 
     def add_norm(self, ops: Ops, update: ir.Value, hidden: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
         """(norm of the sum, the sum)."""
@@ -113,15 +115,17 @@ class OrtBlocks(Blocks):
         self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
     ) -> tuple[ir.Value, Present]:
         """The whole layer in one ``If``, and its widths in ``If`` nodes within."""
-        spec = self.spec
+        spec, groups = self.spec, self.spec.shape.num_groups
         if self._decisions is None:
             self._decisions = self._decided(widest, heads)
         wider, mask, row = (values[index] for values in self._decisions)
 
         def then(ops: Ops) -> list[ir.Value]:
             normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
-            update, key, value = self._widths(ops, index, normed, cache, shared, wider, mask, spec.widths)
-            return [self.mlp(ops, index, update, hidden, row), key, value]
+            found, key, value = self._widths(ops, index, normed, cache, shared, wider, mask, spec.widths)
+            if spec.bits:
+                found = super(OrtBlocks, self).project(ops, index, self.masked(ops, found, mask, groups), groups)
+            return [self.mlp(ops, index, found, hidden, row), key, value]
 
         def otherwise(ops: Ops) -> list[ir.Value]:
             if not spec.whole_cache:
@@ -158,45 +162,68 @@ class OrtBlocks(Blocks):
         wider: Sequence[ir.Value],
         mask: ir.Value,
         widths: Sequence[int],
+        pair: Present | None = None,
     ) -> list[ir.Value]:
-        """The attention at the smallest of ``widths`` that is enough: (update, key, value)."""
+        """The attention at the smallest of ``widths`` that is enough: (update, key, value).
+
+        Quantized, what is projected is read whole at every width: then the heads, before the projection, are given
+        instead of the update. ``pair`` are new keys and values, which all narrower widths share.
+        """
+        width, groups = widths[-1], self.spec.shape.num_groups
 
         def run(inner: Ops) -> list[ir.Value]:
-            groups = self.spec.shape.num_groups
-            attended, key, value = self.attention(inner, index, normed, cache, shared, widths[-1], groups)
-            return [self.project(inner, index, self.masked(inner, attended, mask, widths[-1]), widths[-1]), key, value]
+            attended, key, value = self.attention(inner, index, normed, cache, shared, width, groups, pair)
+            if self.spec.bits:
+                return [self._widen(inner, attended, width) if width < groups else attended, key, value]
+            return [self.project(inner, index, self.masked(inner, attended, mask, width), width), key, value]
+
+        def narrower(inner: Ops) -> list[ir.Value]:
+            shared_pair = pair or self._pair(inner, index, normed, groups)
+            return self._widths(inner, index, normed, cache, shared, wider, mask, widths[:-1], shared_pair)
 
         if len(widths) == 1:
             return run(ops)
         return ops.choose(
-            f"layer_{index}_width_{widths[-1]}",
+            f"layer_{index}_width_{width}",
             wider[len(widths) - 1],
             run,
-            lambda inner: self._widths(inner, index, normed, cache, shared, wider, mask, widths[:-1]),
+            narrower,
             3,
         )
 
     def attention(
-        self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared, width: int, cached: int
+        self,
+        ops: Ops,
+        index: int,
+        normed: ir.Value,
+        cache: Cache,
+        shared: Shared,
+        width: int,
+        cached: int,
+        pair: Present | None = None,
     ) -> list[ir.Value]:
         """Heads of the first ``width`` groups over a cache of ``cached`` groups: (heads, key, value).
 
         Where the cache is wider, keys and values of all its groups are computed, so that it stays whole, and the
-        queries of the others are zero. A whole layer's come out of one matrix.
+        queries of the others are zero. A whole layer's come out of one matrix. ``pair`` are new keys and values, where
+        they are computed already.
         """
         shape = self.spec.shape
         if width == cached == shape.num_groups and f"layers.{index}.q_norm" not in self.spec.tensors:
             packed = self.projected(ops, index, normed, None)
             return self._group_query(ops, packed, None, None, cache, shared, cached, shape.heads_per_group)
         query = self.heads(ops, index, "q", normed, width)
-        key = self.heads(ops, index, "k", normed, cached)
-        value = self.heads(ops, index, "v", normed, cached)
+        key, value = pair or self._pair(ops, index, normed, cached)
         if width < cached:
             query = self._widen(ops, query, width)
         found = self._group_query(ops, query, key, value, cache, shared, cached, shape.heads_per_group)
         if width < cached:
             found[0] = self.part(ops, found[0], 0, width * shape.heads_per_group * shape.head_dim, 2)
         return found
+
+    def _pair(self, ops: Ops, index: int, normed: ir.Value, groups: int) -> Present:
+        """New keys and values of the first ``groups``."""
+        return self.heads(ops, index, "k", normed, groups), self.heads(ops, index, "v", normed, groups)
 
     def _widen(self, ops: Ops, value: ir.Value, width: int) -> ir.Value:
         """Zeros for the groups behind the first ``width``."""
@@ -207,7 +234,7 @@ class OrtBlocks(Blocks):
     def _write_cache(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared) -> list[ir.Value]:
         """Keys and values of a layer that does not run: (key, value). The operator wants queries, and gets the keys."""
         groups = self.spec.shape.num_groups
-        key, value = (self.heads(ops, index, part, normed, groups) for part in ("k", "v"))
+        key, value = self._pair(ops, index, normed, groups)
         return self._group_query(ops, key, key, value, cache, shared, groups, 1)[1:]
 
     def _group_query(

@@ -9,31 +9,28 @@ from __future__ import annotations
 
 import numpy as np
 
-from l2a_compress.errors import ConfigError
 from l2a_compress.exporters.weights import Array
 
 BITS = {"int8": 8, "int4": 4}
-BLOCK = 32
+BLOCKS = {"int8": 128, "int4": 32}  # numbers that share a scale, where nothing else is asked for
+SIZES = (32, 64, 128)
 _CHUNK = 4096  # rows at a time, so that a large embedding table costs no second copy
 
 
-def quantize(matrix: Array, bits: int, block: int = BLOCK) -> tuple[Array, Array]:
+def quantize(matrix: Array, bits: int, block: int) -> tuple[Array, Array]:
     """[out, in], float32 -> (values [out, blocks, block * bits / 8], uint8; scales [out, blocks], float32).
 
     A value is (stored - 2^(bits-1)) * scale. Of the two ends of the range the one that is one larger is given to the
-    sign of the block's largest number.
-
-    Raises:
-        ConfigError: ``in`` is not a multiple of the block.
+    sign of the block's largest number. The last block is filled with zeros.
     """
     rows, columns = matrix.shape
-    if columns % block:
-        raise ConfigError(f"a matrix of {columns} inputs cannot be quantized in blocks of {block}; export as fp32")
-    values = np.empty((rows, columns // block, block * bits // 8), dtype=np.uint8)
-    scales = np.empty((rows, columns // block), dtype=np.float32)
+    count = -(-columns // block)
+    values = np.empty((rows, count, block * bits // 8), dtype=np.uint8)
+    scales = np.empty((rows, count), dtype=np.float32)
     for start in range(0, rows, _CHUNK):
         part = slice(start, start + _CHUNK)
-        values[part], scales[part] = _quantize(matrix[part].reshape(-1, columns // block, block), bits)
+        padded = np.pad(matrix[part], ((0, 0), (0, count * block - columns)))
+        values[part], scales[part] = _quantize(padded.reshape(-1, count, block), bits)
     return values, scales
 
 
@@ -48,12 +45,12 @@ def _quantize(blocks: Array, bits: int) -> tuple[Array, Array]:
     return values, scales[..., 0]
 
 
-def dequantize(values: Array, scales: Array, bits: int) -> Array:
-    """The inverse of :func:`quantize`, up to rounding: [out, in], float32."""
+def dequantize(values: Array, scales: Array, bits: int, columns: int) -> Array:
+    """The inverse of :func:`quantize`, up to rounding: [out, columns], float32."""
     if bits == 4:
         values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
     numbers = (values.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
-    return numbers.reshape(len(values), -1)
+    return numbers.reshape(len(values), -1)[:, :columns]
 
 
 def quantize_columns(matrix: Array) -> tuple[Array, Array]:
@@ -61,3 +58,9 @@ def quantize_columns(matrix: Array) -> tuple[Array, Array]:
     largest = np.abs(matrix).max(axis=0)
     scales = np.where(largest == 0, 1, largest / 127).astype(np.float32)
     return np.rint(matrix / scales).astype(np.int8), scales
+
+
+def rounded_columns(matrix: Array) -> Array:
+    """What is left of a matrix that :func:`quantize_columns` has stored; storing it again changes nothing."""
+    values, scales = quantize_columns(matrix)
+    return values * scales

@@ -26,6 +26,7 @@ class GraphSpec:
         rotary_scale: of the cosines and sines.
         dialect: ``ort`` or ``standard``.
         bits: of the quantized matrices, 0 where they are not.
+        block: numbers of a quantized matrix that share a scale.
         dtype: of the decoder's weights, activations and caches, by NumPy's name; gates and logits are float32.
         whole_cache: whether a skipped layer of the ``If`` graph still writes keys and values, so that it may run again
             at any later step.
@@ -42,6 +43,7 @@ class GraphSpec:
     rotary_scale: float = 1.0
     dialect: str = "ort"
     bits: int = 0
+    block: int = 32
     dtype: str = "float32"
     whole_cache: bool = True
 

@@ -16,7 +16,7 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import Bundle, GraphEntry
 from l2a_compress.errors import BundleError
-from l2a_compress.exporters.weights import ALIGNMENT, WEIGHT_FILE
+from l2a_compress.exporters.weights import WEIGHT_FILE, alignment
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.runtime.decoder import Array, GraphDecoder
@@ -55,10 +55,12 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
         except (onnx.checker.ValidationError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
             found.append(f"{entry.file}: onnx.checker: {error}")
         model = onnx.load(str(path), load_external_data=False)
-        for tensor in _initializers(model.graph):
+        for tensor in initializers(model.graph):
             place = {item.key: item.value for item in tensor.external_data}
-            part = "[" in tensor.name  # some rows of an aligned tensor
-            if place and (place["location"] != WEIGHT_FILE or (int(place["offset"]) % ALIGNMENT and not part)):
+            if not place:
+                continue
+            step = 1 if "[" in tensor.name else alignment(int(place["length"]))  # some rows of a tensor stand anywhere
+            if place["location"] != WEIGHT_FILE or int(place["offset"]) % step:
                 found.append(f"{entry.file}: {tensor.name} is not at an aligned place of {WEIGHT_FILE}")
         if bundle.dialect == "standard":
             found += [
@@ -67,7 +69,8 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
     return found
 
 
-def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+def initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    """All tensors of a graph and of its branches."""
     yield from graph.initializer
     for node in _nodes(graph):
         for attribute in node.attribute:

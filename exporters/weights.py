@@ -14,7 +14,7 @@ stand as [out, in] (see ``quantize``), and o, of which a narrower layer needs co
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +31,7 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.layers import GatedLayer
 from l2a_compress.modeling.physical import sliced_linear
 
-ALIGNMENT = 4096  # a page: what memory mapping and onnxruntime's own mapping want
+_PAGE, _LARGE = 4096, 1 << 20
 WEIGHT_FILE = "weights.bin"
 BY_INPUT = ("o", "gate", "up", "down")  # matrices that are stored [in, out]
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -57,6 +57,11 @@ class Stored:
         return Stored(self.offset + start * self.length // self.shape[0], (count, *self.shape[1:]), self.dtype)
 
 
+def alignment(size: int) -> int:
+    """Of a tensor of ``size`` bytes: a page from 1 MB on, for those who map it alone, else a cache line."""
+    return _PAGE if size >= _LARGE else 64
+
+
 class WeightFile:
     """Writes the file; a context manager. ``tensors`` tells where each one is."""
 
@@ -79,8 +84,8 @@ class WeightFile:
         """Appends one tensor."""
         assert self._file is not None
         value = np.ascontiguousarray(value)
-        end = self._file.tell()
-        offset = -(-end // ALIGNMENT) * ALIGNMENT
+        end, step = self._file.tell(), alignment(value.nbytes)
+        offset = -(-end // step) * step
         self._file.write(b"\0" * (offset - end))
         self._file.write(value.reshape(-1).view(np.uint8).data)
         self.tensors[name] = Stored(offset, value.shape, value.dtype.name)
@@ -178,6 +183,21 @@ def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
     yield "transition.outer", _array(transition.outer.weight.t())
     yield "transition.outer_bias", _array(transition.outer.bias)
     yield "transition.at_think", _array(transition.at_think.weight.t())
+
+
+@torch.no_grad()
+def round_gates(gated: GatedModel, change: Callable[[Array], Array]) -> None:
+    """Rounds the matrices of the gates in place, each as [inputs, outputs], as they will be stored."""
+    allocator, transition = gated.allocator, gated.transition
+    linears = (
+        *(allocator.embedding.linear, transition.embedding.linear),
+        *(transition.inner, transition.outer, transition.at_think),
+    )
+    matrices = [linear.weight.t() for linear in linears]
+    for mlp in (allocator.layer_gates, allocator.head_gates):
+        matrices += list(mlp.inner)
+    for matrix in matrices:
+        matrix.copy_(torch.from_numpy(change(_array(matrix))))
 
 
 def _embedding(prefix: str, module: nn.Module) -> Iterator[tuple[str, Array]]:

@@ -20,6 +20,9 @@ def export(
     base: Annotated[str | None, typer.Option(help="The base model, where it was moved.")] = None,
     dialect: Annotated[str, typer.Option(help="ort: onnxruntime's own operators. standard: opset 23 alone.")] = "ort",
     precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; int8 or int4 of the matrices.")] = "fp32",
+    block: Annotated[
+        int | None, typer.Option(help="Numbers that share a scale: 32, 64 or 128. Default: 128 at int8, 32 at int4.")
+    ] = None,
     ladder: Annotated[str, typer.Option(help="A shipped ladder (default) or a TOML file.")] = "default",
     variants: Annotated[bool, typer.Option(help="Export the static variants of the ladder.")] = True,
     if_graph: Annotated[bool, typer.Option(help="Export the graph that runs any allocation.")] = True,
@@ -51,6 +54,7 @@ def export(
         if_graph=if_graph,
         positions=positions,
         precision=precision,
+        block=block,
         whole_cache=whole_cache,
         per_budget=per_budget,
         static_shapes=parse_shapes(static_shapes) if static_shapes else (),

@@ -82,8 +82,9 @@ class GraphDecoder:
         for name in self._fresh:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        found = binding.get_outputs()[-len(self._fresh) :]  # in the order they were bound in: the buffers stand first
-        values = dict(zip(self._fresh, found, strict=True))
+        found = binding.get_outputs_as_ortvaluevector()  # in the order they were bound in: the buffers stand first
+        first = len(found) - len(self._fresh)
+        values = {name: ort.OrtValue(found[first + at]) for at, name in enumerate(self._fresh)}
         presents = [name for name in values if name.startswith(_PRESENT)]
         for name in presents:
             binding.bind_ortvalue_input(_PAST + name.removeprefix(_PRESENT), values.pop(name))

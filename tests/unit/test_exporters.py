@@ -26,11 +26,12 @@ from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageEr
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.ladder import budgets_of, mine
 from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.exporters.quantize import BITS, dequantize, quantize
+from l2a_compress.exporters.quantize import BITS, BLOCKS, dequantize, quantize
 from l2a_compress.exporters.shapes import parse_shapes
 from l2a_compress.exporters.verify import (
     graph_inputs,
     graph_logits,
+    initializers,
     lint,
     one_more,
     parity,
@@ -126,28 +127,33 @@ def test_every_form_of_gates_is_exported(gates: dict[str, object], tmp_path: Pat
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantization_keeps_to_half_a_step(bits: int) -> None:
-    matrix = np.random.default_rng(0).normal(size=(24, 64)).astype(np.float32)
+@pytest.mark.parametrize("columns", [64, 72])  # whole blocks, and a last one that is filled up
+def test_quantization_keeps_to_half_a_step(bits: int, columns: int) -> None:
+    matrix = np.random.default_rng(0).normal(size=(24, columns)).astype(np.float32)
     matrix[0, :32] = 0
-    values, scales = quantize(matrix, bits)
-    assert values.shape == (24, 2, 32 * bits // 8)
-    error = np.abs(dequantize(values, scales, bits) - matrix).reshape(24, 2, 32)
+    values, scales = quantize(matrix, bits, 32)
+    assert values.shape == (24, -(-columns // 32), 32 * bits // 8)
+    error = np.abs(dequantize(values, scales, bits, columns) - matrix)
+    steps = np.abs(scales).repeat(32, axis=1)[:, :columns]
     # The end of the range that has one number less may be cut by a whole step.
-    assert (error <= np.abs(scales)[..., None] * 1.0001).all()
-    assert (error <= np.abs(scales)[..., None] * 0.5001).mean() > 0.95
-    with pytest.raises(ConfigError, match="blocks of 32"):
-        quantize(matrix[:, :40], bits)
+    assert (error <= steps * 1.0001).all()
+    assert (error <= steps * 0.5001).mean() > 0.95
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("precision", "block"), [("int8", 32), ("int4", 32), ("int8", None), ("int4", 64)])
+def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(
+    precision: str, block: int | None, tmp_path: Path
+) -> None:
+    """The embedded width, 32, is less than a block of 64 or 128, which is then filled up."""
     artifact = new_artifact(tmp_path)
-    options = dataclasses.replace(OPTIONS, precision=precision)
+    options = dataclasses.replace(OPTIONS, precision=precision, block=block)
     bundle = export(artifact, tmp_path / "bundle", options)
     assert lint(tmp_path / "bundle", bundle) == []
     loaded = load_artifact(artifact)
-    rounded = with_weights(loaded.gated, lambda weight: rounded_matrix(weight, BITS[precision]))
-    round_allocator(rounded)
+    rounded = with_weights(
+        loaded.gated, lambda weight: rounded_matrix(weight, BITS[precision], block or BLOCKS[precision])
+    )
+    rounded_gates(rounded, bits=8)
     ids, mask = prompts(6, 12)
     for entry in bundle.graphs:
         asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
@@ -174,6 +180,7 @@ def test_graphs_of_16_bits_say_what_pytorch_says_with_the_same_rounded_weights(
     # Norms, rotary tables and e(b) are rounded as well in the graph, which is what the tolerance is for.
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     rounded = with_weights(load_artifact(artifact).gated, lambda weight: weight.to(dtype).float())
+    rounded_gates(rounded, bits=16)
     ids, mask = prompts(6, 12)
     for entry in bundle.graphs:
         asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
@@ -246,10 +253,7 @@ def with_exact_activations(path: Path) -> Path:
 
 @torch.no_grad()
 def with_weights(gated: GatedModel, change: Callable[[torch.Tensor], torch.Tensor]) -> GatedModel:
-    """Adapters merged, every matrix changed, in the order of groups that export uses; an allocator of 16 bits."""
-    for name, value in gated.allocator.named_parameters():
-        if value.ndim >= 2 and "bias" not in name and value.is_floating_point():
-            value.copy_(value.half().float())
+    """Adapters merged, every matrix changed, in the order of groups that export uses."""
     embed = gated.model.get_input_embeddings()
     embed.weight.copy_(change(embed.weight))
     for wrapper in decoder_layers(gated.model):
@@ -268,17 +272,19 @@ def with_weights(gated: GatedModel, change: Callable[[torch.Tensor], torch.Tenso
 
 
 @torch.no_grad()
-def round_allocator(gated: GatedModel) -> None:
-    """To 8 bits by column: what the graphs of quantized bundles decide with."""
-    allocator = gated.allocator
-    for matrix in (allocator.layer_gates.inner, allocator.head_gates.inner, allocator.embedding.linear.weight.t()):
+def rounded_gates(gated: GatedModel, bits: int) -> None:
+    """To 16 bits, or to 8 by column: what graphs other than of fp32 decide with."""
+    allocator, transition = gated.allocator, gated.transition
+    linears = (allocator.embedding.linear, transition.embedding.linear, transition.inner, transition.outer)
+    matrices = [linear.weight.t() for linear in (*linears, transition.at_think)]
+    for matrix in (allocator.layer_gates.inner, allocator.head_gates.inner, *matrices):
         step = matrix.abs().amax(-2, keepdim=True) / 127
         assert (step > 0).all()
-        matrix.copy_(torch.round(matrix / step) * step)
+        matrix.copy_(torch.round(matrix / step) * step if bits == 8 else matrix.half().float())
 
 
-def rounded_matrix(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    return torch.from_numpy(dequantize(*quantize(weight.numpy(), bits), bits))
+def rounded_matrix(weight: torch.Tensor, bits: int, block: int) -> torch.Tensor:
+    return torch.from_numpy(dequantize(*quantize(weight.numpy(), bits, block), bits, weight.shape[1]))
 
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
@@ -423,7 +429,7 @@ def test_all_graphs_share_one_weight_file(made: tuple[Path, Path]) -> None:
     for entry in bundle.graphs:
         graph = onnx.load(str(made[1] / entry.file), load_external_data=False).graph
         places = {}
-        for tensor in graph.initializer:
+        for tensor in initializers(graph):
             place = {item.key: item.value for item in tensor.external_data}
             if not place:
                 assert int(np.prod(tensor.dims)) <= max(bundle.shape.hidden_size, 64)
@@ -661,6 +667,28 @@ def test_variants_that_are_not_nested_are_refused(copy: Path) -> None:
     path.write_text(json.dumps(data))
     with pytest.raises(BundleError, match="nested"):
         Bundle.load(copy)
+
+
+def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], tmp_path: Path) -> None:
+    groups = tuple((0, 1) if layer % 2 == 0 else (0,) for layer in range(LAYERS))
+    half = Allocation(num_groups=2, groups=groups)
+    options = dataclasses.replace(
+        OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, 2)), (0.8, half)), if_graph=False
+    )
+    bundle = export(made[0], tmp_path / "bundle", options)
+    assert [(entry.name, entry.allocation) for entry in bundle.graphs] == [
+        ("b1", Allocation.dense(LAYERS, 2)),
+        ("b0.8", half),
+    ]
+    with pytest.raises(BundleError, match="nested"):
+        export(made[0], tmp_path / "other", dataclasses.replace(options, allocations=options.allocations[::-1]))
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize(("precision", "block"), [("fp32", 32), ("int4", 48)])
+def test_a_block_that_there_is_not_is_refused(precision: str, block: int) -> None:
+    with pytest.raises(ConfigError, match="32, 64, 128"):
+        dataclasses.replace(OPTIONS, precision=precision, block=block)
 
 
 def test_rows_are_within_their_tensor() -> None:

@@ -1,0 +1,25 @@
+"""What the machine has left: one small class per source, all behind :class:`Source`.
+
+Reading never raises. What cannot be read is a :class:`Reading` without a value that says why, so that a selector
+decides with what there is. Sources are read on demand (:class:`Signals`); slow ones keep a reading of their own thread.
+"""
+
+from l2a_compress.runtime.signals.cgroup import Cgroup
+from l2a_compress.runtime.signals.host import Host, Pressure
+from l2a_compress.runtime.signals.nvml import Gpu
+from l2a_compress.runtime.signals.reading import Background, Reading, Signals, Source
+from l2a_compress.runtime.signals.spot import AwsSpot, AzureSpot, GcpSpot
+
+__all__ = [
+    "AwsSpot",
+    "AzureSpot",
+    "Background",
+    "Cgroup",
+    "GcpSpot",
+    "Gpu",
+    "Host",
+    "Pressure",
+    "Reading",
+    "Signals",
+    "Source",
+]

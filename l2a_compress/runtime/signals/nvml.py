@@ -1,0 +1,69 @@
+"""An NVIDIA GPU, or one MIG instance of it, through NVML (the package nvidia-ml-py)."""
+
+from __future__ import annotations
+
+import threading
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any
+
+from l2a_compress.runtime.signals.reading import Source, each
+
+# Clocks that are low because there is nothing to do, or because somebody set them, are no throttling.
+_HARMLESS = ("nvmlClocksThrottleReasonGpuIdle", "nvmlClocksThrottleReasonApplicationsClocksSetting")
+
+
+class Gpu(Source):
+    """Memory, utilization and throttling of one device.
+
+    Readings: ``gpu.memory_free`` and ``gpu.memory_total`` in bytes; ``gpu.utilization``, the share of the last sample
+    period in which a kernel ran (not supported on a MIG instance); ``gpu.throttled``, 1 where clocks are held down by
+    power, heat or hardware, else 0. Source: https://docs.nvidia.com/deploy/nvml-api/
+
+    NVML is initialized at the first reading and never shut down, as other users of the process may need it.
+
+    Args:
+        device: an index, or the UUID of a device or of a MIG instance (``MIG-...``), as in CUDA_VISIBLE_DEVICES.
+        nvml: the module; None: ``pynvml``, where it is installed.
+    """
+
+    units = MappingProxyType(
+        {
+            "gpu.memory_free": "bytes",
+            "gpu.memory_total": "bytes",
+            "gpu.utilization": "share",
+            "gpu.throttled": "share",
+        }
+    )
+
+    def __init__(self, device: int | str = 0, nvml: Any = None) -> None:
+        self._device, self._nvml, self._handle = device, nvml, None
+        self._lock = threading.Lock()
+
+    def _values(self) -> dict[str, float | str]:
+        with self._lock:
+            if self._handle is None:
+                self._open()
+        nvml, handle = self._nvml, self._handle
+
+        def throttled() -> float:
+            reasons = int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+            for name in _HARMLESS:
+                reasons &= ~int(getattr(nvml, name, 0))
+            return float(reasons != 0)
+
+        return each(
+            {
+                "gpu.memory_free": lambda: float(nvml.nvmlDeviceGetMemoryInfo(handle).free),
+                "gpu.memory_total": lambda: float(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+                "gpu.utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
+                "gpu.throttled": throttled,
+            }
+        )
+
+    def _open(self) -> None:
+        if self._nvml is None:
+            self._nvml = import_module("pynvml")
+        self._nvml.nvmlInit()
+        by = "Index" if isinstance(self._device, int) else "UUID"
+        self._handle = getattr(self._nvml, f"nvmlDeviceGetHandleBy{by}")(self._device)
