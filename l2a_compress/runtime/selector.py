@@ -1,0 +1,257 @@
+"""What to run now: a pure function of the readings, the cost table, the policy and the state before.
+
+    readings, work  --terms-->  one budget of the ladder for each signal, with its reason
+                    --min---->  the budget that all of them allow
+                    --dwell-->  down at once, up one step after a while
+
+The same rules are written down in docs/selector.md and checked by tests/golden/selection_cases.json, which every
+implementation passes. Nothing here reads a clock, a file or a device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from l2a_compress.budget import Budget
+from l2a_compress.errors import ConfigError
+from l2a_compress.runtime.policy import Policy
+
+Readings = Mapping[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A row of the cost table: what one budget of the ladder costs on this machine.
+
+    Attributes:
+        budget: Share of the dense compute.
+        layers: Kept layers.
+        heads: Kept KV groups, summed over the layers.
+        prefill_seconds: Of one token of a prompt.
+        decode_seconds: Of one token after it.
+        memory_bytes: To run at all, caches not counted.
+        cache_bytes: Of one token of one sequence.
+    """
+
+    budget: float
+    layers: int
+    heads: int
+    prefill_seconds: float
+    decode_seconds: float
+    memory_bytes: float
+    cache_bytes: float
+
+    def seconds(self, work: Work) -> float:
+        """Of one request."""
+        return work.prompt_tokens * self.prefill_seconds + work.new_tokens * self.decode_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What is asked for: the request that is next, or the one whose deadline is first.
+
+    Attributes:
+        prompt_tokens: Not computed yet.
+        new_tokens: Expected, reasoning included.
+        think_tokens: Expected reasoning among them.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    think_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """What the selector remembers.
+
+    Attributes:
+        budget: Of the last decision; None before the first.
+        since: When all signals began to allow more than that, in seconds; None while they do not.
+    """
+
+    budget: float | None = None
+    since: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """What one signal allows.
+
+    Attributes:
+        name: ``policy``, ``memory``, ``time``, ``spot``, ``queue``, ``pressure`` or ``dwell``.
+        budget: Of the ladder.
+        reason: The numbers behind it.
+    """
+
+    name: str
+    budget: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What to run, and why.
+
+    Attributes:
+        budget: Compute, and caps of the axes that are squeezed.
+        step: Its place in the cost table.
+        admit: False where not even the smallest step fits into memory: wait, or refuse.
+        terms: All that was weighed. The first of the smallest is what binds.
+        state: For the next decision.
+    """
+
+    budget: Budget
+    step: int
+    admit: bool
+    terms: tuple[Term, ...]
+    state: State
+
+    @property
+    def binding(self) -> Term:
+        """The first of the terms that allow least."""
+        return min(self.terms, key=lambda term: term.budget)
+
+
+def select(
+    steps: Sequence[Step],
+    readings: Readings,
+    work: Work,
+    policy: Policy,
+    state: State,
+    *,
+    now: float,
+    tier: str = "default",
+) -> Decision:
+    """Picks a step of the cost table.
+
+    Args:
+        steps: The cost table, from the largest budget to the smallest.
+        readings: By the names of the signals; what is missing, None or stale decides nothing.
+        work: What is asked for.
+        policy: The rules.
+        state: Of the decision before.
+        now: Seconds, on any clock that only goes forward.
+        tier: Of the request.
+
+    Raises:
+        ConfigError: no steps, steps that do not fall, or a tier that the policy does not have.
+    """
+    if not steps or any(a.budget <= b.budget for a, b in itertools.pairwise(steps)):
+        raise ConfigError(
+            "a cost table needs steps whose budgets fall from one to the next; calibrate the bundle again"
+        )
+    rule = policy.tier(tier)
+    terms = [Term(name="policy", budget=_below(steps, rule.ceiling).budget, reason=f"ceiling {rule.ceiling:g}")]
+    floor = _below(steps, rule.floor).budget
+    for term in _terms(steps, readings, work, policy, floor):
+        terms.append(term if term.budget >= floor else replace(term, budget=floor))
+    memory = _memory(steps, readings, work, policy)
+    admit = True
+    if memory is not None:
+        admit = memory.budget > 0
+        terms.append(memory if admit else replace(memory, budget=steps[-1].budget))
+    allowed = min(term.budget for term in terms)
+    budget, since = allowed, None
+    if state.budget is not None and allowed > state.budget and policy.dwell_seconds > 0:
+        since = now if state.since is None else state.since
+        budget = state.budget
+        if now - since >= policy.dwell_seconds:
+            budget = min(step.budget for step in steps if step.budget > state.budget)
+            since = now if budget < allowed else None
+        if budget < allowed:
+            reason = f"{allowed:g} is allowed for {now - state.since if state.since is not None else 0:g} s"
+            terms.append(Term(name="dwell", budget=budget, reason=reason))
+    step = next(at for at, step in enumerate(steps) if step.budget <= budget)
+    by_name = {term.name: term.budget for term in terms}
+    return Decision(
+        budget=_caps(steps, by_name, steps[step].budget, terms[0].budget, work),
+        step=step,
+        admit=admit,
+        terms=tuple(terms),
+        state=State(budget=steps[step].budget, since=since),
+    )
+
+
+def _terms(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy, floor: float) -> Iterator[Term]:
+    """What each signal but memory allows."""
+    if policy.kind == "fixed":
+        return
+    for name, signal, grace in (
+        ("time", "request.seconds_left", 0.0),
+        ("spot", "spot.seconds_left", policy.spot_grace_seconds),
+    ):
+        left = readings.get(signal)
+        if left is not None and left < math.inf:
+            room = max(0.0, left - grace) * (1 - policy.time_margin)
+            if policy.kind == "slack" and name == "time":
+                room = _bucket(steps, work, room, policy.buckets)
+            yield Term(name=name, budget=_within(steps, room, work, 1), reason=f"{left:g} s are left")
+    depth, oldest = readings.get("queue.depth"), readings.get("queue.oldest_seconds") or 0.0
+    if depth is not None:
+        room = max(0.0, policy.target_seconds - oldest)
+        reason = f"{depth:g} wait, the oldest for {oldest:g} s"
+        yield Term(name="queue", budget=_within(steps, room, work, 1 + depth), reason=reason)
+    if policy.kind == "slack":
+        return
+    busy = {name: readings.get(name) for name in policy.pressures}
+    known = {name: value for name, value in busy.items() if value is not None}
+    if known:
+        name = max(known, key=lambda key: known[key])
+        low, high = policy.pressure_low, policy.pressure_high
+        share = min(1.0, max(0.0, (known[name] - low) / (high - low)))
+        wanted = steps[0].budget - share * (steps[0].budget - floor)
+        yield Term(name="pressure", budget=_below(steps, wanted).budget, reason=f"{name} is {known[name]:g}")
+
+
+def _memory(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy) -> Term | None:
+    """The largest step that fits into what is left; budget 0 where none does. None where nothing is known."""
+    rooms = [value for name in policy.memories if (value := readings.get(name)) is not None and value < math.inf]
+    if not rooms:
+        return None
+    left, tokens = min(rooms) - policy.memory_reserve_bytes, work.prompt_tokens + work.new_tokens
+    fits = (step.budget for step in steps if step.memory_bytes + tokens * step.cache_bytes <= left)
+    return Term(name="memory", budget=next(fits, 0.0), reason=f"{min(rooms):g} bytes are left")
+
+
+def _caps(steps: Sequence[Step], allowed: Mapping[str, float], budget: float, ceiling: float, work: Work) -> Budget:
+    """A squeeze acts on its own axis: memory on layers, contention on heads, latency on reasoning."""
+
+    def at(name: str) -> Step | None:
+        found = allowed.get(name, ceiling)
+        return next((step for step in steps if step.budget <= found), steps[-1]) if found < ceiling else None
+
+    memory, pressure = at("memory"), at("pressure")
+    late = min(allowed.get(name, ceiling) for name in ("time", "spot", "queue"))
+    return Budget(
+        compute=budget,
+        layers=None if memory is None else memory.layers,
+        heads=None if pressure is None else pressure.heads,
+        think_tokens=None if late >= ceiling else math.floor(work.think_tokens * late / ceiling),
+    )
+
+
+def _below(steps: Sequence[Step], budget: float) -> Step:
+    """The largest step of at most ``budget``, else the smallest of all."""
+    return next((step for step in steps if step.budget <= budget), steps[-1])
+
+
+def _within(steps: Sequence[Step], room: float, work: Work, requests: float) -> float:
+    """Budget of the largest step that does so many requests in time, else of the smallest of all."""
+    return next((step.budget for step in steps if requests * step.seconds(work) <= room), steps[-1].budget)
+
+
+def _bucket(steps: Sequence[Step], work: Work, room: float, count: int) -> float:
+    """The lower edge of the latency bucket that the slack falls into.
+
+    As in SlackFit of SuperServe (Khare et al., NSDI 2025): equal slacks must not pick unlike steps because of noise, so
+    latencies from the smallest to the largest step are cut into ``count`` equal buckets.
+    """
+    least, most = steps[-1].seconds(work), steps[0].seconds(work)
+    if not least < room < most:
+        return room
+    width = (most - least) / count
+    return least + math.floor((room - least) / width) * width
