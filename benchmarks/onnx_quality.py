@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure import RESULTS, Results
+from onnx_speed import BUNDLES
 
 from l2a_compress.budget import Budget
 from l2a_compress.evaluation.answers import matches
@@ -32,7 +33,7 @@ from l2a_compress.runtime.decoder import GraphDecoder
 from l2a_compress.training.collate import left_padded
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 
-PRECISIONS = ("fp32", "fp16", "int8", "int4")
+PRECISIONS = {**BUNDLES, "fp16": ("fp16", None)}  # fp32 comes first
 BUDGETS = (1.0, 0.8, 0.66)
 ROWS = 32  # of a batch
 
@@ -72,9 +73,10 @@ def main() -> None:
 
 
 def _decoders(artifact: Path, work: Path, threads: int) -> Iterator[tuple[str, GraphDecoder]]:
-    for precision in PRECISIONS:
-        export(artifact, work / precision, ExportOptions(budgets=(), precision=precision, positions=1024))
-        yield precision, GraphDecoder(work / precision / "if.onnx", threads=threads)
+    for name, (precision, block) in PRECISIONS.items():
+        folder = work / name.replace("/", "-")
+        export(artifact, folder, ExportOptions(budgets=(), precision=precision, block=block, positions=1024))
+        yield name, GraphDecoder(folder / "if.onnx", threads=threads)
 
 
 def _batches(loaded: LoadedArtifact, problems: Sequence[Problem]) -> Iterator[tuple[list[Problem], Any, Any]]:
