@@ -23,7 +23,7 @@ from l2a_compress.evaluation.report import Report
 from l2a_compress.evaluation.statistics import check_frontier
 from l2a_compress.evaluation.values import Contract, Measured, Metric, Point, Run
 from l2a_compress.evaluation.workers import measure_runs
-from l2a_compress.modeling.budgets import Contract as GateContract
+from l2a_compress.limits import Contract as GateContract
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import GenerationConfig
 from l2a_compress.training.collate import Collator

@@ -21,8 +21,9 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel
 from l2a_compress.errors import AllocationError, ConfigError
+from l2a_compress.limits import Contract, Prices
 from l2a_compress.modeling.adapters import AdapterConfig, add_adapters, remove_adapters, set_adapters
-from l2a_compress.modeling.budgets import Contract, Prices, batch_budgets
+from l2a_compress.modeling.budgets import batch_budgets
 from l2a_compress.modeling.deciders import GateRequest, GateResult, InlineDecider, StemDecider
 from l2a_compress.modeling.families import attention_of, decoder_layers, shape_of
 from l2a_compress.modeling.gates import Allocator, GateConfig, TransitionGate

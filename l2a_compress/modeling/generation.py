@@ -18,9 +18,10 @@ from transformers import DynamicCache
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.errors import AllocationError
-from l2a_compress.modeling.budgets import Contract, batch_budgets
+from l2a_compress.limits import Contract
+from l2a_compress.modeling.budgets import batch_budgets
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.tags import Tags
+from l2a_compress.reasoning import Reasoning, Tags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,47 +51,6 @@ class Generated:
     answer: list[int]
     stopped_by: str  # "model", "cap" or "tau"
     allocation: Allocation | None
-
-
-class _Rows:
-    """Where each row stands: thinking, between the tags, answering or done."""
-
-    def __init__(self, count: int, caps: Sequence[int], tags: Tags, opening: list[list[int]]) -> None:
-        self.tags, self.caps = tags, list(caps)
-        assert len({len(ids) for ids in opening}) == 1, "openings must be of one length"
-        self.opening = opening
-        self.think: list[list[int]] = [list(ids[:cap]) for ids, cap in zip(opening, caps, strict=True)]
-        self.answer: list[list[int]] = [[] for _ in range(count)]
-        self.stage = ["think"] * count
-        self.stopped_by = ["model"] * count
-
-    def advance(self, row: int, proposed: int, tau: bool, max_answer: int) -> int:
-        """Takes the token the model proposes for a row and returns the one that is fed next."""
-        tags = self.tags
-        if self.stage[row] == "think":
-            full = len(self.think[row]) >= self.caps[row]
-            if proposed not in (tags.end_think, tags.answer, tags.end_answer) and not full and not tau:
-                self.think[row].append(proposed)
-                return proposed
-            self.stopped_by[row] = (
-                "model" if proposed == tags.end_think else "cap" if full else "tau" if tau else "model"
-            )
-            self.stage[row] = "bridge"
-            return tags.end_think
-        if self.stage[row] == "bridge":
-            self.stage[row] = "answer"
-            return tags.answer
-        if self.stage[row] == "answer":
-            if proposed != tags.end_answer and len(self.answer[row]) < max_answer:
-                self.answer[row].append(proposed)
-                return proposed
-            self.stage[row] = "done"
-            return tags.end_answer
-        return tags.end_answer  # done: what is fed no longer matters
-
-    @property
-    def done(self) -> bool:
-        return all(stage == "done" for stage in self.stage)
 
 
 @torch.no_grad()
@@ -131,27 +91,30 @@ def generate(
     count = input_ids.shape[0]
     if any(not allocation.groups[0] for allocation in allocations or ()):
         raise AllocationError("an allocation skips layer 0, which always runs in generation; keep it")
-    rows = _Rows(count, _caps(budgets, allocations, config, count), tags, openings or [[] for _ in range(count)])
+    openings = openings or [[] for _ in range(count)]
+    assert len({len(ids) for ids in openings}) == 1, "openings must be of one length"
+    rows = [
+        Reasoning(tags, cap=cap, max_answer=config.max_answer_tokens, opening=opening)
+        for cap, opening in zip(_caps(budgets, allocations, config, count), openings, strict=True)
+    ]
     was_training = gated.training
     gated.eval()
     try:
         if teacher:
             with gated.teacher(), gated.forced(allocations):
-                _decode(gated, rows, input_ids, attention_mask, None, config)
+                _decode(gated, rows, openings, input_ids, attention_mask, None, config)
             decided: Sequence[Allocation | None] = allocations or [None] * count
         else:
             decided = _allocate(gated, input_ids, attention_mask, budgets, allocations, contract)
             told = budgets or [Budget()] * count
             run = [item for item in decided if item is not None]
             with gated.forced(run or None):
-                _decode(gated, rows, input_ids, attention_mask, told, config)
+                _decode(gated, rows, openings, input_ids, attention_mask, told, config)
     finally:
         gated.train(was_training)
     return [
-        Generated(
-            think=rows.think[row], answer=rows.answer[row], stopped_by=rows.stopped_by[row], allocation=decided[row]
-        )
-        for row in range(count)
+        Generated(think=row.think, answer=row.answer, stopped_by=row.stopped_by, allocation=allocation)
+        for row, allocation in zip(rows, decided, strict=True)
     ]
 
 
@@ -183,24 +146,25 @@ def _caps(
 
 def _decode(
     gated: GatedModel,
-    rows: _Rows,
+    rows: Sequence[Reasoning],
+    openings: list[list[int]],
     input_ids: Tensor,
     attention_mask: Tensor,
     told: Sequence[Budget] | None,
     config: GenerationConfig,
 ) -> None:
-    device, tags = input_ids.device, rows.tags
+    device, tags = input_ids.device, rows[0].tags
     features = None
     if told is not None:
         features = batch_budgets(told, gated.cost, gated.gate_config).to(device).features
     generator = torch.Generator(device=device).manual_seed(config.seed)
-    opening = torch.tensor(rows.opening, dtype=torch.long, device=device).view(len(rows.think), -1)
-    kept = torch.tensor([len(ids) for ids in rows.think], device=device)
+    opening = torch.tensor(openings, dtype=torch.long, device=device).view(len(rows), -1)
+    kept = torch.tensor([len(row.think) for row in rows], device=device)
     tokens = torch.cat([input_ids, opening], dim=1)
     # What a cap cuts off an opening is hidden; such a row is full, so what it proposes there does not count.
     mask = torch.cat([attention_mask, (torch.arange(opening.shape[1], device=device) < kept[:, None]).long()], dim=1)
     cache = DynamicCache()
-    limit = max(rows.caps) + config.max_answer_tokens + 4
+    limit = max(row.cap for row in rows) + config.max_answer_tokens + 4
     for _ in range(limit):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         if features is not None and gated.gate_config.tokens:  # at every <think>, as in training
@@ -208,19 +172,16 @@ def _decode(
             gated.state.offset = (tokens == tags.think)[..., None] * offset
         hidden = gated(tokens, mask, cache=cache, position_ids=positions).hidden[:, -1:]
         logits = gated.logits(hidden)[:, 0].float()
-        stop = [False] * len(rows.think)
+        stop = [False] * len(rows)
         if features is not None and config.tau_threshold is not None and gated.gate_config.tokens:
             stop = (torch.sigmoid(gated.transition(hidden, features))[:, 0] > config.tau_threshold).tolist()
-        first = [row for row, stage in enumerate(rows.stage) if stage == "answer" and not rows.answer[row]]
-        logits[first, tags.end_answer] = -torch.inf  # an answer is never empty
+        logits[[at for at, row in enumerate(rows) if row.begins_answer], tags.end_answer] = -torch.inf
         if config.temperature > 0:
             proposed = torch.multinomial(torch.softmax(logits / config.temperature, -1), 1, generator=generator)[:, 0]
         else:
             proposed = logits.argmax(-1)
-        fed = [
-            rows.advance(row, token, stop[row], config.max_answer_tokens) for row, token in enumerate(proposed.tolist())
-        ]
-        if rows.done:
+        fed = [row.advance(token, end) for row, token, end in zip(rows, proposed.tolist(), stop, strict=True)]
+        if all(row.stage == "done" for row in rows):
             return
         tokens = torch.tensor(fed, device=device)[:, None]
         mask = torch.cat([mask, mask.new_ones(len(fed), 1)], dim=1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from l2a_compress.errors import TokenizerError
+from l2a_compress.reasoning import Tags
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,17 +14,6 @@ if TYPE_CHECKING:
 __all__ = ["TAGS", "Tags", "ensure_tags", "read_tags"]
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tags:
-    """Token ids of the four tags. ``added`` are those that were not in the tokenizer before."""
-
-    think: int
-    end_think: int
-    answer: int
-    end_answer: int
-    added: tuple[int, ...] = ()
 
 
 def read_tags(tokenizer: PreTrainedTokenizerBase) -> Tags:

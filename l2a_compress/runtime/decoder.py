@@ -10,8 +10,13 @@ import numpy as np
 import onnxruntime as ort
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_CACHES = {"tensor(float)": (np.float32, 1), "tensor(float16)": (np.float16, 10), "tensor(bfloat16)": (np.uint16, 16)}
-_PAST, _PRESENT = "past_key_values.", "present."
+# What NumPy and ONNX call the elements of keys and values.
+CACHE_TYPES = {
+    "tensor(float)": (np.float32, 1),
+    "tensor(float16)": (np.float16, 10),
+    "tensor(bfloat16)": (np.uint16, 16),
+}
+PAST, _PRESENT = "past_key_values.", "present."
 
 
 class GraphDecoder:
@@ -44,24 +49,29 @@ class GraphDecoder:
         names = [item.name for item in self.session.get_outputs()]
         self._fresh = [name for name in names if not (in_place and name.startswith(_PRESENT))]  # made by each step
         self._binding = self.session.io_binding()
-        self._buffers: list[ort.OrtValue] = []  # what the binding borrows
+        self._buffers: Mapping[str, ort.OrtValue] = {}  # what the binding borrows
         self._given: dict[str, Array] = {}
 
     def start(self, batch: int, capacity: int) -> None:
         """Makes room for ``batch`` sequences of at most ``capacity`` slots; what was there is forgotten."""
+        buffers = {}
+        for name, item in self.inputs.items():
+            if name.startswith(PAST):
+                _, groups, _, size = item.shape
+                dtype, number = CACHE_TYPES[item.type]
+                room = np.zeros((batch, groups, capacity if self.in_place else 0, size), dtype=dtype)
+                buffers[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(room, number)
+        self.bind(buffers)
+
+    def bind(self, buffers: Mapping[str, ort.OrtValue]) -> None:
+        """Reads, and where in place also writes, keys and values in these buffers, by the names of the inputs."""
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
-        self._buffers = []
-        for name, item in self.inputs.items():
-            if name.startswith(_PAST):
-                _, groups, _, size = item.shape
-                dtype, number = _CACHES[item.type]
-                room = np.zeros((batch, groups, capacity if self.in_place else 0, size), dtype=dtype)
-                buffer = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(room, number)
-                self._binding.bind_ortvalue_input(name, buffer)
-                self._buffers.append(buffer)
-                if self.in_place:
-                    self._binding.bind_ortvalue_output(_PRESENT + name.removeprefix(_PAST), buffer)
+        self._buffers = buffers
+        for name, buffer in buffers.items():
+            self._binding.bind_ortvalue_input(name, buffer)
+            if self.in_place:
+                self._binding.bind_ortvalue_output(_PRESENT + name.removeprefix(PAST), buffer)
 
     def step(self, input_ids: Array, attention_mask: Array, **inputs: Array) -> Mapping[str, Array]:
         """Runs the graph once.
@@ -87,5 +97,5 @@ class GraphDecoder:
         values = {name: ort.OrtValue(found[first + at]) for at, name in enumerate(self._fresh)}
         presents = [name for name in values if name.startswith(_PRESENT)]
         for name in presents:
-            binding.bind_ortvalue_input(_PAST + name.removeprefix(_PRESENT), values.pop(name))
+            binding.bind_ortvalue_input(PAST + name.removeprefix(_PRESENT), values.pop(name))
         return {name: value.numpy() for name, value in values.items()}

@@ -42,34 +42,16 @@ from l2a_compress.exporters.weights import Stored, narrowed
 from l2a_compress.modeling.budgets import batch_budgets
 from l2a_compress.modeling.families import decoder_layers
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.loading import digest_of, load_base
+from l2a_compress.modeling.loading import load_base
 from l2a_compress.modeling.physical import sliced_linear
 from l2a_compress.runtime.decoder import GraphDecoder
-from l2a_compress.training.store import load_artifact, save_artifact
+from l2a_compress.training.store import load_artifact
 from test_artifact import schema
 from test_training_trainer import largest_file
-from toy_models import FAMILIES, GROUPS, LAYERS, prompts, save_base, scramble, tiny_recipe
+from toy_models import FAMILIES, GROUPS, LAYERS, new_artifact, prompts
 
 BUDGETS = (1.0, 0.8, 0.6, 0.45)
 OPTIONS = ExportOptions(budgets=BUDGETS, calibration=16)
-
-
-def new_artifact(
-    folder: Path, family: str = "qwen3", *, model: dict[str, object] | None = None, **gates: object
-) -> Path:
-    """An artifact with random gates and adapters, whose groups are in a random order."""
-    sizes = {"head_dim": 16, "intermediate_size": 64}  # what onnxruntime's attention and blocks of 32 need
-    recipe = tiny_recipe(save_base(folder / "base", family, **sizes | (model or {})))
-    recipe = dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, **gates))
-    model, tokenizer = load_base(recipe.model.name, attention=recipe.model.attention)
-    digest = digest_of(model)
-    gated = GatedModel.wrap(model, recipe.gates, recipe.adapter)
-    scramble(gated)
-    for value in gated.adapter_parameters.values():
-        value.data *= 0.3  # larger ones make attention so sharp that the rounding of sums shows
-    gated.prices = ((0.3, 2.0), (1.0, -1.5))
-    save_artifact(gated, tokenizer, recipe, folder / "artifact", base_digest=digest, metrics={})
-    return folder / "artifact"
 
 
 @pytest.fixture(scope="module")

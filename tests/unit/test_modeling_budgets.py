@@ -12,7 +12,8 @@ from torch import Tensor
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel
 from l2a_compress.errors import BudgetError, ConfigError
-from l2a_compress.modeling.budgets import as_prices, batch_budgets, minimum_compute, price_of, think_share
+from l2a_compress.limits import price_of, think_share
+from l2a_compress.modeling.budgets import batch_budgets, minimum_compute
 from l2a_compress.modeling.families import shape_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
@@ -65,7 +66,7 @@ def test_exactly_the_stem_is_enough() -> None:
 
 @pytest.mark.parametrize(("tokens", "share"), [(None, 1.0), (0, 0.0), (25, 0.25), (500, 1.0)])
 def test_the_think_share(tokens: int | None, share: float) -> None:
-    assert think_share(Budget(think_tokens=tokens), CONFIG) == share
+    assert think_share(Budget(think_tokens=tokens), CONFIG.think_reference) == share
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,6 @@ def test_no_price_or_none_for_this_budget_is_an_error() -> None:
     ids, mask = prompts(1)
     with pytest.raises(BudgetError, match="needs calibrated prices"):
         new_gated().allocate(ids, mask, [Budget(compute=0.5)], contract="mean")
-
-
-def test_prices_from_json_are_sorted() -> None:
-    assert as_prices({"1.0": -1.0, "0.5": 2.0}) == [(0.5, 2.0), (1.0, -1.0)]
 
 
 def test_the_grid_runs_from_above_the_stem_to_one() -> None:

@@ -1,7 +1,8 @@
-"""Tiny random models of every family, and prompts for them."""
+"""Tiny random models of every family, artifacts of them, and prompts for them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.adapters import AdapterConfig
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
+from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.store import save_artifact
 from toy_data import word_tokenizer
 
 FAMILIES: Mapping[str, tuple[type[Any], type[Any]]] = {
@@ -138,3 +141,21 @@ def tiny_recipe(base: Path, **changes: Any) -> Recipe:
     for section, values in changes.items():
         data[section] = {**data.get(section, {}), **values} if isinstance(values, Mapping) else values
     return Recipe.from_json(data)
+
+
+def new_artifact(
+    folder: Path, family: str = "qwen3", *, model: dict[str, object] | None = None, **gates: object
+) -> Path:
+    """An artifact with random gates and adapters, whose groups are in a random order."""
+    sizes = {"head_dim": 16, "intermediate_size": 64}  # what onnxruntime's attention and blocks of 32 need
+    recipe = tiny_recipe(save_base(folder / "base", family, **sizes | (model or {})))
+    recipe = dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, **gates))
+    model, tokenizer = load_base(recipe.model.name, attention=recipe.model.attention)
+    digest = digest_of(model)
+    gated = GatedModel.wrap(model, recipe.gates, recipe.adapter)
+    scramble(gated)
+    for value in gated.adapter_parameters.values():
+        value.data *= 0.3  # larger ones make attention so sharp that the rounding of sums shows
+    gated.prices = ((0.3, 2.0), (1.0, -1.5))
+    save_artifact(gated, tokenizer, recipe, folder / "artifact", base_digest=digest, metrics={})
+    return folder / "artifact"

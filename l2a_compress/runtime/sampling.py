@@ -1,0 +1,64 @@
+"""From logits to the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from l2a_compress.errors import ConfigError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn.
+
+    Attributes:
+        temperature: 0 takes the most likely token.
+        top_k: Only that many of the most likely tokens; 0 for all.
+        top_p: Only the most likely tokens that have this much probability together, at least one.
+        seed: Of the draws of one request; the same seed gives the same text whatever else is in its batch.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature must be at least 0 and finite, found {self.temperature!r}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k must be at least 0, found {self.top_k!r}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], found {self.top_p!r}")
+
+
+class Sampler:
+    """Draws the tokens of one request."""
+
+    def __init__(self, settings: Sampling) -> None:
+        self.settings = settings
+        self._draw = np.random.default_rng(settings.seed)
+
+    def token(self, logits: Array) -> int:
+        """One token from ``logits`` [vocabulary]; minus infinity forbids one."""
+        settings = self.settings
+        if settings.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.astype(np.float64) / settings.temperature
+        order = np.argsort(-scaled, kind="stable")
+        if settings.top_k:
+            order = order[: settings.top_k]
+        weights = np.exp(scaled[order] - scaled[order[0]])
+        weights /= weights.sum()
+        if settings.top_p < 1:
+            order = order[: int(np.searchsorted(weights.cumsum(), settings.top_p)) + 1]
+            weights = weights[: len(order)] / weights[: len(order)].sum()
+        return int(order[np.searchsorted(weights.cumsum(), self._draw.random(), side="right").clip(0, len(order) - 1)])

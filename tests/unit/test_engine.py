@@ -1,0 +1,238 @@
+"""Continuous batching says what PyTorch says, whatever else is in the batch, and refuses what it cannot run."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from l2a_compress._cli import main
+from l2a_compress.budget import Budget
+from l2a_compress.errors import BudgetError, BundleError, ConfigError
+from l2a_compress.exporters.onnx import ExportOptions, export
+from l2a_compress.modeling.generation import GenerationConfig, generate
+from l2a_compress.runtime.caches import Caches
+from l2a_compress.runtime.engine import Engine, Limits, Request
+from l2a_compress.runtime.runtime import Runtime
+from l2a_compress.runtime.sampling import Sampler, Sampling
+from l2a_compress.training.store import load_artifact
+from toy_models import new_artifact, prompts
+
+BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.45)
+LIMITS = Limits(max_think_tokens=9, max_answer_tokens=4, tau_threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(artifact, bundle) that tests only read."""
+    folder = tmp_path_factory.mktemp("made")
+    artifact = new_artifact(folder)
+    export(artifact, folder / "bundle", ExportOptions(budgets=()))
+    return artifact, folder / "bundle"
+
+
+@pytest.fixture
+def engine(made: tuple[Path, Path]) -> Engine:
+    return Engine(made[1], max_rows=3, threads=1)
+
+
+def texts(count: int) -> list[list[int]]:
+    """Prompts of several lengths."""
+    ids, mask = prompts(count, 12, seed=3)
+    return [row[held.bool()].tolist() for row, held in zip(ids, mask, strict=True)]
+
+
+def finish(engine: Engine) -> None:
+    for _ in range(500):
+        if not engine.busy:
+            return
+        engine.step()
+    raise AssertionError("requests do not end")
+
+
+def written(request: Request) -> tuple[list[int], list[int], str]:
+    return request.reasoning.think, request.reasoning.answer, request.reasoning.stopped_by
+
+
+def test_each_request_is_what_pytorch_generates_alone(made: tuple[Path, Path], engine: Engine) -> None:
+    loaded = load_artifact(made[0])
+    asked = [Budget(compute=BUDGETS[row % 6], think_tokens=(None, 5)[row % 2]) for row in range(16)]
+    requests = engine.submit(texts(16), asked, limits=LIMITS)
+    finish(engine)
+    config = GenerationConfig(max_think_tokens=9, max_answer_tokens=4, tau_threshold=0.5)
+    stopped = set()
+    for request in requests:
+        (expected,) = generate(
+            loaded.gated,
+            engine.tags,
+            torch.tensor([request.prompt]),
+            torch.ones(1, len(request.prompt), dtype=torch.long),
+            budgets=[request.budget],
+            config=config,
+        )
+        assert written(request) == (expected.think, expected.answer, expected.stopped_by)
+        assert expected.allocation is not None
+        assert request.kept == tuple(len(groups) for groups in expected.allocation.groups)
+        assert len(request.reasoning.think) <= (request.budget.think_tokens or 9)
+        assert request.reasoning.answer
+        stopped.add(request.reasoning.stopped_by)
+    assert len(stopped) > 1
+
+
+def test_the_order_and_company_of_requests_change_nothing(made: tuple[Path, Path]) -> None:
+    sampling = [Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=row) for row in range(8)]
+    found = []
+    for rows, order in ((1, range(8)), (3, range(8)), (8, reversed(range(8)))):
+        engine = Engine(made[1], max_rows=rows, threads=1)
+        requests = {}
+        for row in order:  # some come while others run
+            budget = Budget(compute=BUDGETS[row % 6])
+            (requests[row],) = engine.submit([texts(8)[row]], [budget], limits=LIMITS, sampling=sampling[row])
+            engine.step()
+        finish(engine)
+        found.append([written(requests[row]) for row in range(8)])
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_request_has_written_every_token(engine: Engine) -> None:
+    requests = engine.submit(texts(5), [None] * 5, limits=LIMITS)
+    finish(engine)
+    tags = engine.tags
+    for request in requests:
+        think, answer, _ = written(request)
+        assert request.written == [*think, tags.end_think, tags.answer, *answer, tags.end_answer]
+        assert request.done
+
+
+def test_a_request_that_is_cancelled_makes_room(engine: Engine) -> None:
+    first = engine.submit(texts(4), [None] * 4, limits=LIMITS)  # three rows: the last one waits
+    engine.step()
+    engine.cancel(first[0])
+    engine.cancel(first[3])
+    (later,) = engine.submit([texts(1)[0]], [None], limits=LIMITS)
+    finish(engine)
+    assert len(first[0].written) < len(later.written)
+    assert first[3].written == []
+    assert written(later)[1]
+
+
+def test_what_cannot_run_is_refused_at_once(engine: Engine) -> None:
+    think = engine.tags.think
+    for prompt, message in (
+        ([5, 10**6, think], "token id 1000000"),
+        ([5, -1, think], "token id -1"),
+        ([5, 6], "must end in <think>"),
+        ([], "must end in <think>"),
+        ([5] * 4000 + [think], "positions of the bundle"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine.submit([[5, think], prompt], [None, None])
+    with pytest.raises(BudgetError, match="always-on"):
+        engine.submit([[5, think]], [Budget(compute=0.01)])
+    for limits in ({"max_think_tokens": -1}, {"max_answer_tokens": 0}):
+        with pytest.raises(ConfigError, match=next(iter(limits))):
+            Limits(**limits)
+    assert not engine.busy
+
+
+def test_a_bundle_without_an_if_graph_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    export(made[0], tmp_path / "bundle", ExportOptions(budgets=(1.0,), calibration=4, if_graph=False))
+    with pytest.raises(BundleError, match="--if-graph"):
+        Engine(tmp_path / "bundle")
+    with pytest.raises(ConfigError, match="max_rows"):
+        Engine(made[1], max_rows=0)
+
+
+def test_text_comes_whole_and_in_pieces(made: tuple[Path, Path]) -> None:
+    runtime = Runtime(made[1], threads=1)
+    prompts = ["Ann has 3 apples.", "Bob has 5 pears and eats 2."]
+    budgets = [Budget(compute=1.0), Budget(compute=0.6)]
+    together = runtime.generate(prompts, budgets, limits=LIMITS)
+    for prompt, budget, expected in zip(prompts, budgets, together, strict=True):
+        *pieces, answer = runtime.stream(prompt, budget, limits=LIMITS)
+        assert answer == expected
+        assert expected.cost <= budget.compute
+        text = "".join(map(str, pieces))
+        assert text.count("</think>") == text.count("<answer>") == text.count("</answer>") == 1
+        assert text.index("</think>") < text.index("<answer>")
+    with pytest.raises(ConfigError, match="think or answer tag"):
+        runtime.encode("a <think> b")
+    assert runtime.encode("Ann")[-1] == runtime.engine.tags.think
+
+
+def test_the_command_answers_and_tells_what_ran(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", str(made[1]), "Ann has 3 apples.", "--budget", "0.6", "--max-think-tokens", "5", "--stats"]
+    assert main(command) == 0
+    *text, stats = capsys.readouterr().out.strip().splitlines()
+    assert "</answer>" in "".join(text)
+    (expected,) = Runtime(made[1]).generate(
+        ["Ann has 3 apples."], Budget(compute=0.6), limits=Limits(max_think_tokens=5, max_answer_tokens=64)
+    )
+    assert f"cost {expected.cost:.3f}, {expected.layers} of 6 layers" in stats
+    assert f"{expected.think_tokens} think tokens" in stats
+    assert main([*command[:3], "--budget", "1.5"]) == 2
+    assert "budget.compute" in capsys.readouterr().err
+    assert main(["run", str(made[0]), "x"]) == 2
+    assert "manifest.json" in capsys.readouterr().err
+
+
+def test_a_stream_nobody_listens_to_ends(made: tuple[Path, Path]) -> None:
+    runtime = Runtime(made[1], threads=1)
+    stream = runtime.stream("Ann has 3 apples.", limits=LIMITS)
+    next(stream)
+    stream.close()
+    assert not runtime.engine.busy
+
+
+def test_prompts_are_refused_together(made: tuple[Path, Path]) -> None:
+    runtime = Runtime(made[1], threads=1)
+    with pytest.raises(ConfigError, match="positions"):
+        runtime.generate(["Ann", "Ann " * 3000])
+    with pytest.raises(ConfigError, match="1 budgets for 2 prompts"):
+        runtime.generate(["Ann", "Bob"], [Budget()])
+    assert not runtime.engine.busy
+
+
+def test_caches_keep_what_they_hold_while_they_grow() -> None:
+    caches = Caches({"past_key_values.0.key": (2, 4, "tensor(float)")})
+    assert caches.token_bytes == 32
+    caches.reserve(2, 8)
+    first = caches.view(1, 1)["past_key_values.0.key"].numpy()
+    assert first.shape == (1, 2, 8, 4)
+    values = np.arange(2 * 8 * 4, dtype=np.float32).reshape(1, 2, 8, 4)
+    first[:] = values
+    caches.reserve(2, 9)
+    assert caches.capacity == 12  # by half
+    np.testing.assert_array_equal(caches.view(1, 1)["past_key_values.0.key"].numpy()[:, :, :8], values)
+    caches.move(1, 0, 5)
+    np.testing.assert_array_equal(caches.view(0, 1)["past_key_values.0.key"].numpy()[:, :, :5], values[:, :, :5])
+    caches.reserve(1, 4)
+    assert (caches.rows, caches.capacity) == (2, 12)
+
+
+def test_sampling_follows_its_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+    sampler = Sampler(Sampling(temperature=1.0, seed=1))
+    counts = np.bincount([sampler.token(logits) for _ in range(20_000)], minlength=4) / 20_000
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=4 * math.sqrt(0.25 / 20_000))
+    for settings, allowed in (({"top_k": 2}, {0, 1}), ({"top_p": 0.7}, {0, 1}), ({"top_p": 0.81}, {0, 1, 2})):
+        sampler = Sampler(Sampling(temperature=1.0, **settings))
+        assert {sampler.token(logits) for _ in range(500)} == allowed
+    assert Sampler(Sampling()).token(logits[::-1].copy()) == 3
+    draw = random.Random(0)
+    for _ in range(50):
+        rows = np.array([draw.gauss(0, 5) for _ in range(30)])
+        again = [Sampler(Sampling(temperature=0.7, seed=4)).token(rows) for _ in range(3)]
+        assert len(set(again)) == 1
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+)
+def test_bad_sampling_is_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Sampling(**settings)  # type: ignore[arg-type]
