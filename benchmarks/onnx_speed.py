@@ -99,7 +99,10 @@ class Engine:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, required=True, help="of SmolLM2-135M, e.g. of smollm2.py train")
+    parser.add_argument("--artifact", type=Path, help="of SmolLM2-135M, e.g. of smollm2.py train")
+    parser.add_argument(
+        "--report", action="store_true", help="measure nothing: tables and picture of the figures in --out"
+    )
     beside = sys.executable if importlib.util.find_spec("onnxruntime_genai") else None
     parser.add_argument("--genai", default=beside, help="interpreter that has onnxruntime-genai (%(default)s)")
     parser.add_argument("--openvino", help="interpreter that has openvino-genai")
@@ -111,6 +114,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of each start (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "onnx_speed.json", help="figures (%(default)s)")
     options = parser.parse_args()
+    if options.report:
+        found = Results(options.out).sections
+        print(tables(found))
+        draw(found, options.out.with_suffix(".png"))
+        return
+    if options.artifact is None:
+        parser.error("--artifact is needed to measure")
     options.work.mkdir(parents=True, exist_ok=True)
     bundles = {name: _bundle(options, name) for name in BUNDLES}
     results = Results(options.out)
@@ -121,6 +131,27 @@ def main() -> None:
         results.put(f"threads_{threads}", section, settings, threads=threads)
     draw(results.sections, options.out.with_suffix(".png"))
     print(f"figures: {options.out}, {options.out.with_suffix('.png')}")
+
+
+def tables(sections: dict[str, Any]) -> str:
+    """The figures as Markdown: medians, and of the peers' ratios the intervals."""
+    lines = []
+    for name, section in sections.items():
+        head = ["speed, " + name.replace("_", " "), *COLUMNS]
+        rows = [[key, *(shown(values[column]) for column in COLUMNS)] for key, values in section["speed"].items()]
+        lines += _table(head, rows)
+        rows = []
+        for key, values in section["time"].items():
+            if key.endswith("b1"):
+                continue
+            pairs = (f"{values[column]['median']:.2f} / {section['cost'][key][column]:.2f}" for column in COLUMNS)
+            rows.append([key, f"{section['cost'][key]['layers']:.2f}", *pairs])
+        lines += _table(["time / cost of the step, " + name.replace("_", " "), "cost of the layers", *COLUMNS], rows)
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
 
 
 def draw(sections: dict[str, Any], path: Path) -> None:

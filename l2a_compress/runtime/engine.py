@@ -89,7 +89,7 @@ class Request:
 
 
 class Engine:
-    """Runs requests together.
+    """Runs requests together. One thread at a time may call it.
 
     Args:
         folder: the bundle.
