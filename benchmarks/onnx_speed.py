@@ -10,8 +10,8 @@ of 512 tokens; decode steps of batch 1 and 8 behind 64 and 448 tokens. Every rou
 turns by one; a figure is the median over rounds of the ratio of wall-clock times, with a 95 % bootstrap interval.
 Engines are started anew several times, since the place of the weights in memory alone changes their speed by a tenth;
 all of them ask for huge pages (glibc.malloc.hugetlb). Peers run the dense base model, ours has its adapters merged,
-which is the same work. Bundles and peers' models are made once, in --work; figures and a picture go to
-benchmarks/results/onnx_speed.json and .png.
+which is the same work. Bundles and peers' models are made once, in --work; figures go to
+benchmarks/results/onnx_speed.json, a picture to docs/images.
 
 A time is compared with two costs: of the layers alone, which is what a budget counts, and of the whole step, where the
 output head and the attention over the context, which every budget pays, count as well. The bars are of the second.
@@ -100,6 +100,8 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, help="of SmolLM2-135M, e.g. of smollm2.py train")
+    picture = HERE.parent / "docs" / "images" / "onnx_speed.png"
+    parser.add_argument("--picture", type=Path, default=picture, help="(%(default)s)")
     parser.add_argument(
         "--report", action="store_true", help="measure nothing: tables and picture of the figures in --out"
     )
@@ -117,7 +119,7 @@ def main() -> None:
     if options.report:
         found = Results(options.out).sections
         print(tables(found))
-        draw(found, options.out.with_suffix(".png"))
+        draw(found, options.picture)
         return
     if options.artifact is None:
         parser.error("--artifact is needed to measure")
@@ -129,8 +131,8 @@ def main() -> None:
         section = _measure(options, bundles, threads)
         settings = {"rounds": options.starts * options.rounds, "starts": options.starts, "columns": COLUMNS}
         results.put(f"threads_{threads}", section, settings, threads=threads)
-    draw(results.sections, options.out.with_suffix(".png"))
-    print(f"figures: {options.out}, {options.out.with_suffix('.png')}")
+    draw(results.sections, options.picture)
+    print(f"figures: {options.out}, {options.picture}")
 
 
 def tables(sections: dict[str, Any]) -> str:
@@ -161,24 +163,25 @@ def draw(sections: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4.5 * len(sections)), layout="constrained")
     rows = figure.subplots(len(sections), 2, squeeze=False)
     for (name, section), (left, right) in zip(sections.items(), rows, strict=True):
-        speeds = {
-            key: value
-            for key, value in section["speed"].items()
-            if not key.endswith("transformers bf16") and not key.startswith("int8 /")
-        }
-        width = 0.8 / len(speeds)
-        for at, (key, columns) in enumerate(speeds.items()):
-            values = [columns[column] for column in COLUMNS]
+        reference = "transformers bf16"
+        dense = {f"{bundle} b1": f"this library, {bundle}" for bundle in BUNDLES}
+        labels = dense | {key: key for key in section["seconds"] if key not in section["cost"] and key != reference}
+        width = 0.8 / len(labels)
+        for at, (key, label) in enumerate(labels.items()):
+            found = _by_column(section["seconds"][reference], section["seconds"][key])
+            values = [found[column] for column in COLUMNS]
             spread = [
                 [value["median"] - value["low"] for value in values],
                 [value["high"] - value["median"] for value in values],
             ]
             places = [place + at * width for place in range(len(COLUMNS))]
-            left.bar(places, [value["median"] for value in values], width, yerr=spread, label=key, capsize=2)
+            colour, hatch = f"C{at % len(dense)}", "" if key in dense else "//"
+            heights = [value["median"] for value in values]
+            left.bar(places, heights, width, yerr=spread, label=label, capsize=2, color=colour, hatch=hatch, alpha=0.85)
         left.axhline(1, color="black", linewidth=0.8)
         left.set_xticks([place + 0.4 - width / 2 for place in range(len(COLUMNS))], list(COLUMNS))
-        left.set_ylabel("speed, ratio")
-        left.set_title(name.replace("_", " ") + ": dense graph / peer")
+        left.set_ylabel("speed / Transformers bf16")
+        left.set_title(name.replace("_", " ") + ": dense graphs and peers (hatched)")
         left.legend(fontsize=7, ncols=2)
         column = "decode b1 c64"
         for kind, marker in (("b", "o"), ("if b", "s"), ("lean-if b", "^")):
@@ -195,6 +198,7 @@ def draw(sections: dict[str, Any], path: Path) -> None:
         right.set_ylabel("time of a token / dense")
         right.set_title("decode, batch 1, behind 64 tokens")
         right.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
