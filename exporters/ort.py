@@ -124,7 +124,7 @@ class OrtBlocks(Blocks):
             normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
             found, key, value = self._widths(ops, index, normed, cache, shared, wider, mask, spec.widths)
             if spec.bits:
-                found = super(OrtBlocks, self).project(ops, index, self.masked(ops, found, mask, groups), groups)
+                found = self.project(ops, index, self.masked(ops, found, mask, groups), groups)
             return [self.mlp(ops, index, found, hidden, row), key, value]
 
         def otherwise(ops: Ops) -> list[ir.Value]:
@@ -166,15 +166,18 @@ class OrtBlocks(Blocks):
     ) -> list[ir.Value]:
         """The attention at the smallest of ``widths`` that is enough: (update, key, value).
 
-        Quantized, what is projected is read whole at every width: then the heads, before the projection, are given
-        instead of the update. ``pair`` are new keys and values, which all narrower widths share.
+        Quantized, what is projected is read whole at every width: then all heads, neither masked nor projected, are
+        given instead of the update. ``pair`` are new keys and values, which all narrower widths share.
         """
         width, groups = widths[-1], self.spec.shape.num_groups
 
         def run(inner: Ops) -> list[ir.Value]:
             attended, key, value = self.attention(inner, index, normed, cache, shared, width, groups, pair)
             if self.spec.bits:
-                return [self._widen(inner, attended, width) if width < groups else attended, key, value]
+                return [attended, key, value]
+            if width < groups:
+                shape = self.spec.shape
+                attended = self.part(inner, attended, 0, width * shape.heads_per_group * shape.head_dim, 2)
             return [self.project(inner, index, self.masked(inner, attended, mask, width), width), key, value]
 
         def narrower(inner: Ops) -> list[ir.Value]:
@@ -183,13 +186,7 @@ class OrtBlocks(Blocks):
 
         if len(widths) == 1:
             return run(ops)
-        return ops.choose(
-            f"layer_{index}_width_{width}",
-            wider[len(widths) - 1],
-            run,
-            narrower,
-            3,
-        )
+        return ops.choose(f"layer_{index}_width_{width}", wider[len(widths) - 1], run, narrower, 3)
 
     def attention(
         self,
@@ -204,9 +201,9 @@ class OrtBlocks(Blocks):
     ) -> list[ir.Value]:
         """Heads of the first ``width`` groups over a cache of ``cached`` groups: (heads, key, value).
 
-        Where the cache is wider, keys and values of all its groups are computed, so that it stays whole, and the
-        queries of the others are zero. A whole layer's come out of one matrix. ``pair`` are new keys and values, where
-        they are computed already.
+        Where the cache is wider, keys and values of all its groups are computed, so that it stays whole, the queries
+        of the others are zero, and what is found for them stands behind the rest and means nothing. A whole layer's
+        come out of one matrix. ``pair`` are new keys and values, where they are computed already.
         """
         shape = self.spec.shape
         if width == cached == shape.num_groups and f"layers.{index}.q_norm" not in self.spec.tensors:
@@ -216,10 +213,7 @@ class OrtBlocks(Blocks):
         key, value = pair or self._pair(ops, index, normed, cached)
         if width < cached:
             query = self._widen(ops, query, width)
-        found = self._group_query(ops, query, key, value, cache, shared, cached, shape.heads_per_group)
-        if width < cached:
-            found[0] = self.part(ops, found[0], 0, width * shape.heads_per_group * shape.head_dim, 2)
-        return found
+        return self._group_query(ops, query, key, value, cache, shared, cached, shape.heads_per_group)
 
     def _pair(self, ops: Ops, index: int, normed: ir.Value, groups: int) -> Present:
         """New keys and values of the first ``groups``."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, ConfigError
 from l2a_compress.limits import Contract
@@ -135,15 +136,15 @@ class Runtime:
 
     def answer(self, request: Request) -> Answer:
         """What a request that is done has written."""
-        bundle, kept = self.engine.bundle, request.kept or ()
-        reasoning, cost = request.reasoning, bundle.cost
-        units = sum(cost.layer_units + count * cost.group_units for count in kept if count)
+        bundle, reasoning = self.engine.bundle, request.reasoning
+        kept = request.kept or (0,) * bundle.shape.num_layers
+        ran = Allocation(num_groups=bundle.shape.num_groups, groups=tuple(tuple(range(count)) for count in kept))
         return Answer(
             think=self.tokenizer.decode(reasoning.think).strip(),
             answer=self.tokenizer.decode(reasoning.answer).strip(),
             think_tokens=len(reasoning.think),
             stopped_by=reasoning.stopped_by,
-            layers=sum(count > 0 for count in kept),
-            heads=sum(kept),
-            cost=units / cost.dense_units,
+            layers=len(ran.layers),
+            heads=ran.num_kept_groups,
+            cost=bundle.cost.fraction(ran),
         )
