@@ -90,9 +90,10 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
 
 
 def router_graph(spec: GraphSpec, cost: CostModel, variants: Sequence[tuple[float, Allocation]]) -> ir.Model:
-    """Which of ``variants`` (budget, allocation) a prompt is best served by: the stem and the allocator alone.
+    """What the gates choose for a prompt, without the layers behind them: the stem and the allocator alone.
 
-    Of the largest budget that is within the row's, it is the one whose groups differ least from what the gates choose.
+    Where there are ``variants`` (budget, allocation), also which of them serves the prompt best: of the largest budget
+    that is within the row's, the one whose groups differ least from what the gates choose.
     """
     build = _blocks(spec)
     ops, shape = build.ops, spec.shape
@@ -104,6 +105,15 @@ def router_graph(spec: GraphSpec, cost: CostModel, variants: Sequence[tuple[floa
         hidden, _ = build.layer(ops, index, hidden, (None, None), shared, shape.num_groups)
     kept = allocate(build, ops, hidden, shared, told, limits, price, cost)
 
+    outputs = [graph_output(kept, "kept_groups", "int64", [BATCH, shape.num_layers])]
+    if variants:
+        outputs.append(graph_output(_nearest(build, kept, told, variants), "variant", "int64", [BATCH]))
+    return model_of(ops, [*inputs, *decision], outputs, name="router")
+
+
+def _nearest(build: Blocks, kept: ir.Value, told: ir.Value, variants: Sequence[tuple[float, Allocation]]) -> ir.Value:
+    """Place of the variant that serves each row; -1 where all are beyond its budget. [batch]."""
+    ops, shape = build.ops, build.spec.shape
     widths = ops.constant([[len(groups) for groups in allocation.groups] for _, allocation in variants], "int64")
     apart = ops.op("Abs", ops.op("Sub", build.unsqueeze(ops, kept, 1), widths))
     apart = ops.op("ReduceSum", apart, ops.constant([2], "int64"), keepdims=0)  # [batch, variants]
@@ -115,12 +125,7 @@ def router_graph(spec: GraphSpec, cost: CostModel, variants: Sequence[tuple[floa
     apart = ops.op("Where", ops.op("Equal", within, largest), apart, far)
     nearest = ops.op("ArgMin", apart, axis=1, keepdims=0)
     none = ops.op("Less", ops.op("Squeeze", largest, ops.constant([1], "int64")), ops.constant(0.0, "float32"))
-    variant = ops.op("Where", none, ops.constant(-1, "int64"), nearest)
-    outputs = [
-        graph_output(variant, "variant", "int64", [BATCH]),
-        graph_output(kept, "kept_groups", "int64", [BATCH, shape.num_layers]),
-    ]
-    return model_of(ops, [*inputs, *decision], outputs, name="router")
+    return ops.op("Where", none, ops.constant(-1, "int64"), nearest)
 
 
 def _blocks(spec: GraphSpec) -> Blocks:

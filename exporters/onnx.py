@@ -73,7 +73,7 @@ class ExportOptions:
             None: 128 at int8, 32 at int4.
         whole_cache: whether layers that the ``If`` graph skips still write keys and values, so that an allocation may
             grow at any step; else it may only shrink, and to grow is to start again from the tokens.
-        per_budget: most variants of a budget; of more than one, a router graph picks one for each prompt.
+        per_budget: most variants of a budget; of more than one, the router graph picks one for each prompt.
         static_shapes: (batch, sequence) pairs that every variant is also exported in, as a prefill and a decode step.
         calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
             is then left out.
@@ -167,7 +167,7 @@ def export(
         if options.static_shapes:
             tell("static shapes")
             graphs += _static(gated, spec, folder, graphs, options)
-        if options.per_budget > 1:
+        if options.if_graph or options.per_budget > 1:
             tell(ROUTER_NAME)
             variants = [(g.budget, g.allocation) for g in graphs if g.kind == "variant" and g.budget and g.allocation]
             graphs.append(_save(router_graph(spec, gated.cost, variants), folder, ROUTER_NAME, None, None, 1.0))

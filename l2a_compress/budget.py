@@ -44,6 +44,11 @@ class Budget:
             if value is not None:
                 object.__setattr__(self, name, _validate.integer(value, f"budget.{name}", BudgetError, minimum=minimum))
 
+    def tighter(self, other: Budget) -> Budget:
+        """Return the budget that keeps both: of every axis the lower limit."""
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in ("compute", *_CAPS)}
+        return Budget(**{name: min(values, key=_limit) for name, values in pairs.items()})
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal budget."""
         return asdict(self)
@@ -57,6 +62,10 @@ class Budget:
         """Return short text such as ``0.6, layers <= 8``."""
         caps = [f"{name} <= {getattr(self, name)}" for name in _CAPS if getattr(self, name) is not None]
         return ", ".join([f"{self.compute:g}", *caps])
+
+
+def _limit(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def _compute(value: object) -> float:

@@ -40,8 +40,8 @@ class GraphEntry:
     Attributes:
         name: What it is called: ``if``, ``router``, or ``b0.7`` for the variant of budget 0.7.
         file: Its path in the folder.
-        kind: ``if`` (any allocation), ``variant`` (one), ``static`` (a variant in fixed shapes), or ``router`` (which
-            variant suits a prompt).
+        kind: ``if`` (any allocation), ``variant`` (one), ``static`` (a variant in fixed shapes), or ``router`` (what
+            the gates choose, and which variant suits a prompt).
         budget: The compute budget that a variant is for; None for the other kinds.
         allocation: What a variant runs; None for the other kinds.
         cost: A variant's cost as a share of the dense model's; 1.0 for the other kinds.

@@ -12,7 +12,9 @@ Tree:
     ├── ArtifactError          (ValueError)    an artifact folder that is missing, corrupt or foreign
     ├── BundleError            (ValueError)    a bundle folder that is missing, corrupt or foreign
     ├── StorageError           (OSError)       a full disk, a folder that is not writable
-    └── TrainingError          (RuntimeError)  a loss that is not finite, a run that cannot go on
+    ├── TrainingError          (RuntimeError)  a loss that is not finite, a run that cannot go on
+    └── SessionError           (RuntimeError)  a graph that cannot be loaded or run
+        └── OutOfMemoryError   (MemoryError)   not enough memory for it
 
 Each message names the option, field or file, what was found there, and what to do next. All of them are also the
 built-in error a caller would expect, so that ``except ValueError`` keeps working.
@@ -28,6 +30,8 @@ __all__ = [
     "ConfigError",
     "DataError",
     "L2AError",
+    "OutOfMemoryError",
+    "SessionError",
     "StorageError",
     "TokenizerError",
     "TrainingError",
@@ -77,3 +81,11 @@ class StorageError(L2AError, OSError):
 
 class TrainingError(L2AError, RuntimeError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class SessionError(L2AError, RuntimeError):
+    """A graph of a bundle cannot be loaded or run."""
+
+
+class OutOfMemoryError(SessionError, MemoryError):
+    """There is not enough memory to load a graph, to run it, or for a request's keys and values."""

@@ -10,7 +10,7 @@ from l2a_compress import __version__
 from l2a_compress._cli.evaluate import evaluate
 from l2a_compress._cli.export import export, verify
 from l2a_compress._cli.inspect import inspect
-from l2a_compress._cli.run import run
+from l2a_compress._cli.run import bench, run, select
 from l2a_compress._cli.train import train
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ compress.command()(export)
 compress.command()(verify)
 compress.command()(inspect)
 app.command()(run)
+app.command()(select)
+app.command()(bench)
 
 
 def _print_version(wanted: bool) -> None:

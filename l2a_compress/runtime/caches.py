@@ -2,7 +2,8 @@
 
 A buffer is [rows, groups, capacity, head_dim] for each layer and part. As rows stand one after another in memory, one
 row is a view that a prefill of its own writes into while the others keep what they have; decoding reads the first rows
-together. Buffers grow by half when a row needs more room.
+together. Buffers grow by half when a row needs more room. Pages that nothing was written to take no memory: those of
+layers that a graph skips without keys and values stay empty.
 """
 
 from __future__ import annotations
@@ -37,19 +38,37 @@ class Caches:
             groups * size * np.dtype(CACHE_TYPES[kind][0]).itemsize for groups, size, kind in self.inputs.values()
         )
 
-    def reserve(self, rows: int, capacity: int) -> None:
-        """Makes room for so many rows of so many tokens; what is there stays."""
+    def growth(self, rows: int, capacity: int) -> int:
+        """Bytes that ``reserve`` will ask for; the old buffers go only after the new ones are there."""
         if rows <= self.rows and capacity <= self.capacity:
-            return
+            return 0
+        rows, capacity = self._grown(rows, capacity)
+        return rows * capacity * self.token_bytes
+
+    def reserve(self, rows: int, capacity: int) -> bool:
+        """Makes room for so many rows of so many tokens; what is there stays.
+
+        Returns:
+            Whether the buffers are new ones.
+
+        Raises:
+            MemoryError: there is no room; all is as it was.
+        """
+        if not self.growth(rows, capacity):
+            return False
         old_rows, old_capacity = self.rows, self.capacity
-        rows = max(rows, old_rows)
-        capacity = old_capacity if capacity <= old_capacity else max(capacity, old_capacity * 3 // 2)
+        rows, capacity = self._grown(rows, capacity)
         grown = {}
         for name, (groups, size, kind) in self.inputs.items():
             grown[name] = np.zeros((rows, groups, capacity, size), dtype=CACHE_TYPES[kind][0])
             if name in self._buffers:
                 grown[name][:old_rows, :, :old_capacity] = self._buffers[name]
         self._buffers, self.rows, self.capacity = grown, rows, capacity
+        return True
+
+    def _grown(self, rows: int, capacity: int) -> tuple[int, int]:
+        tokens = self.capacity if capacity <= self.capacity else max(capacity, self.capacity * 3 // 2)
+        return max(rows, self.rows), tokens
 
     def view(self, start: int, count: int) -> dict[str, ort.OrtValue]:
         """Some rows, by the name of the input; they borrow the buffers and end with the next ``reserve``."""
@@ -62,3 +81,13 @@ class Caches:
         """Copies the first tokens of a row over another row."""
         for buffer in self._buffers.values():
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
+
+    def take(self, row: int, tokens: int) -> dict[str, Array]:
+        """A copy of the first tokens of a row: [groups, tokens, head_dim] by the name of the input."""
+        return {name: buffer[row, :, :tokens].copy() for name, buffer in self._buffers.items()}
+
+    def put(self, row: int, held: Mapping[str, Array]) -> None:
+        """Fills a row with what :meth:`take` gave, of this graph or of one with more layers or groups."""
+        for name, buffer in self._buffers.items():
+            groups, tokens = buffer.shape[1], held[name].shape[1]
+            buffer[row, :, :tokens] = held[name][:groups]

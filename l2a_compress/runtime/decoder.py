@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from l2a_compress.errors import OutOfMemoryError, SessionError
+
 Array = np.ndarray[Any, np.dtype[Any]]
 # What NumPy and ONNX call the elements of keys and values.
 CACHE_TYPES = {
@@ -28,6 +30,9 @@ class GraphDecoder:
             larger ones (dialect ``standard``).
         threads: of one operator; None leaves it to onnxruntime.
         providers: execution providers in order of preference.
+
+    Raises:
+        SessionError: onnxruntime cannot load the graph; OutOfMemoryError where memory is what it lacks.
     """
 
     def __init__(
@@ -43,7 +48,11 @@ class GraphDecoder:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
-        self.session = ort.InferenceSession(str(path), options, providers=list(providers))
+        self._path = path
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=list(providers))
+        except Exception as error:  # onnxruntime's exceptions have no class in common
+            raise session_error(path, "load", error) from error
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.in_place = in_place
         names = [item.name for item in self.session.get_outputs()]
@@ -83,6 +92,9 @@ class GraphDecoder:
 
         Returns:
             All outputs but the buffers, by name.
+
+        Raises:
+            SessionError: the run failed, and may be tried again; OutOfMemoryError where memory is what it lacks.
         """
         binding = self._binding
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
@@ -91,7 +103,10 @@ class GraphDecoder:
             binding.bind_cpu_input(name, value)
         for name in self._fresh:
             binding.bind_output(name, "cpu")
-        self.session.run_with_iobinding(binding)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:
+            raise session_error(self._path, "run", error) from error
         found = binding.get_outputs_as_ortvaluevector()  # in the order they were bound in: the buffers stand first
         first = len(found) - len(self._fresh)
         values = {name: ort.OrtValue(found[first + at]) for at, name in enumerate(self._fresh)}
@@ -99,3 +114,11 @@ class GraphDecoder:
         for name in presents:
             binding.bind_ortvalue_input(PAST + name.removeprefix(_PRESENT), values.pop(name))
         return {name: value.numpy() for name, value in values.items()}
+
+
+def session_error(path: Path, action: str, error: Exception) -> SessionError:
+    """What onnxruntime says, as an error of this library; its words tell whether memory was short."""
+    text = f"{type(error).__name__}: {error}".strip()
+    if isinstance(error, MemoryError) or "alloc" in text or "memory" in text.lower():
+        return OutOfMemoryError(f"{path}: not enough memory to {action} it ({text}); free some, or lower the budget")
+    return SessionError(f"{path}: onnxruntime cannot {action} it: {text}")

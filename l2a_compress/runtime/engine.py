@@ -1,91 +1,61 @@
-"""Continuous batching over the ``If`` graph of a bundle: requests of any budget and length come and go between steps.
+"""Continuous batching over a bundle: requests of any budget and length come and go between steps.
 
-    waiting --prefill, one by one, into a free row of the caches--> active --decode, all rows together--> done
+    waiting --prefill, one by one, into a free row of the caches--> running --decode, all rows together--> done
+       ^                                                               |
+       +---- memory is short, or the new budget needs other caches ----+
 
-A row's computation does not depend on the others, so neither does its text.
+A row's computation does not depend on the others, so neither does its text. By default all run on the ``If`` graph.
+Served by variants, each request runs on the static graph of its budget, and only graphs that have rows are loaded.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from l2a_compress.budget import Budget
-from l2a_compress.bundle import Bundle
-from l2a_compress.errors import BundleError, ConfigError
+from l2a_compress.bundle import Bundle, GraphEntry
+from l2a_compress.errors import BudgetError, BundleError, ConfigError, L2AError, OutOfMemoryError, SessionError
 from l2a_compress.limits import Contract, limits_of, think_share
 from l2a_compress.reasoning import Reasoning, Tags
-from l2a_compress.runtime.caches import Caches
-from l2a_compress.runtime.decoder import PAST, GraphDecoder
+from l2a_compress.runtime.decoder import GraphDecoder
+from l2a_compress.runtime.lane import Lane
+from l2a_compress.runtime.request import TAGS, Limits, Request, Told
 from l2a_compress.runtime.sampling import Sampler, Sampling
 
 Array = np.ndarray[Any, np.dtype[Any]]
-_TAGS = 3  # that are written after the prompt
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How long a request may write.
-
-    Attributes:
-        max_think_tokens: Of reasoning; the budget's own cap applies besides it.
-        max_answer_tokens: Of the answer.
-        tau_threshold: Reasoning stops once the transition gate exceeds it; None does not ask the gate.
-    """
-
-    max_think_tokens: int = 160
-    max_answer_tokens: int = 16
-    tau_threshold: float | None = 0.9
-
-    def __post_init__(self) -> None:
-        for name, least in (("max_think_tokens", 0), ("max_answer_tokens", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be at least {least}, found {getattr(self, name)!r}")
+Serve = Literal["if", "variants"]
+LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
+_TRIES = 3  # of a run that fails for another reason than memory
 
 
 @dataclass(frozen=True)
-class _Told:
-    """A budget as the graph's inputs."""
+class StepTime:
+    """What one step of the engine did: its largest budget, tokens of prompts, rows that were decoded, and seconds."""
 
-    features: tuple[float, float]
-    limits: tuple[int, int, int]
-    price: float
+    ended: float
+    budget: float
+    prompt_tokens: int
+    rows: int
+    seconds: float
 
 
-@dataclass(kw_only=True, eq=False)
-class Request:
-    """One text that is being written. Made by :meth:`Engine.submit`.
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What rows of one budget cost: seconds of a token of a prompt and of a step, layers, groups, bytes of a token."""
 
-    Attributes:
-        number: In the order of submission.
-        prompt: Token ids, ending in ``<think>``.
-        budget: What it may spend.
-        reasoning: Its reasoning and answer so far, and where it stands.
-        kept: KV groups that it runs of each layer; None until the gates have decided.
-        written: All tokens so far, tags included.
-    """
-
-    number: int
-    prompt: list[int]
-    budget: Budget
-    reasoning: Reasoning
-    kept: tuple[int, ...] | None = None
-    written: list[int] = field(default_factory=list)
-    told: _Told = field(repr=False)
-    sampler: Sampler = field(repr=False)
-    tau: float | None = field(repr=False)
-    length: int = field(repr=False)  # tokens in the caches
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more will be written."""
-        return self.reasoning.stage == "done"
+    prefill_seconds: float
+    decode_seconds: float
+    layers: int
+    heads: int
+    cache_bytes: int
 
 
 class Engine:
@@ -96,33 +66,64 @@ class Engine:
         max_rows: most requests at a time; others wait.
         threads: of one operator; None leaves it to onnxruntime.
         contract: under which the gates allocate.
+        serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder, whose
+            dropped layers take no memory.
+        memory_left: Bytes that may still be taken; None, or a None from it, where nobody knows.
+        clock: in seconds.
+
+    Attributes:
+        ladder: Budgets to choose from, falling.
+        ended: The last requests that are done, the newest at the end.
+        steps: What the last steps did.
+        paused: Whether those that wait stay so.
 
     Raises:
-        BundleError: the folder is not a whole bundle, or has no ``If`` graph of the dialect ``ort``.
+        BundleError: the folder is not a whole bundle, or has not the graphs to serve it so.
+        SessionError: onnxruntime cannot load the ``If`` graph.
     """
 
     def __init__(
-        self, folder: str | Path, *, max_rows: int = 8, threads: int | None = None, contract: Contract = "cap"
+        self,
+        folder: str | Path,
+        *,
+        max_rows: int = 8,
+        threads: int | None = None,
+        contract: Contract = "cap",
+        serve: Serve = "if",
+        memory_left: Callable[[], float | None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if max_rows < 1:
             raise ConfigError(f"max_rows must be at least 1, found {max_rows!r}")
-        self.bundle = bundle = Bundle.load(Path(folder))
-        entry = bundle.if_graph
-        if entry is None or bundle.dialect != "ort":
-            raise BundleError(f"{folder}: has no If graph of the dialect ort; export it with --if-graph --dialect ort")
-        self.max_rows, self.contract = max_rows, contract
+        if serve not in get_args(Serve):
+            raise ConfigError(f"serve must be one of {', '.join(get_args(Serve))}, found {serve!r}")
+        self.folder, self.threads, self.clock = Path(folder), threads, clock
+        self.bundle = bundle = Bundle.load(self.folder)
+        self.max_rows, self.contract, self.serve = max_rows, contract, serve
         names = ("think", "end_think", "answer", "end_answer")
         think, end_think, answer, end_answer = (bundle.tags[name] for name in names)
         self.tags = Tags(think=think, end_think=end_think, answer=answer, end_answer=end_answer)
-        self._decoder = GraphDecoder(Path(folder) / entry.file, threads=threads)
-        inputs = self._decoder.inputs.items()
-        self._caches = Caches(
-            {name: (item.shape[1], item.shape[3], item.type) for name, item in inputs if name.startswith(PAST)}
-        )
+        budgets = {entry.budget for entry in bundle.variants if entry.budget is not None}
+        self.ladder = tuple(budget for budget in sorted(budgets or LADDER, reverse=True) if self._serves(budget))
+        self.ended: deque[Request] = deque(maxlen=64)
+        self.steps: deque[StepTime] = deque(maxlen=512)
+        self._memory_left = memory_left or (lambda: None)
+        self._lanes: dict[str, Lane] = {}
+        self._router: GraphDecoder | None = None
         self._waiting: deque[Request] = deque()
-        self._active: list[Request] = []
+        self._held: dict[int, dict[str, Array]] = {}  # keys and values of those that wait for another graph
+        self._full: int | None = None  # so many rows were too many
+        self.paused = False
         self._numbers = itertools.count()
-        self._bound = -1  # rows that the decoder is bound to; -1: not to the active ones
+        entry = bundle.if_graph
+        missing = (entry if serve == "if" else bundle.variants) or None
+        if missing is None or bundle.dialect != "ort":
+            option = {"if": "--if-graph", "variants": "--variants"}[serve]
+            raise BundleError(
+                f"{folder}: has no graphs of the dialect ort to serve; export with {option} --dialect ort"
+            )
+        if serve == "if" and entry is not None:
+            self._open(entry)
 
     def submit(
         self,
@@ -131,6 +132,9 @@ class Engine:
         *,
         limits: Limits | None = None,
         sampling: Sampling | None = None,
+        tiers: Sequence[str | None] | None = None,
+        seconds: float | None = None,
+        stops: Callable[[Request], bool] | None = None,
     ) -> list[Request]:
         """Queues requests: all of them, or none.
 
@@ -139,6 +143,9 @@ class Engine:
             budgets: one for each; None for all that the model has.
             limits: of their length, beside each budget's own cap.
             sampling: None for greedy. Each request draws as if it were alone.
+            tiers: one for each, under which a selector may lower its budget; None: it stays.
+            seconds: from now on, within which they should be done; None for any time.
+            stops: asked after each token whether the request ends there.
 
         Raises:
             BudgetError: the model cannot keep to a budget.
@@ -146,97 +153,377 @@ class Engine:
                 leaves no room for the longest text allowed.
         """
         limits, sampling = limits or Limits(), sampling or Sampling()
-        pairs = zip(prompts, budgets, strict=True)
-        made = [self._request(prompt, budget or Budget(), limits, sampling) for prompt, budget in pairs]
+        if seconds is not None and not seconds > 0:
+            raise ConfigError(f"seconds must be above 0, found {seconds!r}")
+        made = []
+        for prompt, asked, tier in zip(prompts, budgets, tiers or [None] * len(prompts), strict=True):
+            budget, now = asked or Budget(), self.clock()
+            told = self._told(budget)
+            self._check(prompt, limits.cap(budget) + limits.max_answer_tokens + TAGS)
+            made.append(
+                Request(
+                    number=next(self._numbers),
+                    prompt=list(prompt),
+                    ceiling=budget,
+                    budget=budget,
+                    limits=limits,
+                    tier=tier,
+                    deadline=None if seconds is None else now + seconds,
+                    reasoning=Reasoning(self.tags, cap=limits.cap(budget), max_answer=limits.max_answer_tokens),
+                    submitted=now,
+                    told=told,
+                    sampler=Sampler(sampling),
+                    tau=limits.tau_threshold if self.bundle.gates["tokens"] else None,
+                    stops=stops,
+                )
+            )
         self._waiting.extend(made)
         return made
 
-    def _request(self, prompt: Sequence[int], budget: Budget, limits: Limits, sampling: Sampling) -> Request:
-        bundle, tags = self.bundle, self.tags
-        stem, reference = bundle.gates["stem_layers"], bundle.gates["think_reference"]
-        spend = limits_of(budget, bundle.cost, stem, contract=self.contract, prices=bundle.prices)
-        wrong = [token for token in prompt if not 0 <= token < bundle.shape.vocab_size]
-        if wrong:
-            raise ConfigError(f"prompt: token id {wrong[0]} is not in the vocabulary of {bundle.shape.vocab_size}")
-        if not len(prompt) or prompt[-1] != tags.think:
-            raise ConfigError(f"prompt: must end in <think>, token id {tags.think}")
-        caps = (limits.max_think_tokens, budget.think_tokens)
-        cap = min(value for value in caps if value is not None)
-        longest = len(prompt) + cap + limits.max_answer_tokens + _TAGS
-        if longest > bundle.positions:
-            raise ConfigError(
-                f"prompt: {len(prompt)} tokens and at most {longest - len(prompt)} new ones are more than the "
-                f"{bundle.positions} positions of the bundle; shorten it or lower its limits"
-            )
-        return Request(
-            number=next(self._numbers),
-            prompt=list(prompt),
-            budget=budget,
-            reasoning=Reasoning(tags, cap=cap, max_answer=limits.max_answer_tokens),
-            told=_Told(
-                (budget.compute, think_share(budget, reference)), (spend.units, spend.layers, spend.heads), spend.price
-            ),
-            sampler=Sampler(sampling),
-            tau=limits.tau_threshold if bundle.gates["tokens"] else None,
-            length=len(prompt),
-        )
+    def set_budget(self, request: Request, budget: Budget) -> None:
+        """Changes what a request may spend from its next token on; tokens that are written stay.
 
-    def cancel(self, request: Request) -> None:
-        """Writes no more of a request."""
-        request.reasoning.stage = "done"
-        if request in self._waiting:
-            self._waiting.remove(request)
+        Keys and values that the new budget needs and the old one did not compute are computed again from the tokens.
+
+        Raises:
+            BudgetError: the model cannot keep to the budget; the old one stays.
+            ConfigError: its cap on reasoning leaves more tokens than the bundle has positions; the old one stays.
+            SessionError: the gates cannot be asked; the old one stays.
+        """
+        if request.done:
+            return
+        told = self._told(budget)
+        cap = request.limits.cap(budget)
+        self._check(request.prompt, cap + request.limits.max_answer_tokens + TAGS)
+        kept = None if request.kept is None else self._choose(request, budget, told)
+        request.budget, request.told, request.reasoning.cap = budget, told, cap
+        if kept is None or kept == request.kept:
+            return
+        before, request.kept = request.kept or (), kept
+        lane = self._lane_of(request)
+        grows = any(new > old for new, old in zip(kept, before, strict=True))
+        if self.serve == "variants":
+            if lane is not None:
+                self._interrupt(lane, request, keep=not grows)
+            elif grows:
+                self._held.pop(request.number, None)
+        elif grows and lane is not None and not self.bundle.whole_cache:
+            self._interrupt(lane, request, keep=False)
+
+    def cancel(self, request: Request, error: L2AError | None = None) -> None:
+        """Writes no more of a request; ``error`` says why."""
+        if not request.done:
+            self._end(request, error)
+
+    @property
+    def rows(self) -> int:
+        """How many requests run."""
+        return sum(len(lane.requests) for lane in self._lanes.values())
+
+    @property
+    def running(self) -> list[Request]:
+        """The requests that have a row and are not done."""
+        return [request for lane in self._lanes.values() for request in lane.requests if not request.done]
+
+    @property
+    def waiting(self) -> Sequence[Request]:
+        """The requests that wait for a row, the next one first."""
+        return self._waiting
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self._waiting) or not all(request.done for request in self._active)
+        return bool(self._waiting) or bool(self.running)
+
+    @property
+    def graphs(self) -> list[str]:
+        """Names of the graphs that are loaded."""
+        return list(self._lanes)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of all rows may take."""
+        found = (lane.caches for lane in self._lanes.values())
+        return sum(caches.rows * caches.capacity * caches.token_bytes for caches in found)
 
     def step(self) -> None:
-        """Admits what there is room for and decodes one token of every row."""
-        self._retire()
-        while self._waiting and len(self._active) < self.max_rows:
-            self._admit(self._waiting.popleft())
-        self._retire()
-        if self._active:
-            self._decode()
+        """Admits what there is room for and decodes one token of every row. No failure of a session leaves it.
 
-    def _admit(self, request: Request) -> None:
-        """Prefills a request into the row behind the active ones."""
-        row, length = len(self._active), len(request.prompt)
-        self._caches.reserve(self.max_rows, length + request.reasoning.cap + request.reasoning.max_answer + _TAGS)
-        self._decoder.bind(self._caches.view(row, 1))
-        self._bound = -1
-        outputs = self._decoder.step(
-            np.array([request.prompt], dtype=np.int64), np.ones((1, length), dtype=np.int64), **self._told([request])
+        A request that fails for good is done, and its ``error`` says why.
+        """
+        began = self.clock()
+        self._retire()
+        prompt_tokens = self._admit_all()
+        self._retire()
+        running = self.running
+        for lane in list(self._lanes.values()):
+            if lane.requests:
+                self._decode(lane)
+        if running:
+            now, budget = self.clock(), max(request.budget.compute for request in running)
+            self.steps.append(StepTime(now, budget, prompt_tokens, len(running), now - began))
+
+    def rehearse(self, budget: Budget, *, rows: int, prompt_tokens: int, new_tokens: int) -> Rehearsal:
+        """Runs so many rows of made-up text and says what they cost.
+
+        Raises:
+            ConfigError: requests are running.
+            SessionError: a graph cannot be loaded or run.
+        """
+        if self.busy:
+            raise ConfigError("requests are running; measure before they come: `l2a bench`, or `Runtime.controller`")
+        text = [1 + place % (self.bundle.shape.vocab_size - 1) for place in range(prompt_tokens - 1)]
+        limits = Limits(max_think_tokens=new_tokens + 1, max_answer_tokens=1, tau_threshold=None)
+        requests = self.submit([[*text, self.tags.think]] * rows, [budget] * rows, limits=limits)
+        for request in requests:
+            request.sampler = _Endless(self.tags)
+        began = self.clock()
+        self._admit_all()
+        admitted = self.clock()
+        for _ in range(new_tokens):
+            self.step()
+        ended = self.clock()
+        failed = next((request.error for request in requests if request.error is not None), None)
+        lane, kept = self._lane_of(requests[0]), requests[0].kept or ()
+        for request in requests:
+            self.cancel(request)
+        self._retire()
+        self.steps.clear()
+        if failed is not None or lane is None:
+            raise failed or SessionError(f"{self.folder}: no row could run")
+        return Rehearsal(
+            prefill_seconds=(admitted - began) / (rows * prompt_tokens),
+            decode_seconds=(ended - admitted) / new_tokens,
+            layers=sum(1 for count in kept if count),
+            heads=sum(kept),
+            cache_bytes=lane.caches.token_bytes,
         )
-        request.kept = tuple(outputs["kept_groups"][0].tolist())
-        self._active.append(request)
-        self._take(request, outputs, 0)
 
-    def _decode(self) -> None:
-        """One token of every row."""
-        count = len(self._active)
-        if self._bound != count:
-            self._decoder.bind(self._caches.view(0, count))
-            self._bound = count
-        for request in self._active:
-            request.length += 1
-        lengths = np.array([request.length for request in self._active])
-        mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
-        fed = np.array([[request.written[-1]] for request in self._active], dtype=np.int64)
-        outputs = self._decoder.step(fed, mask, **self._told(self._active))
-        for row, request in enumerate(self._active):
-            self._take(request, outputs, row)
+    def close(self) -> None:
+        """Ends all requests and frees graphs and caches."""
+        for request in [*self._waiting, *self.running]:
+            self._end(request)
+        self._lanes.clear()
+        self._router = None
+
+    def _serves(self, budget: float) -> bool:
+        try:
+            self._told(Budget(compute=budget))
+        except BudgetError:
+            return False
+        return True
+
+    def _fitting(self, budget: Budget) -> list[GraphEntry]:
+        """The variants that keep to a budget, the largest first."""
+        layers_and_heads = replace(budget, think_tokens=None)
+        cost = self.bundle.cost
+        return [v for v in self.bundle.variants if v.allocation and cost.fits(v.allocation, layers_and_heads)]
+
+    def _told(self, budget: Budget) -> Told:
+        bundle = self.bundle
+        if self.serve == "variants" and not self._fitting(budget):
+            raise BudgetError(f"no variant of the bundle keeps to the budget {budget}; export one with --ladder")
+        spend = limits_of(
+            budget, bundle.cost, bundle.gates["stem_layers"], contract=self.contract, prices=bundle.prices
+        )
+        share = think_share(budget, bundle.gates["think_reference"])
+        return Told((budget.compute, share), (spend.units, spend.layers, spend.heads), spend.price)
+
+    def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
+        bundle, think = self.bundle, self.tags.think
+        wrong = [token for token in prompt if not 0 <= token < bundle.shape.vocab_size]
+        if wrong:
+            raise ConfigError(f"prompt: token id {wrong[0]} is not in the vocabulary of {bundle.shape.vocab_size}")
+        if not len(prompt) or prompt[-1] != think:
+            raise ConfigError(f"prompt: must end in <think>, token id {think}")
+        if len(prompt) + new_tokens > bundle.positions:
+            raise ConfigError(
+                f"prompt: {len(prompt)} tokens and at most {new_tokens} new ones are more than the {bundle.positions} "
+                "positions of the bundle; shorten it or lower its limits"
+            )
+
+    # Graphs
+
+    def _open(self, entry: GraphEntry) -> Lane:
+        lane = self._lanes.get(entry.name)
+        if lane is None:
+            for name in [name for name, other in self._lanes.items() if not other.requests]:
+                del self._lanes[name]  # before the new graph is loaded: there may be no room for both
+            lane = self._lanes[entry.name] = Lane(self.folder, entry, threads=self.threads)
+        return lane
+
+    def _lane_of(self, request: Request) -> Lane | None:
+        return next((lane for lane in self._lanes.values() if request in lane.requests), None)
+
+    def _entry(self, request: Request) -> GraphEntry:
+        """The graph that a request runs on."""
+        if self.serve == "if" and self.bundle.if_graph is not None:
+            return self.bundle.if_graph
+        if request.kept is None:
+            request.kept = self._choose(request, request.budget, request.told)
+        return next(entry for entry in self.bundle.variants if _widths(entry) == request.kept)
+
+    def _choose(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
+        """KV groups of each layer that a prompt gets under a budget."""
+        if told not in request.chosen:
+            kept = self._fixed(request, budget, told) if self.serve == "variants" else self._ask(request, told)
+            request.chosen[told] = kept
+        return request.chosen[told]
+
+    def _fixed(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
+        """Of the variants that keep to a budget, the largest; of several, what the router says."""
+        fit = self._fitting(budget)
+        same = [entry for entry in fit if entry.budget == fit[0].budget]
+        if len(same) == 1:
+            return _widths(same[0])
+        told = Told((same[0].budget or 1.0, told.features[1]), told.limits, told.price)
+        place = int(self._route(request, told)["variant"][0])
+        return _widths(self.bundle.variants[place])
+
+    def _ask(self, request: Request, told: Told) -> tuple[int, ...]:
+        """What the gates choose."""
+        return tuple(self._route(request, told)["kept_groups"][0].tolist())
+
+    def _route(self, request: Request, told: Told) -> Mapping[str, Array]:
+        if self._router is None:
+            entry = next((entry for entry in self.bundle.graphs if entry.kind == "router"), None)
+            if entry is None:
+                raise BundleError(f"{self.folder}: has no router graph to ask the gates again; export it again")
+            self._router = GraphDecoder(self.folder / entry.file, threads=self.threads)
+        tokens = np.array([request.prompt], dtype=np.int64)
+        return self._router.step(tokens, np.ones_like(tokens), **_decision([told]))
+
+    def _inputs(self, lane: Lane, requests: Sequence[Request]) -> dict[str, Array]:
+        """What a graph reads beside tokens and mask; an allocation of -1 asks the gates."""
+        if lane.entry.kind != "if":
+            return {}
+        layers = self.bundle.shape.num_layers
+        kept = [request.kept or (-1,) * layers for request in requests]
+        return {**_decision([request.told for request in requests]), "allocation": np.array(kept, dtype=np.int64)}
+
+    # Requests
+
+    def _admit_all(self) -> int:
+        """Gives rows to those that wait. Returns how many tokens were computed for it."""
+        tokens = 0
+        while (
+            self._waiting
+            and not self.paused
+            and self.rows < self.max_rows
+            and (self._full is None or self.rows < self._full)
+        ):
+            self._full = None
+            request = self._waiting[0]
+            try:
+                if not self._admit(request):
+                    self._full = self.rows
+                    break
+            except L2AError as error:
+                self._failed(request, error)
+                continue
+            self._waiting.popleft()
+            tokens += request.length
+        return tokens
+
+    def _admit(self, request: Request) -> bool:
+        """Computes a request's tokens. False where it must wait for memory."""
+        lane = self._open(self._entry(request))
+        rows = len(lane.requests) + 1
+        if rows > lane.caches.rows:
+            rows = min(self.max_rows, 2 * rows - 1)
+        need, left = lane.caches.growth(rows, request.most_tokens), self._memory_left()
+        if left is not None and need > left:
+            if self.rows:
+                return False
+            raise OutOfMemoryError(
+                f"request {request.number}: {need} bytes for its keys and values, of which {left:g} are left; "
+                "free some, or lower its limits"
+            )
+        lane.reserve(rows, request.most_tokens)
+        held = self._held.get(request.number)
+        if held is not None:
+            lane.resume(request, self._held.pop(request.number))
+            return True
+        outputs = lane.prefill(request, self._inputs(lane, [request]))
+        if request.kept is None:
+            request.kept = tuple(outputs["kept_groups"][0].tolist())
+        request.chosen[request.told] = request.kept
+        if request.started is None:
+            request.started = self.clock()
+        self._take(request, outputs, 0)
+        return True
+
+    def _failed(self, request: Request, error: L2AError) -> None:
+        """What becomes of the first that waits when it cannot run: it waits, is tried again, gets less, or ends."""
+        short = isinstance(error, OutOfMemoryError)
+        if short and self.rows:
+            self._full = self.rows  # a row that ends makes room
+            return
+        request.failures += 1
+        if isinstance(error, SessionError) and not short and request.failures < _TRIES:
+            return
+        if isinstance(error, SessionError) and (short or self.serve == "variants") and self._lower(request):
+            request.failures = 0
+        else:
+            self._end(request, error)
+
+    def _lower(self, request: Request) -> bool:
+        """Moves a request to the next smaller budget. False where there is none."""
+        for compute in self.ladder:
+            if compute < request.budget.compute:
+                try:
+                    self.set_budget(request, request.budget.tighter(Budget(compute=compute)))
+                except L2AError:
+                    continue
+                return True
+        return False
+
+    def _decode(self, lane: Lane) -> None:
+        """One token of every row of a graph."""
+        try:
+            outputs = lane.decode(self._inputs(lane, lane.requests))
+        except SessionError as error:
+            self._stumbled(lane, error)
+            return
+        lane.failures = 0
+        for row, request in enumerate(lane.requests):
+            if not request.done:
+                self._take(request, outputs, row)
+
+    def _stumbled(self, lane: Lane, error: SessionError) -> None:
+        """A step that failed is run again: with a row less or a smaller budget where memory was short."""
+        newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
+        if short and len(lane.requests) > 1:
+            self._interrupt(lane, newest, keep=False)
+            self._full = self.rows  # a row that ends makes room
+            return
+        lane.failures += 1
+        if (short and self._lower(newest)) or (not short and lane.failures < _TRIES):
+            return
+        lane.failures = 0
+        for request in lane.requests:
+            self._end(request, error)
+
+    def _interrupt(self, lane: Lane, request: Request, *, keep: bool) -> None:
+        """Takes a request out of its row to the head of the queue, with its keys and values or without."""
+        if keep:
+            self._held[request.number] = lane.held(request)
+        lane.remove(request)
+        self._waiting.appendleft(request)
+
+    def _end(self, request: Request, error: L2AError | None = None) -> None:
+        request.reasoning.stage, request.error, request.ended = "done", error, self.clock()
+        self._held.pop(request.number, None)
+        if request in self._waiting:
+            self._waiting.remove(request)
 
     def _retire(self) -> None:
-        """Rows that are done leave; the last row takes the place of each."""
-        for row in reversed(range(len(self._active))):
-            if self._active[row].done:
-                last = self._active.pop()
-                if row < len(self._active):
-                    self._caches.move(len(self._active), row, last.length)
-                    self._active[row] = last
+        """Rows that are done leave."""
+        for lane in self._lanes.values():
+            for request in [request for request in lane.requests if request.done]:
+                lane.remove(request)
+        if not self.rows:
+            self._full = None
 
     def _take(self, request: Request, outputs: Mapping[str, Array], row: int) -> None:
         """What the graph says becomes the token that is fed next."""
@@ -244,15 +531,34 @@ class Engine:
         if request.reasoning.begins_answer:
             logits = logits.copy()
             logits[self.tags.end_answer] = -np.inf
-        stop = request.tau is not None and float(outputs["tau"][row]) > request.tau
+        stop = request.tau is not None and "tau" in outputs and float(outputs["tau"][row]) > request.tau
         request.written.append(request.reasoning.advance(request.sampler.token(logits), stop))
+        if request.done or (request.stops is not None and request.stops(request)):
+            self._end(request)
+            self.ended.append(request)
 
-    def _told(self, requests: Sequence[Request]) -> dict[str, Array]:
-        """The decision inputs of some rows; -1 asks the gates."""
-        layers = self.bundle.shape.num_layers
-        return {
-            "budget": np.array([request.told.features for request in requests], dtype=np.float32),
-            "limits": np.array([request.told.limits for request in requests], dtype=np.int64),
-            "price": np.array([request.told.price for request in requests], dtype=np.float32),
-            "allocation": np.array([request.kept or (-1,) * layers for request in requests], dtype=np.int64),
-        }
+
+class _Endless(Sampler):
+    """Takes the most likely token that is no tag."""
+
+    def __init__(self, tags: Tags) -> None:
+        super().__init__(Sampling())
+        self._tags = [tags.think, tags.end_think, tags.answer, tags.end_answer]
+
+    def token(self, logits: Array) -> int:
+        logits = logits.copy()
+        logits[self._tags] = -np.inf
+        return super().token(logits)
+
+
+def _decision(told: Sequence[Told]) -> dict[str, Array]:
+    """Budgets as a graph reads them."""
+    return {
+        "budget": np.array([each.features for each in told], dtype=np.float32),
+        "limits": np.array([each.limits for each in told], dtype=np.int64),
+        "price": np.array([each.price for each in told], dtype=np.float32),
+    }
+
+
+def _widths(entry: GraphEntry) -> tuple[int, ...]:
+    return tuple(len(kept) for kept in entry.allocation.groups) if entry.allocation else ()

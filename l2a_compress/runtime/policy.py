@@ -49,11 +49,13 @@ class Policy:
         time_margin: Share of the time that is left which is not planned with.
         spot_grace_seconds: Before the machine ends nothing may run any more.
         target_seconds: Within which a request that waits should be done.
+        tpot_seconds: Most time per output token; 0 for any.
         pressure_low: Share from which on contention lowers the budget.
         pressure_high: Share at which it is at the floor.
-        pressures: Signals of contention; the highest counts.
+        pressures: Signals of contention, each a share; the highest counts.
         memories: Signals of memory that is left; the lowest counts.
         memory_reserve_bytes: Kept free.
+        patience_seconds: How long a request may wait for memory before it ends with an error.
         dwell_seconds: How long more must be allowed before the budget rises by one step.
         buckets: Latency buckets of ``slack``.
         stale_seconds: A reading that is older decides nothing.
@@ -67,11 +69,13 @@ class Policy:
     time_margin: float = 0.1
     spot_grace_seconds: float = 5.0
     target_seconds: float = 10.0
+    tpot_seconds: float = 0.0
     pressure_low: float = 0.2
     pressure_high: float = 0.8
-    pressures: tuple[str, ...] = ("pressure.cpu_some", "gpu.throttled")
+    pressures: tuple[str, ...] = ("pressure.cpu_some", "gpu.throttled", "service.contention")
     memories: tuple[str, ...] = ("gpu.memory_free", "cgroup.memory_available", "host.memory_available")
     memory_reserve_bytes: float = 0.0
+    patience_seconds: float = 30.0
     dwell_seconds: float = 4.0
     buckets: int = 8
     stale_seconds: float = 30.0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from l2a_compress.budget import Budget
@@ -31,7 +31,8 @@ class Step:
         layers: Kept layers.
         heads: Kept KV groups, summed over the layers.
         prefill_seconds: Of one token of a prompt.
-        decode_seconds: Of one token after it.
+        decode_seconds: Of one token after it, of one row alone.
+        row_seconds: What each more row adds to that step.
         memory_bytes: To run at all, caches not counted.
         cache_bytes: Of one token of one sequence.
     """
@@ -43,10 +44,19 @@ class Step:
     decode_seconds: float
     memory_bytes: float
     cache_bytes: float
+    row_seconds: float = 0.0
+
+    def step_seconds(self, rows: int) -> float:
+        """Of one token of each of so many rows."""
+        return self.decode_seconds + (rows - 1) * self.row_seconds
 
     def seconds(self, work: Work) -> float:
-        """Of one request."""
-        return work.prompt_tokens * self.prefill_seconds + work.new_tokens * self.decode_seconds
+        """From a request's first token to its last, beside the other rows."""
+        return work.prompt_tokens * self.prefill_seconds + work.new_tokens * self.step_seconds(work.rows)
+
+    def busy_seconds(self, work: Work) -> float:
+        """That a request costs the machine: its share of the steps that it runs in."""
+        return work.prompt_tokens * self.prefill_seconds + work.new_tokens * self.step_seconds(work.rows) / work.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +67,13 @@ class Work:
         prompt_tokens: Not computed yet.
         new_tokens: Expected, reasoning included.
         think_tokens: Expected reasoning among them.
+        rows: That run together with it, itself among them.
     """
 
     prompt_tokens: int
     new_tokens: int
     think_tokens: int = 0
+    rows: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +94,7 @@ class Term:
     """What one signal allows.
 
     Attributes:
-        name: ``policy``, ``memory``, ``time``, ``spot``, ``queue``, ``pressure`` or ``dwell``.
+        name: ``policy``, ``memory``, ``time``, ``spot``, ``queue``, ``pace``, ``pressure`` or ``dwell``.
         budget: Of the ladder.
         reason: The numbers behind it.
     """
@@ -180,21 +192,29 @@ def _terms(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy
     """What each signal but memory allows."""
     if policy.kind == "fixed":
         return
+
+    def seconds(step: Step) -> float:
+        return step.seconds(work)
+
+    free = 1 - min(0.99, readings.get("service.contention") or 0.0)  # of the machine; the table was measured with all
     for name, signal, grace in (
         ("time", "request.seconds_left", 0.0),
         ("spot", "spot.seconds_left", policy.spot_grace_seconds),
     ):
         left = readings.get(signal)
         if left is not None and left < math.inf:
-            room = max(0.0, left - grace) * (1 - policy.time_margin)
+            room = max(0.0, left - grace) * (1 - policy.time_margin) * free
             if policy.kind == "slack" and name == "time":
                 room = _bucket(steps, work, room, policy.buckets)
-            yield Term(name=name, budget=_within(steps, room, work, 1), reason=f"{left:g} s are left")
+            yield Term(name=name, budget=_largest(steps, seconds, room), reason=f"{left:g} s are left")
     depth, oldest = readings.get("queue.depth"), readings.get("queue.oldest_seconds") or 0.0
     if depth is not None:
-        room = max(0.0, policy.target_seconds - oldest)
-        reason = f"{depth:g} wait, the oldest for {oldest:g} s"
-        yield Term(name="queue", budget=_within(steps, room, work, 1 + depth), reason=reason)
+        room = max(0.0, policy.target_seconds - oldest) * free
+        found = _largest(steps, lambda step: (work.rows + depth) * step.busy_seconds(work), room)
+        yield Term(name="queue", budget=found, reason=f"{depth:g} wait, the oldest for {oldest:g} s")
+    if policy.tpot_seconds:
+        found = _largest(steps, lambda step: step.step_seconds(work.rows), policy.tpot_seconds * free)
+        yield Term(name="pace", budget=found, reason=f"{work.rows} rows, a token in {policy.tpot_seconds:g} s each")
     if policy.kind == "slack":
         return
     busy = {name: readings.get(name) for name in policy.pressures}
@@ -225,7 +245,7 @@ def _caps(steps: Sequence[Step], allowed: Mapping[str, float], budget: float, ce
         return next((step for step in steps if step.budget <= found), steps[-1]) if found < ceiling else None
 
     memory, pressure = at("memory"), at("pressure")
-    late = min(allowed.get(name, ceiling) for name in ("time", "spot", "queue"))
+    late = min(allowed.get(name, ceiling) for name in ("time", "spot", "queue", "pace"))
     return Budget(
         compute=budget,
         layers=None if memory is None else memory.layers,
@@ -239,9 +259,9 @@ def _below(steps: Sequence[Step], budget: float) -> Step:
     return next((step for step in steps if step.budget <= budget), steps[-1])
 
 
-def _within(steps: Sequence[Step], room: float, work: Work, requests: float) -> float:
-    """Budget of the largest step that does so many requests in time, else of the smallest of all."""
-    return next((step.budget for step in steps if requests * step.seconds(work) <= room), steps[-1].budget)
+def _largest(steps: Sequence[Step], seconds: Callable[[Step], float], room: float) -> float:
+    """Budget of the largest step that takes no longer than ``room``, else of the smallest of all."""
+    return next((step.budget for step in steps if seconds(step) <= room), steps[-1].budget)
 
 
 def _bucket(steps: Sequence[Step], work: Work, room: float, count: int) -> float:

@@ -16,7 +16,8 @@ from l2a_compress.errors import BudgetError, BundleError, ConfigError
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.modeling.generation import GenerationConfig, generate
 from l2a_compress.runtime.caches import Caches
-from l2a_compress.runtime.engine import Engine, Limits, Request
+from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.request import Limits, Request
 from l2a_compress.runtime.runtime import Runtime
 from l2a_compress.runtime.sampling import Sampler, Sampling
 from l2a_compress.training.store import load_artifact
@@ -148,7 +149,7 @@ def test_a_bundle_without_an_if_graph_is_refused(made: tuple[Path, Path], tmp_pa
 
 
 def test_text_comes_whole_and_in_pieces(made: tuple[Path, Path]) -> None:
-    runtime = Runtime(made[1], threads=1)
+    runtime = Runtime.open(made[1], threads=1)
     prompts = ["Ann has 3 apples.", "Bob has 5 pears and eats 2."]
     budgets = [Budget(compute=1.0), Budget(compute=0.6)]
     together = runtime.generate(prompts, budgets, limits=LIMITS)
@@ -169,7 +170,7 @@ def test_the_command_answers_and_tells_what_ran(made: tuple[Path, Path], capsys:
     assert main(command) == 0
     *text, stats = capsys.readouterr().out.strip().splitlines()
     assert "</answer>" in "".join(text)
-    (expected,) = Runtime(made[1]).generate(
+    (expected,) = Runtime.open(made[1]).generate(
         ["Ann has 3 apples."], Budget(compute=0.6), limits=Limits(max_think_tokens=5, max_answer_tokens=64)
     )
     assert f"cost {expected.cost:.3f}, {expected.layers} of 6 layers" in stats
@@ -181,7 +182,7 @@ def test_the_command_answers_and_tells_what_ran(made: tuple[Path, Path], capsys:
 
 
 def test_a_stream_nobody_listens_to_ends(made: tuple[Path, Path]) -> None:
-    runtime = Runtime(made[1], threads=1)
+    runtime = Runtime.open(made[1], threads=1)
     stream = runtime.stream("Ann has 3 apples.", limits=LIMITS)
     next(stream)
     stream.close()
@@ -189,7 +190,7 @@ def test_a_stream_nobody_listens_to_ends(made: tuple[Path, Path]) -> None:
 
 
 def test_prompts_are_refused_together(made: tuple[Path, Path]) -> None:
-    runtime = Runtime(made[1], threads=1)
+    runtime = Runtime.open(made[1], threads=1)
     with pytest.raises(ConfigError, match="positions"):
         runtime.generate(["Ann", "Ann " * 3000])
     with pytest.raises(ConfigError, match="1 budgets for 2 prompts"):

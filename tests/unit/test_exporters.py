@@ -137,7 +137,7 @@ def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(
     )
     rounded_gates(rounded, bits=8)
     ids, mask = prompts(6, 12)
-    for entry in bundle.graphs:
+    for entry in bundle.decoders:
         asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
         told = batch_budgets(asked, rounded.cost, rounded.gate_config)
         given = [entry.allocation] * 6 if entry.allocation else rounded.allocate(ids, mask, asked)
@@ -164,7 +164,7 @@ def test_graphs_of_16_bits_say_what_pytorch_says_with_the_same_rounded_weights(
     rounded = with_weights(load_artifact(artifact).gated, lambda weight: weight.to(dtype).float())
     rounded_gates(rounded, bits=16)
     ids, mask = prompts(6, 12)
-    for entry in bundle.graphs:
+    for entry in bundle.decoders:
         asked = [Budget(compute=entry.budget or BUDGETS[row % 4]) for row in range(6)]
         told = batch_budgets(asked, rounded.cost, rounded.gate_config)
         given = [entry.allocation] * 6 if entry.allocation else rounded.allocate(ids, mask, asked)
@@ -689,7 +689,7 @@ def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
     bundle = export(made[0], tmp_path / "bundle", options)
     costs = json.loads((tmp_path / "bundle" / "costs.json").read_text())
     assert "costs.json" in Bundle.load(tmp_path / "bundle").files
-    for graph in bundle.graphs:
+    for graph in bundle.decoders:
         measured = costs["graphs"][graph.name]
         assert min(measured["decode_seconds"], measured["prefill_seconds"]) > 0
         assert measured["peak_bytes"] > bundle.files["weights.bin"]["size"]
@@ -700,7 +700,7 @@ def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
 
 
 def test_a_variant_that_is_not_faster_than_the_last_that_stays_is_dropped(made: tuple[Path, Path]) -> None:
-    graphs = Bundle.load(made[1]).graphs
+    graphs = Bundle.load(made[1]).decoders
     seconds = dict(zip((graph.name for graph in graphs), (9.0, 4.0, 4.5, 4.0, 3.0), strict=True))
     costs = {"graphs": {name: {"decode_seconds": value} for name, value in seconds.items()}}
     assert [graph.name for graph in not_faster(graphs, costs)] == [graphs[2].name, graphs[3].name]

@@ -4,11 +4,20 @@ Reading never raises. What cannot be read is a :class:`Reading` without a value 
 decides with what there is. Sources are read on demand (:class:`Signals`); slow ones keep a reading of their own thread.
 """
 
+from importlib.util import find_spec
+
 from l2a_compress.runtime.signals.cgroup import Cgroup
 from l2a_compress.runtime.signals.host import Host, Pressure
 from l2a_compress.runtime.signals.nvml import Gpu
 from l2a_compress.runtime.signals.reading import Background, Reading, Signals, Source
 from l2a_compress.runtime.signals.spot import AwsSpot, AzureSpot, GcpSpot
+
+
+def machine() -> list[Source]:
+    """Sources of this machine: host, pressure, control group, and the first GPU where NVML's package is installed."""
+    found: list[Source] = [Host(), Pressure(), Cgroup()]
+    return [*found, Gpu()] if find_spec("pynvml") else found
+
 
 __all__ = [
     "AwsSpot",
@@ -22,4 +31,5 @@ __all__ = [
     "Reading",
     "Signals",
     "Source",
+    "machine",
 ]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -40,13 +43,16 @@ class Host(Source):
 
 
 class Pressure(Source):
-    """Pressure stall information: the share of the last ten seconds in which some, or all, tasks waited.
+    """Pressure stall information: the share of about the last second in which some, or all, tasks waited.
 
     Readings, each a share: ``pressure.RESOURCE_some`` for cpu, memory and io, ``pressure.RESOURCE_full`` for memory and
-    io. Needs Linux 4.20 with PSI switched on. Source: https://docs.kernel.org/accounting/psi.html
+    io. They come from the kernel's running totals between two readings; the first one is its average of ten seconds,
+    as a squeeze must be seen sooner than that average shows it. Needs Linux 4.20 with PSI switched on. Source:
+    https://docs.kernel.org/accounting/psi.html
 
     Args:
         folder: where ``cpu``, ``memory`` and ``io`` stand.
+        clock: in seconds.
     """
 
     units = MappingProxyType(
@@ -58,16 +64,26 @@ class Pressure(Source):
             "pressure.io_full": "share",
         }
     )
+    _SECONDS = 1.0
 
-    def __init__(self, folder: str | Path = "/proc/pressure") -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: str | Path = "/proc/pressure", clock: Callable[[], float] = time.monotonic) -> None:
+        self._folder, self._clock = Path(folder), clock
+        self._totals: dict[str, deque[tuple[float, int]]] = {name: deque() for name in self.units}
 
     def _values(self) -> dict[str, float | str]:
-        return each({name: partial(self._share, *name.partition(".")[2].split("_")) for name in self.units})
+        return each({name: partial(self._share, name) for name in self.units})
 
-    def _share(self, resource: str, kind: str) -> float:
+    def _share(self, name: str) -> float:
+        resource, kind = name.partition(".")[2].split("_")
         for line in (self._folder / resource).read_text().splitlines():
             first, *rest = line.split()
             if first == kind:
-                return float(dict(item.split("=") for item in rest)["avg10"]) / 100
+                values, now, totals = dict(item.split("=") for item in rest), self._clock(), self._totals[name]
+                totals.append((now, int(values["total"])))
+                while len(totals) > 2 and totals[1][0] <= now - self._SECONDS:
+                    totals.popleft()
+                began, waited = totals[0]
+                if now - began < self._SECONDS / 10:
+                    return float(values["avg10"]) / 100
+                return min(1.0, (totals[-1][1] - waited) / 1e6 / (now - began))
         raise ValueError(f"{self._folder / resource} has no line {kind!r}")

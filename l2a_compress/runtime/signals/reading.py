@@ -120,6 +120,8 @@ def each(values: Mapping[str, Callable[[], float]]) -> dict[str, float | str]:
 
 
 def _told(error: Exception) -> str:
+    if type(error) is ValueError:  # a source's own words
+        return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

@@ -1,0 +1,185 @@
+"""Steers an engine by the machine: reads the signals, asks the selector, and changes what requests may spend.
+
+signals, engine --readings--> select --decision--> budgets of the requests that have a tier
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from l2a_compress.budget import Budget
+from l2a_compress.errors import BundleError, OutOfMemoryError, SessionError
+from l2a_compress.runtime.costs import CostTable
+from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.policy import Policy
+from l2a_compress.runtime.request import Request
+from l2a_compress.runtime.selector import Decision, State, Work, select
+from l2a_compress.runtime.signals.reading import Reading, Signals, Source
+from l2a_compress.runtime.signals.service import Service
+
+log = logging.getLogger(__name__)
+_SLOW = 0.05  # weight of the newest request in what the next ones are expected to write
+
+
+@dataclass
+class _Tier:
+    """What is in force for a tier, and when the selector last wanted it so."""
+
+    decision: Decision
+    budget: Budget
+    since: float
+
+
+class Controller:
+    """Calls :func:`~l2a_compress.runtime.selector.select` every ``seconds`` and applies what it says.
+
+    A request with a tier never gets more than it asked for. Lower budgets take effect at its next token, higher ones
+    as the policy's dwell allows.
+
+    Args:
+        engine: whose requests are steered, from the thread that steps it.
+        table: what budgets cost here.
+        policy: None for the default one.
+        sources: of the machine; the engine's own queue and pace come besides.
+        seconds: between two decisions.
+
+    Attributes:
+        switches: How often the budget of the tier ``default`` has changed.
+        readings: The last ones.
+
+    Raises:
+        BundleError: the bundle was exported without the router graph, which decides for another budget.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        table: CostTable,
+        policy: Policy | None = None,
+        sources: Sequence[Source] = (),
+        *,
+        seconds: float = 0.1,
+    ) -> None:
+        if engine.serve == "if" and all(graph.kind != "router" for graph in engine.bundle.graphs):
+            raise BundleError(f"{engine.folder}: has no router graph to steer requests with; export it again")
+        self.engine, self.table, self.policy = engine, table, policy or Policy()
+        self.signals = Signals([*sources, Service(engine, table.steps)])
+        self.readings: dict[str, Reading] = {}
+        self.switches = 0
+        self._seconds, self._last = seconds, float("-inf")
+        self._tiers: dict[str, _Tier] = {}
+        self._new = float(engine.bundle.gates["think_reference"])  # tokens that a request is expected to write
+        self._seen: Request | None = None
+
+    @property
+    def decisions(self) -> dict[str, Decision]:
+        """The last decision for each tier that was asked for."""
+        return {name: tier.decision for name, tier in self._tiers.items()}
+
+    @property
+    def decision(self) -> Decision | None:
+        """The last decision for the tier ``default``."""
+        return self.decisions.get("default")
+
+    def budget(self, tier: str = "default") -> Budget:
+        """What requests of a tier may spend now.
+
+        Raises:
+            ConfigError: the policy has no such tier.
+        """
+        self.policy.tier(tier)
+        if tier not in self._tiers:
+            self.update(tiers=(tier,), force=True)
+        return self._tiers[tier].budget
+
+    def update(self, tiers: Sequence[str] = (), *, force: bool = False) -> None:
+        """Decides and applies, if the last time is long enough ago."""
+        now = self.engine.clock()
+        if not force and now - self._last < self._seconds:
+            return
+        self._last = now
+        self._learn()
+        self.readings = self.signals.read()
+        values = self._values()
+        engine, policy = self.engine, self.policy
+        known = [*engine.running, *itertools.islice(engine.waiting, engine.max_rows)]
+        found = {"default", *tiers, *(request.tier for request in known if request.tier is not None)}
+        for name in sorted(found):
+            requests = [request for request in known if request.tier == name]
+            self._decide(name, requests, values, now)
+            for request in requests:
+                self.apply(request)
+        default = self._tiers["default"].decision
+        engine.paused = not default.admit
+        if engine.paused and engine.waiting and now - engine.waiting[0].submitted > policy.patience_seconds:
+            reason = next(term.reason for term in default.terms if term.name == "memory")
+            engine.cancel(engine.waiting[0], OutOfMemoryError(f"no memory for {policy.patience_seconds:g} s: {reason}"))
+
+    def apply(self, request: Request) -> None:
+        """Gives a request the least of what it asked for and what its tier may spend now."""
+        if request.tier is None:
+            return
+        budget = request.ceiling.tighter(self.budget(request.tier))
+        if budget != request.budget:
+            try:
+                self.engine.set_budget(request, budget)
+            except SessionError as error:  # it stays as it is until the next decision
+                log.warning("request %d keeps its budget: %s", request.number, error)
+
+    def _values(self) -> dict[str, float | None]:
+        """Readings that are not stale. What the loaded graph holds would be free for another one."""
+        now, policy = self.engine.clock(), self.policy
+        values = {
+            name: reading.value if now - reading.at <= policy.stale_seconds else None
+            for name, reading in self.readings.items()
+        }
+        current = self._tiers.get("default")
+        held = self.table.steps[0 if current is None else current.decision.step].memory_bytes
+        for name in policy.memories:
+            value = values.get(name)
+            if value is not None:
+                values[name] = value + held + self.engine.cache_bytes
+        return values
+
+    def _decide(self, name: str, requests: Sequence[Request], values: Mapping[str, float | None], now: float) -> None:
+        before = self._tiers.get(name)
+        work, left = self._work(requests, now)
+        readings = values if left is None else {**values, "request.seconds_left": left}
+        state = State() if before is None else before.decision.state
+        decision = select(self.table.steps, readings, work, self.policy, state, now=now, tier=name)
+        wanted = decision.budget
+        if before is not None and wanted != before.budget:
+            eased = wanted.compute == before.budget.compute and before.budget.tighter(wanted) == before.budget
+            if eased and now - before.since < self.policy.dwell_seconds:  # a cap that comes and goes
+                before.decision = decision
+                return
+            self.switches += name == "default"
+        self._tiers[name] = _Tier(decision, wanted, now)
+
+    def _work(self, requests: Sequence[Request], now: float) -> tuple[Work, float | None]:
+        """What the selector should weigh, and how long the most urgent request has."""
+        engine = self.engine
+        rows = max(1, min(engine.max_rows, engine.rows + len(engine.waiting)))
+        urgent = min(
+            (request for request in requests if request.deadline is not None),
+            key=lambda request: request.deadline or 0.0,
+            default=None,
+        )
+        shown = urgent or next(iter(requests), None)
+        prompt, new = 0 if shown is None else len(shown.prompt), self._new
+        if urgent is not None and urgent.started is not None:
+            prompt, new = 0, max(1.0, new - len(urgent.written))
+        reference = int(engine.bundle.gates["think_reference"])
+        work = Work(prompt_tokens=prompt, new_tokens=round(new), think_tokens=reference, rows=rows)
+        return work, None if urgent is None or urgent.deadline is None else max(0.0, urgent.deadline - now)
+
+    def _learn(self) -> None:
+        """Slow means of what requests write."""
+        fresh = list(itertools.takewhile(lambda request: request is not self._seen, reversed(self.engine.ended)))
+        for request in reversed(fresh):
+            self._new += _SLOW * (len(request.written) - self._new)
+        if fresh:
+            self._seen = fresh[0]

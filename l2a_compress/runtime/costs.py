@@ -1,0 +1,178 @@
+"""The cost table of a bundle on this machine, measured through the engine that serves it.
+
+A table holds for one bundle, processor, number of threads and way of serving. It is measured when it is first needed,
+in seconds to a minute, and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from l2a_compress import _validate
+from l2a_compress._machine import peak_bytes, processor
+from l2a_compress.budget import Budget
+from l2a_compress.bundle import MANIFEST_FILE
+from l2a_compress.errors import ConfigError
+from l2a_compress.files import write_atomic
+from l2a_compress.runtime.engine import Engine, Rehearsal
+from l2a_compress.runtime.selector import Step
+
+PROMPT, TOKENS, ROUNDS = 64, 12, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """What each budget of a ladder costs.
+
+    Attributes:
+        device: The processor's name.
+        threads: Of one operator; None: onnxruntime's choice.
+        serve: ``if`` or ``variants``.
+        rows: The most rows that were measured together.
+        steps: From the largest budget to the smallest.
+    """
+
+    device: str
+    threads: int | None
+    serve: str
+    rows: int
+    steps: tuple[Step, ...]
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise ConfigError("steps: a cost table holds at least one")
+        for place, step in enumerate(self.steps):
+            for name, value in asdict(step).items():
+                zero = name in ("memory_bytes", "row_seconds", "cache_bytes") and value == 0
+                if not zero:
+                    _validate.positive(value, f"steps[{place}].{name}", ConfigError)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that ``from_json`` turns back into an equal table."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> CostTable:
+        """Reads a table from a JSON object.
+
+        Raises:
+            ConfigError: a key that is missing or unknown, or a value out of range.
+        """
+        values = _validate.keywords(cls, data, ConfigError, optional=frozenset())
+        if not isinstance(values["steps"], list | tuple):
+            raise ConfigError(f"steps must be a list, found {values['steps']!r}")
+        optional = frozenset({"row_seconds"})
+        steps = (Step(**_validate.keywords(Step, step, ConfigError, optional=optional)) for step in values["steps"])
+        return cls(**{**values, "steps": tuple(steps)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> CostTable:
+        """Reads a file that :meth:`write` wrote.
+
+        Raises:
+            ConfigError: it cannot be read, or is no cost table.
+        """
+        try:
+            return cls.from_json(json.loads(Path(path).read_text()))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a cost table ({error}); measure it again with `l2a bench`") from error
+
+    def write(self, path: str | Path) -> None:
+        """Writes the table, atomically.
+
+        Raises:
+            StorageError: the disk is full or the folder is not writable.
+        """
+        write_atomic(Path(path), json.dumps(self.to_json(), indent=2) + "\n")
+
+
+def cost_table(engine: Engine, *, progress: Callable[[str], None] | None = None) -> CostTable:
+    """The table of an idle engine: what this machine measured before, or else measured now."""
+    path = cached_path(engine)
+    try:
+        return CostTable.load(path)
+    except ConfigError:
+        (progress or (lambda _: None))("measuring what each budget costs on this machine")
+    table = measure(engine)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table.write(path)
+    return table
+
+
+def cached_path(engine: Engine) -> Path:
+    """Where the table of an engine is kept. ``L2A_CACHE`` moves the folder, else it is under ``XDG_CACHE_HOME``."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("L2A_CACHE") or Path(home) / "l2a_compress")
+    manifest = (engine.folder / MANIFEST_FILE).read_bytes()
+    about = [processor(), os.cpu_count(), engine.threads, engine.serve, engine.max_rows, engine.contract]
+    digest = hashlib.sha256(json.dumps(about).encode() + manifest).hexdigest()
+    return cache / "costs" / f"{digest[:32]}.json"
+
+
+def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
+    """Measures every budget of an idle engine's ladder.
+
+    The budgets take turns, so that a machine that slows down slows all of them; medians over rounds. Memory is the peak
+    of a process of its own.
+
+    Raises:
+        ConfigError: requests are running.
+        SessionError: a graph cannot be loaded or run.
+    """
+    rows, ladder = engine.max_rows, engine.ladder
+    alone: dict[float, list[Rehearsal]] = {budget: [] for budget in ladder}
+    full: dict[float, list[float]] = {budget: [] for budget in ladder}
+    for number in range(rounds + 1):
+        for budget in ladder:
+            if engine.serve == "variants":  # loading does not count
+                _rehearse(engine, budget, rows=1)
+            one, many = _rehearse(engine, budget, rows=1), _rehearse(engine, budget, rows=rows)
+            if number:  # the first round warms up
+                alone[budget].append(one)
+                full[budget].append(many.decode_seconds)
+    peaks = dict.fromkeys(ladder, _peak(engine, ladder[0])) if engine.serve == "if" else {}
+    steps = []
+    for budget in ladder:
+        decode = statistics.median(one.decode_seconds for one in alone[budget])
+        ran = alone[budget][0]
+        steps.append(
+            Step(
+                budget=budget,
+                layers=ran.layers,
+                heads=ran.heads,
+                prefill_seconds=statistics.median(one.prefill_seconds for one in alone[budget]),
+                decode_seconds=decode,
+                row_seconds=max(0.0, statistics.median(full[budget]) - decode) / max(1, rows - 1),
+                memory_bytes=peaks[budget] if budget in peaks else _peak(engine, budget),
+                cache_bytes=ran.cache_bytes,
+            )
+        )
+    return CostTable(device=processor(), threads=engine.threads, serve=engine.serve, rows=rows, steps=tuple(steps))
+
+
+def _rehearse(engine: Engine, budget: float, *, rows: int) -> Rehearsal:
+    return engine.rehearse(Budget(compute=budget), rows=rows, prompt_tokens=PROMPT, new_tokens=TOKENS)
+
+
+def _peak(engine: Engine, budget: float) -> float:
+    """Bytes of a process that serves one request; 0 where the system does not tell."""
+    about = {"folder": str(engine.folder), "serve": engine.serve, "threads": engine.threads}
+    code = f"from {__name__} import print_peak; print_peak({about!r}, {budget!r})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def print_peak(about: Mapping[str, Any], budget: float) -> None:
+    """Serves one request and prints the most bytes that this process has held."""
+    engine = Engine(about["folder"], max_rows=1, threads=about["threads"], serve=about["serve"])
+    _rehearse(engine, budget, rows=1)
+    print(peak_bytes() or 0)

@@ -1,0 +1,98 @@
+"""Rows that run together on one graph of a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2a_compress.bundle import GraphEntry
+from l2a_compress.runtime.caches import Caches
+from l2a_compress.runtime.decoder import PAST, GraphDecoder, session_error
+from l2a_compress.runtime.request import Request
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Lane:
+    """A graph, its caches, and the requests in their rows.
+
+    Args:
+        folder: the bundle.
+        entry: the ``If`` graph or a variant.
+        threads: of one operator; None leaves it to onnxruntime.
+
+    Attributes:
+        requests: Those that run, in the order of their rows.
+        failures: Runs that failed, one after another.
+
+    Raises:
+        SessionError: the graph cannot be loaded.
+    """
+
+    def __init__(self, folder: Path, entry: GraphEntry, *, threads: int | None) -> None:
+        self.entry = entry
+        self._path = folder / entry.file
+        self._decoder = GraphDecoder(self._path, threads=threads)
+        inputs = self._decoder.inputs.items()
+        self.caches = Caches(
+            {name: (item.shape[1], item.shape[3], item.type) for name, item in inputs if name.startswith(PAST)}
+        )
+        self.requests: list[Request] = []
+        self.failures = 0
+        self._bound = -1  # rows that the decoder is bound to; -1: not to those that run
+
+    def reserve(self, rows: int, capacity: int) -> None:
+        """Makes room in the caches.
+
+        Raises:
+            OutOfMemoryError: there is none; the rows are as they were.
+        """
+        try:
+            if self.caches.reserve(rows, capacity):
+                self._bound = -1
+        except MemoryError as error:
+            raise session_error(self._path, "make caches for", error) from error
+
+    def prefill(self, request: Request, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Computes all tokens of a request into the row behind those that run, and lets it run."""
+        tokens = np.array([request.tokens], dtype=np.int64)
+        self._decoder.bind(self.caches.view(len(self.requests), 1))
+        self._bound = -1
+        outputs = self._decoder.step(tokens, np.ones_like(tokens), **inputs)
+        request.length = tokens.shape[1]
+        self.requests.append(request)
+        return outputs
+
+    def resume(self, request: Request, held: Mapping[str, Array]) -> None:
+        """Lets a request run on with keys and values that it brings."""
+        self.caches.put(len(self.requests), held)
+        self.requests.append(request)
+
+    def decode(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """One token of every row."""
+        count = len(self.requests)
+        lengths = np.array([request.length + 1 for request in self.requests])
+        self.reserve(count, int(lengths.max()))  # a cap may have been raised since the request came
+        if self._bound != count:
+            self._decoder.bind(self.caches.view(0, count))
+            self._bound = count
+        mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
+        fed = np.array([[request.written[-1]] for request in self.requests], dtype=np.int64)
+        outputs = self._decoder.step(fed, mask, **inputs)
+        for request in self.requests:
+            request.length += 1
+        return outputs
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out; the last row takes its place."""
+        row, last = self.requests.index(request), self.requests.pop()
+        if last is not request:
+            self.caches.move(len(self.requests), row, last.length)
+            self.requests[row] = last
+
+    def held(self, request: Request) -> dict[str, Array]:
+        """A copy of the keys and values of a request."""
+        return self.caches.take(self.requests.index(request), request.length)

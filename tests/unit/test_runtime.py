@@ -1,0 +1,666 @@
+"""What an engine does when its budget, its memory or its sessions change under it, and who steers it."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from l2a_compress._cli import main
+from l2a_compress.budget import Budget
+from l2a_compress.errors import BudgetError, BundleError, ConfigError, OutOfMemoryError, SessionError
+from l2a_compress.exporters.onnx import ExportOptions, export
+from l2a_compress.reasoning import Reasoning
+from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Server
+from l2a_compress.runtime.controller import Controller
+from l2a_compress.runtime.costs import CostTable, cached_path, cost_table
+from l2a_compress.runtime.decoder import GraphDecoder
+from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.selector import Step
+from l2a_compress.runtime.signals import Source
+from toy_models import new_artifact, prompts
+
+LIMITS = Limits(max_think_tokens=9, max_answer_tokens=4, tau_threshold=None)
+TEXT = "Ann has 3 apples."
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with an ``If`` graph and variants, that tests only read."""
+    folder = tmp_path_factory.mktemp("made")
+    export(new_artifact(folder), folder / "bundle", ExportOptions(budgets=(1.0, 0.7, 0.45), calibration=4))
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="module")
+def lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose ``If`` graph writes no keys and values of layers that it skips."""
+    folder = tmp_path_factory.mktemp("lean")
+    export(new_artifact(folder), folder / "bundle", ExportOptions(budgets=(), whole_cache=False))
+    return folder / "bundle"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("L2A_CACHE", str(tmp_path / "cache"))
+
+
+def texts(count: int) -> list[list[int]]:
+    ids, mask = prompts(count, 12, seed=3)
+    return [row[held.bool()].tolist() for row, held in zip(ids, mask, strict=True)]
+
+
+def finish(engine: Engine, before: Callable[[int], object] = lambda _: None) -> int:
+    for step in range(500):
+        if not engine.busy:
+            return step
+        before(step)
+        engine.step()
+    raise AssertionError("requests do not end")
+
+
+def alone(
+    folder: Path, prompt: list[int], kept_at: Callable[[int], Budget], engine: Engine, limits: Limits = LIMITS
+) -> list[int]:
+    """Greedy text of one prompt by the ``If`` graph itself, under the budget of each token."""
+    decoder = GraphDecoder(folder / "if.onnx", threads=1)
+    router = GraphDecoder(folder / "router.onnx", threads=1)
+    decoder.start(1, len(prompt) + 80)
+    reasoning = Reasoning(engine.tags, cap=limits.max_think_tokens, max_answer=limits.max_answer_tokens)
+    written: list[int] = []
+    while reasoning.stage != "done":
+        told = engine._told(kept_at(len(written)))
+        decision = {
+            "budget": np.array([told.features], dtype=np.float32),
+            "limits": np.array([told.limits], dtype=np.int64),
+            "price": np.array([told.price], dtype=np.float32),
+        }
+        ids = np.array([prompt], dtype=np.int64)
+        kept = router.step(ids, np.ones_like(ids), **decision)["kept_groups"]
+        fed = ids if not written else np.array([[written[-1]]], dtype=np.int64)
+        mask = np.ones((1, len(prompt) + len(written)), dtype=np.int64)
+        logits = decoder.step(fed, mask, **decision, allocation=kept)["logits"][0, 0]
+        if reasoning.begins_answer:
+            logits = logits.copy()
+            logits[engine.tags.end_answer] = -np.inf
+        written.append(reasoning.advance(int(logits.argmax())))
+    return written
+
+
+def test_a_budget_that_changes_acts_from_the_next_token_on(made: Path) -> None:
+    engine = Engine(made, max_rows=4, threads=1)
+    plans = [lambda step, row=row: Budget(compute=(1.0, 0.45, 0.8, 1.0)[(step // 3 + row) % 4]) for row in range(6)]
+    expected = [alone(made, prompt, plan, engine) for prompt, plan in zip(texts(6), plans, strict=True)]
+    requests = engine.submit(texts(6), [plan(0) for plan in plans], limits=LIMITS)
+
+    def change(_: int) -> None:
+        for request, plan in zip(requests, plans, strict=True):
+            engine.set_budget(request, plan(len(request.written)))
+
+    finish(engine, change)
+    assert [request.written for request in requests] == expected
+    steady = engine.submit(texts(6), [Budget(compute=0.45)] * 6, limits=LIMITS)
+    finish(engine)
+    assert [request.written for request in steady] != expected
+
+
+def test_a_lean_graph_computes_again_what_a_higher_budget_needs(lean: Path) -> None:
+    engine = Engine(lean, max_rows=2, threads=1)
+    low, high = Budget(compute=0.45), Budget()
+    requests = engine.submit(texts(4), [low] * 4, limits=LIMITS)
+
+    def rise(step: int) -> None:
+        if step == 4:
+            for request in requests:
+                engine.set_budget(request, high)
+
+    finish(engine, rise)
+    for request, prompt in zip(requests, texts(4), strict=True):
+        # What was written stays; what follows is what the dense model says after it.
+        if len(request.written) < 5:
+            continue
+        kept = request.written[: 5 if request.number < 2 else 0]
+        decoder = GraphDecoder(lean / "if.onnx", threads=1)
+        decoder.start(1, 64)
+        ids = np.array([prompt + kept], dtype=np.int64)
+        told = engine._told(high)
+        outputs = decoder.step(
+            ids,
+            np.ones_like(ids),
+            budget=np.array([told.features], dtype=np.float32),
+            limits=np.array([told.limits], dtype=np.int64),
+            price=np.array([told.price], dtype=np.float32),
+            allocation=np.full((1, 6), 2, dtype=np.int64),
+        )
+        assert request.kept == (2,) * 6
+        if len(request.written) > len(kept) and request.reasoning.think[len(kept) : len(kept) + 1]:
+            assert request.written[len(kept)] == int(outputs["logits"][0, 0].argmax())
+
+
+def test_a_budget_that_cannot_be_leaves_the_old_one(made: Path) -> None:
+    engine = Engine(made, threads=1)
+    (request,) = engine.submit(texts(1), [Budget(compute=0.7)], limits=LIMITS)
+    engine.step()
+    with pytest.raises(BudgetError, match="always-on"):
+        engine.set_budget(request, Budget(compute=0.01))
+    assert request.budget == Budget(compute=0.7)
+    engine.set_budget(request, Budget(think_tokens=2))
+    finish(engine)
+    assert len(request.reasoning.think) == 2
+    engine.set_budget(request, Budget())  # it is done: nothing happens
+    assert request.budget.think_tokens == 2
+
+
+def test_a_cap_on_reasoning_that_is_raised_makes_room(made: Path) -> None:
+    engine = Engine(made, max_rows=2, threads=1)
+    limits, small, large = Limits(max_think_tokens=40, tau_threshold=None), Budget(think_tokens=4), Budget()
+    requests = engine.submit(texts(2), [small] * 2, limits=limits)
+    engine.step()
+    for request in requests:
+        engine.set_budget(request, large)
+    finish(engine)
+    for request in requests:
+        plan = alone(made, request.prompt, lambda written: small if written < 2 else large, engine, limits)
+        assert request.written == plan
+        assert len(request.reasoning.think) > 4
+
+
+def test_variants_say_what_their_own_graphs_say_and_only_those_in_use_are_loaded(made: Path) -> None:
+    engine = Engine(made, max_rows=4, threads=1, serve="variants")
+    assert engine.graphs == []
+    assert engine.ladder == (1.0, 0.7, 0.45)
+    for variant in engine.bundle.variants:
+        assert variant.allocation is not None
+        requests = engine.submit(texts(5), [Budget(compute=variant.cost)] * 5, limits=LIMITS)
+        finish(engine)
+        assert engine.graphs == [variant.name]
+        for request in requests:
+            assert request.allocation(2) == variant.allocation
+        other = Engine(made, max_rows=1, threads=1)
+        for request, prompt in zip(requests, texts(5), strict=True):
+            (same,) = other.submit([prompt], [Budget(compute=variant.budget or 1.0)], limits=LIMITS)
+            same.kept = request.kept
+            finish(other)
+            if variant.budget == 1.0:  # the others are told their budget's share of the ladder at <think>
+                assert same.written == request.written
+    with pytest.raises(BudgetError, match="no variant"):
+        engine.submit(texts(1), [Budget(layers=1)])
+
+
+def test_a_request_moves_between_variants(made: Path) -> None:
+    engine = Engine(made, max_rows=4, threads=1, serve="variants")
+    requests = engine.submit(texts(4), [None] * 4, limits=LIMITS)
+    seen: set[str] = set()
+
+    def move(step: int) -> None:
+        seen.update(engine.graphs)
+        if step in (2, 5):
+            for request in requests:
+                engine.set_budget(request, Budget(compute=0.45 if step == 2 else 1.0))
+
+    finish(engine, move)
+    assert len(seen) == 2
+    assert all(request.reasoning.answer and request.error is None for request in requests)
+    # A cache that moved down is the cache that the smaller graph goes on with.
+    first = Engine(made, max_rows=1, threads=1, serve="variants")
+    (one,) = first.submit(texts(1), [None], limits=LIMITS)
+    for _ in range(2):
+        first.step()
+    (lane,) = first._lanes.values()
+    held = lane.held(one)
+    first.set_budget(one, Budget(compute=0.45))
+    first.step()
+    (lane,) = first._lanes.values()
+    assert lane.entry.budget == 0.45
+    for name, values in lane.held(one).items():
+        groups, tokens = values.shape[0], held[name].shape[1]
+        np.testing.assert_array_equal(values[:, :tokens], held[name][:groups])
+    assert set(lane.held(one)) < set(held)
+
+
+class Faulty:
+    """A session that fails when it is told to."""
+
+    def __init__(self, session: Any, fails: Callable[[], Exception | None]) -> None:
+        self._session, self._fails = session, fails
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        error = self._fails()
+        if error is not None:
+            raise error
+        self._session.run_with_iobinding(binding)
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> list[Exception | None]:
+    """What the next runs of any session fail with, from the first on; they succeed where it is empty."""
+    planned: list[Exception | None] = []
+    old = GraphDecoder.__init__
+
+    def init(self: GraphDecoder, *args: Any, **options: Any) -> None:
+        old(self, *args, **options)
+        self.session = Faulty(self.session, lambda: planned.pop(0) if planned else None)
+
+    monkeypatch.setattr(GraphDecoder, "__init__", init)
+    return planned
+
+
+SHORT = RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Failed to allocate memory for requested buffer")
+BROKEN = RuntimeError("[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running node")
+
+
+def test_a_run_that_fails_is_tried_again_and_changes_no_text(made: Path, faults: list[Exception | None]) -> None:
+    engine = Engine(made, max_rows=3, threads=1)
+    first = engine.submit(texts(5), [None] * 5, limits=LIMITS)
+    finish(engine)
+    for planned in ([BROKEN], [None] * 3 + [BROKEN, BROKEN], [None] * 3 + [SHORT], [None, SHORT]):
+        faults[:] = planned
+        again = engine.submit(texts(5), [None] * 5, limits=LIMITS)
+        finish(engine)
+        assert not faults
+        assert [request.error for request in again] == [None] * 5
+        assert [request.written for request in again] == [request.written for request in first]
+
+
+def test_memory_that_is_short_means_a_smaller_budget_and_then_one_error(
+    made: Path, faults: list[Exception | None]
+) -> None:
+    engine = Engine(made, max_rows=1, threads=1)
+    faults[:] = [SHORT, SHORT]
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    finish(engine)
+    assert request.error is None
+    assert request.budget == Budget(compute=0.45)
+    faults[:] = [SHORT] * 9
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    finish(engine)
+    assert isinstance(request.error, OutOfMemoryError)
+    assert isinstance(request.error, MemoryError)
+    assert "if.onnx: not enough memory to run it" in str(request.error)
+    faults[:] = [BROKEN] * 3
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    finish(engine)
+    assert type(request.error) is SessionError
+    assert "cannot run it" in str(request.error)
+    faults.clear()
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    finish(engine)
+    assert request.error is None
+
+
+def test_a_variant_that_does_not_load_is_replaced_by_a_smaller_one(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = GraphDecoder.__init__
+
+    def init(self: GraphDecoder, path: Path, **options: Any) -> None:
+        if path.name == "b1.onnx":
+            raise SessionError(f"{path}: onnxruntime cannot load it")
+        old(self, path, **options)
+
+    monkeypatch.setattr(GraphDecoder, "__init__", init)
+    engine = Engine(made, max_rows=2, threads=1, serve="variants")
+    requests = engine.submit(texts(3), [None] * 3, limits=LIMITS)
+    finish(engine)
+    assert [request.budget.compute for request in requests] == [0.7] * 3
+    assert [request.error for request in requests] == [None] * 3
+
+
+def test_a_request_waits_for_memory_and_is_refused_where_none_can_come(made: Path) -> None:
+    left = [math.inf]
+    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0])
+    first = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+    left[0] = 100.0
+    more = engine.submit(texts(2), [None] * 2, limits=LIMITS)
+    engine.step()
+    assert engine.rows == 1  # the caches would have to grow
+    finish(engine)
+    assert [request.error for request in first + more] == [None] * 3
+    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0])
+    requests = engine.submit(texts(2), [None] * 2, limits=LIMITS)
+    finish(engine)
+    for request in requests:
+        assert isinstance(request.error, OutOfMemoryError)
+        assert "bytes for its keys and values" in str(request.error)
+
+
+def test_an_answer_ends_before_a_text_that_stops_it(made: Path) -> None:
+    runtime = Runtime.open(made, threads=1)
+    limits = Limits(max_think_tokens=3, max_answer_tokens=12)
+    (whole,) = runtime.generate([TEXT], limits=limits)
+    words = whole.answer.split()
+    assert len(words) > 4
+    stop = words[3]
+    place = f" {whole.answer} ".index(f" {stop} ")
+    stopping = Limits(max_think_tokens=3, max_answer_tokens=12, stop=(stop, "no such text"))
+    *pieces, answer = runtime.stream(TEXT, limits=stopping)
+    assert isinstance(answer, Answer)
+    assert answer.answer == whole.answer[:place].strip()
+    text = "".join(map(str, pieces))
+    assert text.rpartition("<answer>")[2].strip() == answer.answer
+    assert answer.think == whole.think
+    for bad in ("text", ("",)):
+        with pytest.raises(ConfigError, match="stop"):
+            Limits(stop=bad)  # type: ignore[arg-type]
+
+
+class Told(Source):
+    """Readings that a test sets."""
+
+    units = MappingProxyType({"pressure.cpu_some": "share", "host.memory_available": "bytes"})
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+
+    def _values(self) -> dict[str, float | str]:
+        return dict(self.values)
+
+
+def table(*budgets: float, serve: str = "if") -> CostTable:
+    steps = tuple(
+        Step(
+            budget=budget,
+            layers=round(6 * budget),
+            heads=round(12 * budget),
+            prefill_seconds=1e-3 * budget,
+            decode_seconds=1e-2 * budget,
+            memory_bytes=1e6 * budget,
+            cache_bytes=10,
+        )
+        for budget in budgets
+    )
+    return CostTable(device="d", threads=1, serve=serve, rows=4, steps=steps)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def steered(folder: Path, policy: Policy) -> tuple[Controller, Told, Clock]:
+    clock, told = Clock(), Told()
+    engine = Engine(folder, max_rows=4, threads=1, clock=clock)
+    return Controller(engine, table(1.0, 0.7, 0.45), policy, [told]), told, clock
+
+
+def test_a_squeeze_lowers_the_budget_at_once_and_dwell_raises_it_by_steps(made: Path) -> None:
+    policy = Policy(dwell_seconds=2.0, pressures=("pressure.cpu_some",))
+    controller, told, clock = steered(made, policy)
+    limits = Limits(max_think_tokens=60, tau_threshold=None)
+    auto, fixed = controller.engine.submit(texts(2), [None] * 2, limits=limits, tiers=["default", None])
+    seen = []
+    for tick in range(60):
+        told.values["pressure.cpu_some"] = 0.9 if 10 <= tick < 20 else 0.0
+        clock.now += 0.2
+        controller.update()
+        controller.engine.step()
+        seen.append(auto.budget.compute)
+    assert seen[:10] == [1.0] * 10
+    assert seen[10:20] == [0.45] * 10
+    assert 0.7 in seen
+    assert seen[-1] == 1.0
+    assert seen == sorted(seen[:10]) + sorted(seen[10:])  # it only rises after the squeeze
+    assert controller.switches <= 4  # down, the cap on heads, and two steps up
+    assert fixed.budget == Budget()
+    assert controller.readings["pressure.cpu_some"].value == 0.0
+
+
+def test_caps_that_come_and_go_do_not_flap(made: Path) -> None:
+    controller, told, clock = steered(made, Policy(dwell_seconds=5.0, pressures=("pressure.cpu_some",)))
+    for tick in range(300):  # a minute
+        told.values["pressure.cpu_some"] = 0.5 if tick % 2 else 0.0
+        clock.now += 0.2
+        controller.update()
+    assert 1 <= controller.switches <= 30
+
+
+def test_memory_that_is_short_pauses_admission_and_patience_ends(made: Path) -> None:
+    controller, told, clock = steered(made, Policy(patience_seconds=3.0))
+    engine = controller.engine
+    told.values["host.memory_available"] = 0.0
+    # What the loaded graph holds is counted as free for another one: 1e6 of the largest, of which 0.45e6 are needed.
+    assert controller.budget().compute < 1.0
+    controller.table = table(1.0)
+    controller._tiers.clear()
+    told.values["host.memory_available"] = -1e6
+    (request,) = engine.submit(texts(1), [None], tiers=["default"])
+    for _ in range(20):
+        clock.now += 0.2
+        controller.update()
+        engine.step()
+    assert isinstance(request.error, OutOfMemoryError)
+    assert "no memory for 3 s" in str(request.error)
+    told.values["host.memory_available"] = 1e9
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS, tiers=["default"])
+    clock.now += 1.0
+    controller.update()
+    finish(engine)
+    assert request.error is None
+
+
+def test_stale_readings_decide_nothing(made: Path) -> None:
+    controller, told, clock = steered(made, Policy(stale_seconds=5.0, pressures=("pressure.cpu_some",)))
+    told.values["pressure.cpu_some"] = 0.9
+    for ahead, last in ((1.0, "pressure"), (10.0, "dwell")):
+        clock.now = time.monotonic() + ahead  # readings are made on the clock of the system
+        controller.update(force=True)
+        assert controller.decision is not None
+        assert controller.decision.terms[-1].name == last
+
+
+def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:
+    controller, _, clock = steered(made, Policy(target_seconds=2.0))
+    engine = controller.engine
+    (urgent,) = engine.submit(texts(1), [None], tiers=["default"], seconds=0.5)
+    clock.now += 0.2
+    controller.update()
+    decision = controller.decision
+    assert decision is not None
+    assert decision.binding.name == "time"
+    assert urgent.budget.compute == 0.45
+    assert urgent.budget.think_tokens == math.floor(engine.bundle.gates["think_reference"] * 0.45)
+    engine.cancel(urgent)
+    engine.submit(texts(40), [None] * 40, tiers=["default"] * 40)
+    clock.now += 0.2
+    controller.update()
+    assert controller.decision is not None
+    assert controller.decision.binding.name == "queue"
+
+
+def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:
+    controller, _, clock = steered(made, Policy())
+    engine = controller.engine
+    engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
+    old = engine._decode
+
+    def slow(lane: Any) -> None:
+        clock.now += 0.02  # the table says 0.01
+        old(lane)
+
+    engine._decode = slow  # type: ignore[method-assign]
+    for _ in range(12):
+        engine.step()
+    controller.update(force=True)
+    contention = controller.readings["service.contention"].value
+    assert contention == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_cost_table_is_measured_once(made: Path) -> None:
+    engine = Engine(made, max_rows=2, threads=1)
+    said: list[str] = []
+    found = cost_table(engine, progress=said.append)
+    assert len(said) == 1
+    assert cached_path(engine).is_file()
+    assert cost_table(engine, progress=said.append) == found
+    assert len(said) == 1
+    assert [step.budget for step in found.steps] == list(engine.ladder)
+    assert found.steps[0].layers == 6
+    assert [step.heads for step in found.steps] == sorted((step.heads for step in found.steps), reverse=True)
+    assert all(step.memory_bytes > 1e6 for step in found.steps)
+    assert cached_path(Engine(made, max_rows=3, threads=1)) != cached_path(engine)
+    cached_path(engine).write_text("{")
+    assert cost_table(engine, progress=said.append).device == found.device
+    assert len(said) == 2
+    (request,) = engine.submit(texts(1), [None])
+    with pytest.raises(ConfigError, match="measure before"):
+        engine.rehearse(Budget(), rows=1, prompt_tokens=4, new_tokens=1)
+    engine.cancel(request)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"steps": []}, "at least one"), ({"extra": 1}, "extra"), ({"steps": [{"budget": 1.0}]}, "missing")],
+)
+def test_a_bad_cost_table_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    data = table(1.0).to_json()
+    assert CostTable.from_json(data) == table(1.0)
+    with pytest.raises(ConfigError, match=message):
+        CostTable.from_json(data | change)
+    data["steps"][0]["decode_seconds"] = float("nan")
+    with pytest.raises(ConfigError, match=r"steps\[0\].decode_seconds"):
+        CostTable.from_json(data)
+    (tmp_path / "costs.json").write_text("[")
+    with pytest.raises(ConfigError, match="l2a bench"):
+        CostTable.load(tmp_path / "costs.json")
+
+
+def test_auto_is_the_least_of_what_is_asked_and_allowed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2a_compress.runtime.runtime.cost_table", lambda *_, **__: table(1.0, 0.7, 0.45))
+    told = Told()
+    policy = Policy.from_json({"pressures": ["pressure.cpu_some"], "tiers": {"flex": {"ceiling": 0.7}}})
+    runtime = Runtime.open(made, threads=1, policy=policy, sources=[told])
+    told.values["pressure.cpu_some"] = 0.0
+    (answer,) = runtime.generate([TEXT], "auto", limits=LIMITS)
+    assert answer == runtime.generate([TEXT], limits=LIMITS)[0]
+    (answer,) = runtime.generate([TEXT], "auto", limits=LIMITS, tier="flex")
+    assert answer.budget.compute == 0.7
+    assert answer.cost <= 0.7
+    with pytest.raises(ConfigError, match="tier 'vip'"):
+        runtime.generate([TEXT], "auto", tier="vip")
+    with pytest.raises(ConfigError, match='"auto"'):
+        runtime.generate([TEXT], "most")  # type: ignore[arg-type]
+    (request,) = runtime.submit([TEXT], [None], limits=LIMITS)
+    runtime.step()
+    runtime.set_budget(request, "auto", tier="flex")
+    assert request.budget.compute == 0.7
+    runtime.set_budget(request, Budget(compute=0.8))
+    assert (request.budget.compute, request.tier) == (0.8, None)
+    with pytest.raises(BudgetError):
+        runtime.set_budget(request, Budget(compute=0.01))
+    assert request.budget.compute == 0.8
+
+
+def test_a_bundle_without_a_router_is_not_steered(made: Path) -> None:
+    engine = Engine(made, threads=1)
+    graphs = tuple(graph for graph in engine.bundle.graphs if graph.kind != "router")
+    object.__setattr__(engine.bundle, "graphs", graphs)
+    with pytest.raises(BundleError, match="router"):
+        Controller(engine, table(1.0))
+    (request,) = engine.submit(texts(1), [None])
+    engine.step()
+    with pytest.raises(BundleError, match="router"):
+        engine.set_budget(request, Budget(compute=0.5))
+
+
+def test_many_callers_share_a_server(made: Path) -> None:
+    limits = Limits(max_think_tokens=6, max_answer_tokens=3)
+    runtime = Runtime.open(made, max_rows=3, threads=1)
+    asked = [(f"{name} has {count} apples.", Budget(compute=compute)) for name, count, compute in CALLERS]
+    expected = [runtime.generate([text], budget, limits=limits)[0] for text, budget in asked]
+    found: dict[int, Answer] = {}
+    with Server(runtime) as server:
+
+        def call(number: int) -> None:
+            text, budget = asked[number]
+            *pieces, answer = server.stream(text, budget, limits=limits)
+            assert isinstance(answer, Answer)
+            assert "</think>" in "".join(map(str, pieces))
+            found[number] = answer
+
+        threads = [threading.Thread(target=call, args=(number,)) for number in range(len(asked))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+
+        async def together() -> list[Answer]:
+            async def one(text: str, budget: Budget) -> Answer:
+                items = [item async for item in server.stream(text, budget, limits=limits)]
+                assert isinstance(items[-1], Answer)
+                return items[-1]
+
+            return await asyncio.gather(*(one(text, budget) for text, budget in asked))
+
+        assert asyncio.run(together()) == expected
+        with pytest.raises(BudgetError):
+            server.stream("x", Budget(compute=0.01))
+        stream = server.stream(TEXT, limits=Limits(max_think_tokens=400, tau_threshold=None))
+        stream.set_budget(Budget(compute=0.5))
+        assert stream.request.budget.compute == 0.5
+        stream.cancel()
+        assert stream.answer().think_tokens < 400
+    assert [found[number] for number in range(len(asked))] == expected
+    with pytest.raises(SessionError, match="closed"):
+        server.stream(TEXT)
+
+
+CALLERS = (("Ann", 3, 1.0), ("Bob", 4, 0.6), ("Ann", 5, 0.45), ("Bob", 2, 0.8), ("Ann", 7, 1.0))
+
+
+def test_a_server_tells_what_went_wrong(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.open(made, threads=1)
+    with Server(runtime) as server:
+        monkeypatch.setattr(runtime.engine, "step", lambda: 1 / 0)
+        with pytest.raises(SessionError, match="division by zero"):
+            server.stream(TEXT).answer()
+        monkeypatch.undo()
+        assert server.stream(TEXT, limits=LIMITS).answer().answer
+        waiting = server.stream(TEXT, limits=Limits(max_think_tokens=400, tau_threshold=None))
+    assert waiting.answer().think_tokens < 400  # closed: what was written
+
+
+def test_the_commands_select_and_bench(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "costs.json"
+    common = ["--threads", "1", "--max-rows", "2"]
+    assert main(["bench", str(made), *common, "--rounds", "1", "--out", str(out)]) == 0
+    assert "accuracy" in capsys.readouterr().out
+    assert len(CostTable.load(out).steps) == 3
+    assert main(["select", str(made), *common]) == 0
+    told = capsys.readouterr()
+    assert "measuring" not in told.err  # by bench, before
+    assert "host.memory_available" in told.out
+    assert "term policy" in told.out
+    policy = tmp_path / "policy.toml"
+    policy.write_text("[tiers.flex]\nceiling = 0.7\n")
+    command = ["run", str(made), TEXT, "--budget", "auto", "--tier", "flex", "--policy", str(policy), "--stats"]
+    assert main([*command, "--max-think-tokens", "4"]) == 0
+    stats = capsys.readouterr().out
+    assert re.search(r"budget 0\.(7|45).* \((policy: ceiling 0\.7|pressure: .*|dwell: .*)\): cost 0\.", stats)
+    for bad, message in (
+        (["run", str(made), TEXT, "--budget", "most"], "--budget"),
+        (["run", str(made), TEXT, "--budget", "auto", "--layers", "3"], "--layers"),
+        (["run", str(made), TEXT, "--serve", "all"], "serve"),
+        (["select", str(made), "--spot", "moon"], "--spot"),
+        (["select", str(made), "--interval", "0"], "--interval"),
+        (["bench", str(made), "--rounds", "0"], "--rounds"),
+    ):
+        assert main(bad) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr("time.sleep", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["select", str(made), *common, "--watch"]) == 130
