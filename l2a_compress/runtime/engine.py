@@ -68,6 +68,7 @@ class Engine:
         contract: under which the gates allocate.
         serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder, whose
             dropped layers take no memory.
+        max_graphs: variants that stay loaded although no request uses them, the one in use among them.
         memory_left: Bytes that may still be taken; None, or a None from it, where nobody knows.
         clock: in seconds.
 
@@ -90,16 +91,18 @@ class Engine:
         threads: int | None = None,
         contract: Contract = "cap",
         serve: Serve = "if",
+        max_graphs: int = 1,
         memory_left: Callable[[], float | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if max_rows < 1:
-            raise ConfigError(f"max_rows must be at least 1, found {max_rows!r}")
+        for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
+            if value < 1:
+                raise ConfigError(f"{name} must be at least 1, found {value!r}")
         if serve not in get_args(Serve):
             raise ConfigError(f"serve must be one of {', '.join(get_args(Serve))}, found {serve!r}")
         self.folder, self.threads, self.clock = Path(folder), threads, clock
         self.bundle = bundle = Bundle.load(self.folder)
-        self.max_rows, self.contract, self.serve = max_rows, contract, serve
+        self.max_rows, self.contract, self.serve, self._max_graphs = max_rows, contract, serve, max_graphs
         names = ("think", "end_think", "answer", "end_answer")
         think, end_think, answer, end_answer = (bundle.tags[name] for name in names)
         self.tags = Tags(think=think, end_think=end_think, answer=answer, end_answer=end_answer)
@@ -345,11 +348,13 @@ class Engine:
     # Graphs
 
     def _open(self, entry: GraphEntry) -> Lane:
-        lane = self._lanes.get(entry.name)
+        lane = self._lanes.pop(entry.name, None)
         if lane is None:
-            for name in [name for name, other in self._lanes.items() if not other.requests]:
+            idle = [name for name, other in self._lanes.items() if not other.requests]  # the oldest first
+            for name in idle[: max(0, len(self._lanes) + 1 - self._max_graphs)]:
                 del self._lanes[name]  # before the new graph is loaded: there may be no room for both
-            lane = self._lanes[entry.name] = Lane(self.folder, entry, threads=self.threads)
+            lane = Lane(self.folder, entry, threads=self.threads)
+        self._lanes[entry.name] = lane
         return lane
 
     def _lane_of(self, request: Request) -> Lane | None:

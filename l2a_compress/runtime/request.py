@@ -106,8 +106,9 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
-        """How long prompt and text can become under the budget of now."""
-        return len(self.prompt) + self.reasoning.cap + self.reasoning.max_answer + TAGS
+        """How long prompt and text can become under the budget of now, whose cap may be below what is written."""
+        think = max(self.reasoning.cap, len(self.reasoning.think))
+        return len(self.prompt) + think + self.reasoning.max_answer + TAGS
 
     def allocation(self, num_groups: int) -> Allocation | None:
         """What it runs; None until that is decided."""

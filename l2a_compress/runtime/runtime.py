@@ -83,6 +83,7 @@ class Runtime:
         threads: int | None = None,
         contract: Contract = "cap",
         serve: Serve = "if",
+        max_graphs: int = 1,
         policy: Policy | None = None,
         sources: Sequence[Source] | None = None,
     ) -> Runtime:
@@ -94,6 +95,7 @@ class Runtime:
             threads: of one operator; None leaves it to onnxruntime.
             contract: under which the gates allocate.
             serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder.
+            max_graphs: variants that stay loaded although no request uses them.
             policy: of the selector; None for the default one.
             sources: of signals; None for those of this machine.
 
@@ -109,6 +111,7 @@ class Runtime:
             threads=threads,
             contract=contract,
             serve=serve,
+            max_graphs=max_graphs,
             memory_left=partial(_memory_left, found, policy),
         )
         return cls(engine, policy=policy, sources=found)
