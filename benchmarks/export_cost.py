@@ -21,9 +21,8 @@ from typing import Any
 import onnx
 from measure import RESULTS, Results, verdict
 
-from l2a_compress.bundle import Bundle
+from l2a_compress.bundle import WEIGHT_FILE, Bundle
 from l2a_compress.exporters.verify import initializers
-from l2a_compress.exporters.weights import WEIGHT_FILE
 
 PRECISIONS = ("fp32", "int8", "int4")
 

@@ -9,7 +9,8 @@ import ml_dtypes  # gives NumPy its bfloat16
 import numpy as np
 import onnx_ir as ir
 
-from l2a_compress.exporters.weights import WEIGHT_FILE, Stored
+from l2a_compress.bundle import WEIGHT_FILE
+from l2a_compress.exporters.weights import Stored
 
 CONTRIB = "com.microsoft"
 OPSET = 23

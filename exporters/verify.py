@@ -14,9 +14,9 @@ from transformers import DynamicCache
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
-from l2a_compress.bundle import Bundle, GraphEntry
+from l2a_compress.bundle import WEIGHT_FILE, Bundle, GraphEntry
 from l2a_compress.errors import BundleError
-from l2a_compress.exporters.weights import WEIGHT_FILE, alignment
+from l2a_compress.exporters.weights import alignment
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.runtime.decoder import Array, GraphDecoder

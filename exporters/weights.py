@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from l2a_compress.bundle import WEIGHT_FILE
 from l2a_compress.errors import ConfigError
 from l2a_compress.modeling.families import attention_of, decoder_layers
 from l2a_compress.modeling.gated import GatedModel
@@ -32,7 +33,6 @@ from l2a_compress.modeling.layers import GatedLayer
 from l2a_compress.modeling.physical import sliced_linear
 
 _PAGE, _LARGE = 4096, 1 << 20
-WEIGHT_FILE = "weights.bin"
 BY_INPUT = ("o", "gate", "up", "down")  # matrices that are stored [in, out]
 Array = np.ndarray[Any, np.dtype[Any]]
 

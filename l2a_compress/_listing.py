@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import re
+import os
+import stat
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,7 +16,7 @@ from l2a_compress import _validate
 from l2a_compress.errors import L2AError, StorageError
 from l2a_compress.files import sha256_of, write_atomic
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+MOST_BYTES = 2**24  # of a describing file
 
 
 class FileEntry(TypedDict):
@@ -76,7 +79,7 @@ def load(folder: Path, parse: Callable[[object], Description], kind: Kind) -> De
     try:
         found = parse(data)
     except kind.error as error:
-        raise kind.error(f"{path}: {error}") from None
+        raise kind.error(f"{path}: {error}; if {kind.file} was changed, {kind.remedy}") from None
     for name, entry in found.files.items():
         _verify(folder, name, entry, kind)
     return found
@@ -84,27 +87,57 @@ def load(folder: Path, parse: Callable[[object], Description], kind: Kind) -> De
 
 def _read_json(path: Path, kind: Kind) -> object:
     """The describing file's content; each way it can be absent or broken is one error of the kind."""
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise kind.error(f"{path.parent}: no such folder; give the folder that {kind.maker} wrote")
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
+    size = _size(path.parent, kind.file, kind)
+    if size is None:
         raise kind.error(
             f"{path.parent}: not {_a(kind.what)}: it holds no {kind.file}; give the folder that {kind.maker} wrote"
-        ) from None
+        )
+    if size > MOST_BYTES:
+        raise kind.error(f"{path}: has {size} bytes, more than {MOST_BYTES}; {kind.remedy}")
+    try:
+        return json.loads(path.read_bytes().decode(), object_pairs_hook=_once)
     except OSError as error:
         raise kind.error(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise kind.error(f"{path}: not JSON ({error}); the file is corrupt: {kind.remedy}") from error
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand once each; readers differ in which of two they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {_validate.shown(twice)} stands twice in an object")
+    return found
+
+
+def _size(folder: Path, name: str, kind: Kind) -> int | None:
+    """Bytes of the regular file at a relative path, None where there is nothing. Opens nothing and follows no link."""
+    path = folder
+    for part in PurePosixPath(name).parts:
+        path = path / part
+        try:
+            status = path.lstat()
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                return None
+            raise kind.error(f"{path}: cannot be read: {error.strerror}; {kind.remedy}") from error
+        if stat.S_ISLNK(status.st_mode):
+            raise kind.error(
+                f"{path}: leaves the {kind.what} folder, or may come to: it is a link; put what it names there"
+            )
+    if not stat.S_ISREG(status.st_mode):
+        raise kind.error(f"{path}: is a folder, a pipe or a device and not a file; {kind.remedy}")
+    return status.st_size
+
+
 def _verify(folder: Path, name: str, entry: FileEntry, kind: Kind) -> None:
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise kind.error(f"{path}: leaves the {kind.what} folder through a link; put the file itself there")
-    if not path.is_file():
+    size = _size(folder, name, kind)
+    if size is None:
         raise kind.error(f"{path}: the file is missing; {kind.remedy}")
-    size = path.stat().st_size
     if size != entry["size"]:
         raise kind.error(f"{path}: has {size} bytes instead of {entry['size']}; {kind.remedy}")
     try:
@@ -120,25 +153,24 @@ def _verify(folder: Path, name: str, entry: FileEntry, kind: Kind) -> None:
 def parse(value: object, kind: Kind) -> dict[str, FileEntry]:
     """The ``files`` of a describing file, checked: paths stay in the folder, entries are whole."""
     if not isinstance(value, Mapping):
-        raise kind.error(f"files must be an object, found {value!r}")
-    return {_inside(str(name), kind): _entry(entry, f"files.{name}", kind) for name, entry in value.items()}
+        raise kind.error(f"files must be an object, found {_validate.shown(value)}")
+    return {_inside(name, kind): _entry(entry, f"files.{name}", kind) for name, entry in value.items()}
 
 
 def _entry(value: object, name: str, kind: Kind) -> FileEntry:
     if not isinstance(value, dict) or set(value) != {"sha256", "size"}:
-        raise kind.error(f"{name} must hold exactly sha256 and size, found {value!r}")
-    if not isinstance(value["sha256"], str) or not _SHA256.fullmatch(value["sha256"]):
-        raise kind.error(f"{name}.sha256 must be 64 hexadecimal digits, found {value['sha256']!r}")
+        raise kind.error(f"{name} must hold exactly sha256 and size, found {_validate.shown(value)}")
     return {
-        "sha256": value["sha256"],
+        "sha256": _validate.sha256(value["sha256"], f"{name}.sha256", kind.error),
         "size": _validate.integer(value["size"], f"{name}.size", kind.error, minimum=0),
     }
 
 
-def _inside(name: str, kind: Kind) -> str:
+def _inside(value: object, kind: Kind) -> str:
     """Return a relative path that stays in the folder, on every system."""
+    name = _validate.line(value, "files: a path", kind.error)
     parts = PurePosixPath(name)
-    clean = name and name == parts.as_posix() and "\\" not in name and ":" not in name and "\0" not in name
+    clean = name == parts.as_posix() and "\\" not in name and ":" not in name
     if not clean or parts.is_absolute() or ".." in parts.parts or name in (".", kind.file):
         raise kind.error(f"files: {name!r} is not a path inside the {kind.what} folder")
     return name

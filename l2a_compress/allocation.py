@@ -126,16 +126,19 @@ class Allocation:
 
 def _layers(groups: object, num_groups: int) -> tuple[tuple[int, ...], ...]:
     if not isinstance(groups, tuple | list) or not groups:
-        raise AllocationError(f"groups must list the kept KV groups of at least one layer, found {groups!r}")
+        found = _validate.shown(groups)
+        raise AllocationError(f"groups must list the kept KV groups of at least one layer, found {found}")
     return tuple(_kept(kept, index, num_groups) for index, kept in enumerate(groups))
 
 
 def _kept(kept: object, layer: int, num_groups: int) -> tuple[int, ...]:
     if not isinstance(kept, tuple | list):
-        raise AllocationError(f"groups[{layer}] must be a list of KV groups, found {kept!r}")
+        raise AllocationError(f"groups[{layer}] must be a list of KV groups, found {_validate.shown(kept)}")
     numbers = tuple(_validate.integer(group, f"groups[{layer}]", AllocationError, minimum=0) for group in kept)
     if any(group >= num_groups for group in numbers):
-        raise AllocationError(f"groups[{layer}] names a group beyond {num_groups - 1}, found {list(numbers)}")
+        raise AllocationError(
+            f"groups[{layer}] names a group beyond {num_groups - 1}, found {_validate.shown(numbers)}"
+        )
     if list(numbers) != sorted(set(numbers)):
-        raise AllocationError(f"groups[{layer}] must be ascending without repeats, found {list(numbers)}")
+        raise AllocationError(f"groups[{layer}] must be ascending without repeats, found {_validate.shown(numbers)}")
     return numbers

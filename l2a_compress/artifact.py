@@ -6,7 +6,6 @@ An artifact folder holds ``artifact.json`` beside the safetensors that it lists.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,7 @@ class ArtifactConfig:
     def from_json(cls, data: object) -> ArtifactConfig:
         """Read a description from a JSON object; an unknown or missing key is an ``ArtifactError``."""
         values = _validate.keywords(cls, data, ArtifactError, optional=frozenset())
+        values = _validate.json_object(values, "", ArtifactError)
         try:
             values["shape"] = ModelShape.from_json(values["shape"])
         except ConfigError as error:
@@ -127,10 +127,7 @@ def describe_files(folder: str | Path) -> dict[str, FileEntry]:
 
 
 def _object(value: object, name: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ArtifactError(f"{name} must be an object, found {value!r}")
-    copied: dict[str, Any] = _validate.json_value(value, name, ArtifactError)
-    return copied
+    return _validate.json_object(value, name, ArtifactError)
 
 
 def _base(value: object) -> dict[str, Any]:
@@ -139,25 +136,13 @@ def _base(value: object) -> dict[str, Any]:
         _validate.text(base.get(name), f"base.{name}", ArtifactError)
     path = base.setdefault("path", None)
     if path is not None and not isinstance(path, str):
-        raise ArtifactError(f"base.path must be text or null, found {path!r}")
+        raise ArtifactError(f"base.path must be text or null, found {_validate.shown(path)}")
     return base
 
 
 def _prices(value: object) -> dict[str, tuple[tuple[float, float], ...]]:
-    prices = {axis: _pairs(pairs, f"prices.{axis}") for axis, pairs in _object(value, "prices").items()}
-    for axis, pairs in prices.items():
-        budgets = [budget for budget, _ in pairs]
-        if budgets != sorted(set(budgets)) or any(not 0.0 < budget <= 1.0 for budget in budgets):
-            raise ArtifactError(f"prices.{axis}: budgets must ascend within (0, 1], found {budgets}")
-    return prices
-
-
-def _pairs(value: object, name: str) -> tuple[tuple[float, float], ...]:
-    if not isinstance(value, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in value):
-        raise ArtifactError(f"{name} must be a list of [budget, price] pairs, found {value!r}")
-    if any(isinstance(number, bool) or not isinstance(number, int | float) for pair in value for number in pair):
-        raise ArtifactError(f"{name}: budgets and prices must be numbers, found {value!r}")
-    return tuple((float(budget), float(price)) for budget, price in value)
+    prices = _object(value, "prices")
+    return {axis: _validate.price_pairs(pairs, f"prices.{axis}", ArtifactError) for axis, pairs in prices.items()}
 
 
 def _versions(value: object) -> dict[str, str]:

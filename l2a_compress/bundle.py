@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from l2a_compress import _bundle_fields as check
 from l2a_compress import _listing as listing
 from l2a_compress import _validate
 from l2a_compress._listing import FileEntry
@@ -18,15 +19,18 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.errors import AllocationError, BundleError, ConfigError
 
-__all__ = ["COSTS_FILE", "MANIFEST_FILE", "Bundle", "GraphEntry", "describe_bundle"]
+__all__ = ["COSTS_FILE", "MANIFEST_FILE", "WEIGHT_FILE", "Bundle", "GraphEntry", "describe_bundle"]
 
 MANIFEST_FILE = "manifest.json"
+WEIGHT_FILE = "weights.bin"
 COSTS_FILE = "costs.json"  # what was measured at export, where it was
 SCHEMA_VERSION = 1
+MOST_VARIANTS = 256
 KINDS = ("if", "variant", "static", "router")
 SIZES = ("batch", "sequence", "total", "past", "present")
 DIALECTS = ("ort", "standard")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+_BASE = ("name", "family", "digest")
 
 _KIND = listing.Kind(
     what="bundle", file=MANIFEST_FILE, maker="export", remedy="copy the folder or export it again", error=BundleError
@@ -61,23 +65,21 @@ class GraphEntry:
 
     def __post_init__(self) -> None:
         for name in ("name", "file"):
-            _validate.text(getattr(self, name), f"graph.{name}", BundleError)
+            _validate.line(getattr(self, name), f"graph.{name}", BundleError)
+        what = f"graph {self.name}"
         if self.kind not in KINDS:
-            raise BundleError(f"graph {self.name}: kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
+            raise BundleError(f"{what}: kind must be one of {', '.join(KINDS)}, found {_validate.shown(self.kind)}")
         fixed = self.kind in ("variant", "static")
         if fixed != (self.allocation is not None) or fixed != (self.budget is not None):
-            raise BundleError(f"graph {self.name}: a variant has a budget and an allocation, other graphs neither")
+            raise BundleError(f"{what}: a variant has a budget and an allocation, other graphs neither")
         if (self.kind == "static") != (self.sizes is not None):
-            raise BundleError(f"graph {self.name}: a static graph has sizes, other graphs none")
+            raise BundleError(f"{what}: a static graph has sizes, other graphs none")
         if self.sizes is not None:
-            if sorted(self.sizes) != sorted(SIZES):
-                raise BundleError(f"graph {self.name}: sizes must be {', '.join(SIZES)}, found {sorted(self.sizes)}")
-            for name, size in self.sizes.items():
-                _validate.integer(size, f"graph {self.name}: {name}", BundleError, minimum=0)
-        object.__setattr__(self, "cost", _validate.positive(self.cost, f"graph {self.name}: cost", BundleError))
+            for name, size in check.keys(self.sizes, SIZES, f"{what}: sizes").items():
+                _validate.integer(size, f"{what}: {name}", BundleError, minimum=0 if name == "past" else 1)
+        object.__setattr__(self, "cost", _validate.share(self.cost, f"{what}: cost", BundleError))
         if self.budget is not None:
-            budget = _validate.positive(self.budget, f"graph {self.name}: budget", BundleError)
-            object.__setattr__(self, "budget", budget)
+            object.__setattr__(self, "budget", _validate.share(self.budget, f"{what}: budget", BundleError))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal entry."""
@@ -88,12 +90,12 @@ class GraphEntry:
     @classmethod
     def from_json(cls, data: object) -> GraphEntry:
         """Read an entry from a JSON object; an unknown or missing key is a ``BundleError``."""
-        values = _validate.keywords(cls, data, BundleError, optional=frozenset())
+        values = _plain(cls, data)
         if values["allocation"] is not None:
             try:
                 values["allocation"] = Allocation.from_json(values["allocation"])
             except AllocationError as error:
-                raise BundleError(f"graph {values['name']}: {error}") from None
+                raise BundleError(f"allocation: {error}") from None
         return cls(**values)
 
 
@@ -120,7 +122,8 @@ class Bundle:
         files: Every other file of the folder, by its path relative to the folder with forward slashes.
 
     Raises:
-        BundleError: A field has a wrong type or value, variants are not nested, or a path leaves the folder.
+        BundleError: A field has a wrong type or value, variants are not nested, or a path leaves the folder. The rules
+            are those of docs/bundle.md.
     """
 
     schema_version: int
@@ -146,13 +149,25 @@ class Bundle:
             raise BundleError(
                 f"schema_version {version} is newer than {SCHEMA_VERSION}, the latest this library reads; upgrade it"
             )
-        if not isinstance(self.shape, ModelShape):
-            raise BundleError(f"shape must be a ModelShape, found {self.shape!r}")
+        check.shape(self.shape)
         for name, known in (("dialect", DIALECTS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
-                raise BundleError(f"{name} must be one of {', '.join(known)}, found {getattr(self, name)!r}")
+                found = _validate.shown(getattr(self, name))
+                raise BundleError(f"{name} must be one of {', '.join(known)}, found {found}")
+        _validate.sha256(self.artifact, "artifact", BundleError)
         _validate.integer(self.positions, "positions", BundleError, minimum=1)
+        _validate.flag(self.whole_cache, "whole_cache", BundleError)
+        object.__setattr__(self, "base", check.texts(self.base, "base", _BASE))
+        object.__setattr__(self, "versions", check.texts(self.versions, "versions"))
+        object.__setattr__(self, "gates", check.gates(self.gates, self.shape))
+        object.__setattr__(self, "tags", check.tags(self.tags, self.shape))
+        object.__setattr__(self, "widths", check.widths(self.widths, self.shape))
+        object.__setattr__(self, "prices", _validate.price_pairs(self.prices, "prices", BundleError))
+        points = (_validate.json_object(point, f"quality[{at}]", BundleError) for at, point in enumerate(self.quality))
+        object.__setattr__(self, "quality", tuple(points))
         object.__setattr__(self, "files", listing.parse(self.files, _KIND))
+        if WEIGHT_FILE not in self.files:
+            raise BundleError(f"files must list {WEIGHT_FILE}, found {_validate.shown(sorted(self.files))}")
         _check_graphs(self.graphs, self.shape, self.files)
 
     @property
@@ -189,17 +204,15 @@ class Bundle:
     @classmethod
     def from_json(cls, data: object) -> Bundle:
         """Read a description from a JSON object; an unknown or missing key is a ``BundleError``."""
-        values = _validate.keywords(cls, data, BundleError, optional=frozenset())
+        values = _plain(cls, data)
         try:
             values["shape"] = ModelShape.from_json(values["shape"])
-            values["widths"] = tuple(int(width) for width in values["widths"])
-            values["prices"] = tuple((float(budget), float(price)) for budget, price in values["prices"])
-            values["graphs"] = tuple(GraphEntry.from_json(graph) for graph in values["graphs"])
-            values["quality"] = tuple(dict(point) for point in values["quality"])
-        except BundleError:
-            raise
-        except (ConfigError, TypeError, ValueError) as error:
-            raise BundleError(f"a field of another form than this library writes: {error}") from None
+        except ConfigError as error:
+            raise BundleError(f"shape: {error}") from None
+        for name in ("graphs", "quality"):
+            if not isinstance(values[name], list):
+                raise BundleError(f"{name} must be a list, found {_validate.shown(values[name])}")
+        values["graphs"] = tuple(_graph(graph, at) for at, graph in enumerate(values["graphs"]))
         return cls(**values)
 
     def write(self, folder: str | Path) -> None:
@@ -215,9 +228,14 @@ class Bundle:
         """Read ``manifest.json`` and verify the size and SHA-256 of every file it lists.
 
         Raises:
-            BundleError: The folder or a file is missing, corrupt or foreign; the message names it.
+            BundleError: The folder or a file is missing, corrupt or foreign, or a graph beside the manifest is not
+                listed; the message names it.
         """
-        return listing.load(Path(folder), cls.from_json, _KIND)
+        found = listing.load(Path(folder), cls.from_json, _KIND)
+        for path in sorted(Path(folder).glob("*.onnx")):
+            if path.name not in found.files:
+                raise BundleError(f"{path}: a graph that {MANIFEST_FILE} does not list; remove it or export again")
+        return found
 
 
 def describe_bundle(folder: str | Path) -> dict[str, FileEntry]:
@@ -225,25 +243,44 @@ def describe_bundle(folder: str | Path) -> dict[str, FileEntry]:
     return listing.describe(Path(folder), MANIFEST_FILE)
 
 
+def _plain(cls: type[Any], data: object) -> dict[str, Any]:
+    values = _validate.keywords(cls, data, BundleError, optional=frozenset())
+    return _validate.json_object(values, "", BundleError)
+
+
+def _graph(data: object, at: int) -> GraphEntry:
+    try:
+        return GraphEntry.from_json(data)
+    except BundleError as error:
+        raise BundleError(f"graphs[{at}]: {error}") from None
+
+
 def _check_graphs(graphs: tuple[GraphEntry, ...], shape: ModelShape, files: Mapping[str, FileEntry]) -> None:
     names = [graph.name for graph in graphs]
     if not graphs or len(set(names)) != len(names):
-        raise BundleError(f"graphs must be at least one, each of its own name, found {names}")
-    budget, level, above = None, list[Allocation](), list[Allocation]()
+        raise BundleError(f"graphs must be at least one, each of its own name, found {_validate.shown(names)}")
+    allocations = [graph.allocation for graph in graphs if graph.kind == "variant"]
+    if len(allocations) > MOST_VARIANTS:
+        raise BundleError(f"graphs must have at most {MOST_VARIANTS} variants, found {len(allocations)}")
+    known = set(allocations)
+    budget, level, above = 1.0, list[Allocation](), list[Allocation]()
     for graph in graphs:
+        what = f"graph {graph.name}"
         if graph.file not in files:
-            raise BundleError(f"graph {graph.name}: its file {graph.file!r} is not listed in files")
-        if graph.allocation is None:
+            raise BundleError(f"{what}: its file {graph.file!r} is not listed in files")
+        if graph.allocation is None or graph.budget is None:
             continue
         allocation = graph.allocation
         if (allocation.num_layers, allocation.num_groups) != (shape.num_layers, shape.num_groups):
-            raise BundleError(f"graph {graph.name}: its allocation is of another model shape")
+            raise BundleError(f"{what}: its allocation is of another model shape")
         if graph.kind == "static":
-            if allocation not in {other.allocation for other in graphs if other.kind == "variant"}:
-                raise BundleError(f"graph {graph.name}: has fixed shapes of an allocation that is no variant's")
+            if allocation not in known:
+                raise BundleError(f"{what}: has fixed shapes of an allocation that is no variant's")
             continue
-        if graph.budget != budget:
+        if graph.budget > budget:
+            raise BundleError(f"{what}: its budget is above that of a variant before it; variants must be nested")
+        if graph.budget < budget:
             budget, level, above = graph.budget, [], level
         if above and not any(allocation.is_subset(larger) for larger in above):
-            raise BundleError(f"graph {graph.name}: is not a part of a variant before it; variants must be nested")
+            raise BundleError(f"{what}: is not a part of a variant before it; variants must be nested")
         level.append(allocation)

@@ -47,8 +47,7 @@ class ModelShape:
     tied: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tied, bool):
-            raise ConfigError(f"shape.tied must be true or false, found {self.tied!r}")
+        _validate.flag(self.tied, "shape.tied", ConfigError)
         for name in self.__dataclass_fields__:
             if name != "tied":
                 number = _validate.integer(getattr(self, name), f"shape.{name}", ConfigError, minimum=1)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from l2a_compress.bundle import COSTS_FILE, Bundle
+from l2a_compress import _validate
+from l2a_compress.bundle import COSTS_FILE, WEIGHT_FILE, Bundle
+from l2a_compress.errors import BundleError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,7 +92,6 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from l2a_compress.errors import BundleError
     from l2a_compress.exporters.verify import lint, parity
 
     found = Bundle.load(bundle)
@@ -119,23 +120,33 @@ def verify(
 def bundle_table(bundle: Bundle, folder: Path) -> Table:
     """What is in a bundle, one row a graph; with times where they were measured."""
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"{bundle.base['name']}: {bundle.dialect}, {bundle.precision}", title_justify="left")
-    costs = folder / COSTS_FILE
-    measured = json.loads(costs.read_text())["graphs"] if COSTS_FILE in bundle.files else {}
+    title = Text(f"{bundle.base['name']}: {bundle.dialect}, {bundle.precision}", style="table.title")
+    table = Table(title=title, title_justify="left")
+    measured = _token_seconds(folder / COSTS_FILE) if COSTS_FILE in bundle.files else {}
     for name in ("graph", "budget", "cost", "layers", "groups", "MB own", "MB shared", "ms/token"):
         table.add_column(name)
-    shared = bundle.files["weights.bin"]["size"]
+    shared = bundle.files[WEIGHT_FILE]["size"]
     for graph in bundle.graphs:
         kept = graph.allocation
         table.add_row(
-            graph.name,
+            Text(graph.name),
             {"if": "any", "router": "-"}.get(graph.kind) or f"{graph.budget:g}",
             "-" if kept is None else f"{graph.cost:.3f}",
             str(bundle.shape.num_layers) if kept is None else str(len(kept.layers)),
             str(bundle.shape.num_layers * bundle.shape.num_groups) if kept is None else str(kept.num_kept_groups),
             f"{bundle.files[graph.file]['size'] / 1e6:.2f}",
             f"{shared / 1e6:.2f}",
-            f"{1000 * measured[graph.name]['decode_seconds']:.2f}" if graph.name in measured else "-",
+            f"{1000 * measured[graph.name]:.2f}" if graph.name in measured else "-",
         )
     return table
+
+
+def _token_seconds(costs: Path) -> dict[str, float]:
+    """Measured seconds of a decode step by graph."""
+    try:
+        graphs = json.loads(costs.read_bytes())["graphs"]
+        return {name: _validate.positive(graphs[name]["decode_seconds"], name, BundleError) for name in graphs}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise BundleError(f"{costs}: not what calibration wrote ({error}); export again") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +23,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Verify an artifact or a bundle and print what it holds."""
-    is_bundle = (folder / MANIFEST_FILE).is_file()
+    is_bundle = os.path.lexists(folder / MANIFEST_FILE)
     found = Bundle.load(folder) if is_bundle else ArtifactConfig.load(folder)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2, sort_keys=True))

@@ -7,7 +7,11 @@ from l2a_compress import Allocation, ArtifactConfig, Budget, ModelShape
 computes = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
 names = st.text(min_size=1, max_size=8)
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
     max_leaves=8,
 )
