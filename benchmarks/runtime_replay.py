@@ -36,11 +36,12 @@ from l2a_compress.budget import Budget
 from l2a_compress.embedded.task import Problem, problems
 from l2a_compress.evaluation.answers import matches
 from l2a_compress.evaluation.statistics import wilson
-from l2a_compress.runtime import Limits, Policy, Runtime
+from l2a_compress.runtime import Limits, Policy, Runtime, Tier
 from l2a_compress.runtime.request import Request
 
 LIMITS = Limits(max_think_tokens=110, max_answer_tokens=8)
 SERVICE_LEVEL = 5.0  # mean service times
+FLOOR = 0.7  # of the embedded model's budgets; below it, too many answers are wrong
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "runtime_replay.png"
 
 
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, required=True, help="CSV: TIMESTAMP, ContextTokens, GeneratedTokens")
     parser.add_argument("--arms", nargs="+", default=["auto:0.8", "auto:1.3", "full:1.3", "smallest:1.3", "halved:0.8"])
     parser.add_argument("--seconds", type=float, default=600.0, help="of each run (%(default)s)")
-    parser.add_argument("--serve", default="variants", choices=("variants", "if"))
+    parser.add_argument("--serve", default="if", choices=("variants", "if"))
     parser.add_argument("--max-rows", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "runtime_replay.json", help="figures (%(default)s)")
@@ -148,7 +149,12 @@ def _seconds(stamp: str) -> float:
 
 
 def _replay(options: argparse.Namespace, kind: str, arrivals: Sequence[Arrival], level: float) -> dict[str, Any]:
-    policy = Policy(target_seconds=0.6 * level, dwell_seconds=2 * level, pressures=())
+    policy = Policy(
+        target_seconds=0.6 * level,
+        dwell_seconds=0.2 * level,
+        pressures=(),
+        tiers={"default": Tier(floor=FLOOR)},
+    )
     runtime = _open(options, policy)
     engine = runtime.engine
     asked: Any = {"full": Budget(), "smallest": Budget(compute=engine.ladder[-1])}.get(kind, "auto")

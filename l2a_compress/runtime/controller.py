@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, OutOfMemoryError, SessionError
 from l2a_compress.runtime.costs import CostTable
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.policy import Policy
-from l2a_compress.runtime.request import Request
+from l2a_compress.runtime.request import TAGS, Request
 from l2a_compress.runtime.selector import Decision, State, Work, select
 from l2a_compress.runtime.signals.reading import Reading, Signals, Source
 from l2a_compress.runtime.signals.service import Service
@@ -71,7 +72,8 @@ class Controller:
         self.switches = 0
         self._seconds, self._last = seconds, float("-inf")
         self._tiers: dict[str, _Tier] = {}
-        self._new = float(engine.bundle.gates["think_reference"])  # tokens that a request is expected to write
+        self._think = float(engine.bundle.gates["think_reference"])  # tokens that a request is expected to write
+        self._new, self._prompt = self._think + TAGS, 0.0
         self._seen: Request | None = None
 
     @property
@@ -119,15 +121,26 @@ class Controller:
             engine.cancel(engine.waiting[0], OutOfMemoryError(f"no memory for {policy.patience_seconds:g} s: {reason}"))
 
     def apply(self, request: Request) -> None:
-        """Gives a request the least of what it asked for and what its tier may spend now."""
+        """Gives a request the least of what it asked for and what its tier may spend now.
+
+        A cap on reasoning is for requests that have not begun, which are told it at ``<think>`` and write tersely; one
+        that runs would be cut off. It is, where the machine ends.
+        """
         if request.tier is None:
             return
-        budget = request.ceiling.tighter(self.budget(request.tier))
+        budget = self.budget(request.tier)
+        if request.kept is not None and not (budget.think_tokens is not None and self._ends(request.tier)):
+            budget = replace(budget, think_tokens=request.budget.think_tokens)
+        budget = request.ceiling.tighter(budget)
         if budget != request.budget:
             try:
                 self.engine.set_budget(request, budget)
             except SessionError as error:  # it stays as it is until the next decision
                 log.warning("request %d keeps its budget: %s", request.number, error)
+
+    def _ends(self, tier: str) -> bool:
+        """Whether the machine's end leaves too little time."""
+        return any(term.short for term in self._tiers[tier].decision.terms if term.name == "spot")
 
     def _values(self) -> dict[str, float | None]:
         """Readings that are not stale. What the loaded graph holds would be free for another one."""
@@ -146,11 +159,15 @@ class Controller:
 
     def _decide(self, name: str, requests: Sequence[Request], values: Mapping[str, float | None], now: float) -> None:
         before = self._tiers.get(name)
-        work, left = self._work(requests, now)
+        work = self._work(requests)
+        urgent, left = self._urgent(requests, work, now)
         readings = values if left is None else {**values, "request.seconds_left": left}
         state = State() if before is None else before.decision.state
-        decision = select(self.table.steps, readings, work, self.policy, state, now=now, tier=name)
+        decision = select(self.table.steps, readings, work, self.policy, state, now=now, tier=name, urgent=urgent)
         wanted = decision.budget
+        if wanted.think_tokens is not None:  # of what models are trained with, not of what is expected at the moment
+            reference = float(self.engine.bundle.gates["think_reference"])
+            wanted = replace(wanted, think_tokens=math.floor(reference * self.policy.short_share))
         if before is not None and wanted != before.budget:
             eased = wanted.compute == before.budget.compute and before.budget.tighter(wanted) == before.budget
             if eased and now - before.since < self.policy.dwell_seconds:  # a cap that comes and goes
@@ -159,27 +176,33 @@ class Controller:
             self.switches += name == "default"
         self._tiers[name] = _Tier(decision, wanted, now)
 
-    def _work(self, requests: Sequence[Request], now: float) -> tuple[Work, float | None]:
-        """What the selector should weigh, and how long the most urgent request has."""
+    def _work(self, requests: Sequence[Request]) -> Work:
+        """What a request that waits is expected to need."""
         engine = self.engine
         rows = max(1, min(engine.max_rows, engine.rows + len(engine.waiting)))
-        urgent = min(
-            (request for request in requests if request.deadline is not None),
-            key=lambda request: request.deadline or 0.0,
-            default=None,
-        )
-        shown = urgent or next(iter(requests), None)
-        prompt, new = 0 if shown is None else len(shown.prompt), self._new
-        if urgent is not None and urgent.started is not None:
-            prompt, new = 0, max(1.0, new - len(urgent.written))
-        reference = int(engine.bundle.gates["think_reference"])
-        work = Work(prompt_tokens=prompt, new_tokens=round(new), think_tokens=reference, rows=rows)
-        return work, None if urgent is None or urgent.deadline is None else max(0.0, urgent.deadline - now)
+        waiting = next((request for request in requests if request.kept is None), None)
+        prompt = self._prompt if waiting is None else len(waiting.prompt)
+        return Work(prompt_tokens=round(prompt), new_tokens=self._new, think_tokens=self._think, rows=rows)
+
+    def _urgent(self, requests: Sequence[Request], work: Work, now: float) -> tuple[Work | None, float | None]:
+        """What is left of the request whose deadline is first, and how long it has."""
+        deadlines = [(request.deadline, request) for request in requests if request.deadline is not None]
+        if not deadlines:
+            return None, None
+        deadline, request = min(deadlines, key=lambda pair: pair[0])
+        left = max(0.0, deadline - now)
+        if request.kept is None:
+            return replace(work, prompt_tokens=len(request.prompt)), left
+        new = max(1.0, work.new_tokens - len(request.written))  # its reasoning is as long as it is: it has been told
+        return replace(work, prompt_tokens=0, new_tokens=new, think_tokens=0.0), left
 
     def _learn(self) -> None:
-        """Slow means of what requests write."""
+        """Slow means of what requests write whose reasoning is not cut short."""
         fresh = list(itertools.takewhile(lambda request: request is not self._seen, reversed(self.engine.ended)))
         for request in reversed(fresh):
-            self._new += _SLOW * (len(request.written) - self._new)
+            self._prompt += _SLOW * (len(request.prompt) - self._prompt)
+            if request.budget.think_tokens is None:
+                self._new += _SLOW * (len(request.written) - self._new)
+                self._think += _SLOW * (len(request.reasoning.think) - self._think)
         if fresh:
             self._seen = fresh[0]

@@ -426,7 +426,8 @@ class Engine:
             except L2AError as error:
                 self._failed(request, error)
                 continue
-            self._waiting.popleft()
+            if not request.done:  # one that is done has left already
+                self._waiting.popleft()
             tokens += request.length
         return tokens
 

@@ -50,6 +50,9 @@ class Policy:
         spot_grace_seconds: Before the machine ends nothing may run any more.
         target_seconds: Within which a request that waits should be done.
         tpot_seconds: Most time per output token; 0 for any.
+        short_share: Share of its reasoning that a request may keep where time is short; 1 never shortens it. Models are
+            trained to write tersely for a share below the recipe's ``condensed_below``; between that and 1 they would
+            be cut off.
         pressure_low: Share from which on contention lowers the budget.
         pressure_high: Share at which it is at the floor.
         pressures: Signals of contention, each a share; the highest counts.
@@ -70,6 +73,7 @@ class Policy:
     spot_grace_seconds: float = 5.0
     target_seconds: float = 10.0
     tpot_seconds: float = 0.0
+    short_share: float = 0.5
     pressure_low: float = 0.2
     pressure_high: float = 0.8
     pressures: tuple[str, ...] = ("pressure.cpu_some", "gpu.throttled", "service.contention")
@@ -84,7 +88,7 @@ class Policy:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"policy.kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
-        most = {"time_margin": 0.99, "pressure_low": 1.0, "pressure_high": 1.0}
+        most = {"time_margin": 0.99, "short_share": 1.0, "pressure_low": 1.0, "pressure_high": 1.0}
         for item in fields(self):
             if item.type == "float":
                 value = _number(getattr(self, item.name), f"policy.{item.name}", 0.0, most.get(item.name))

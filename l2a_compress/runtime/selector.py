@@ -71,9 +71,13 @@ class Work:
     """
 
     prompt_tokens: int
-    new_tokens: int
-    think_tokens: int = 0
+    new_tokens: float
+    think_tokens: float = 0
     rows: int = 1
+
+    def short(self, share: float) -> Work:
+        """The same work with that share of its reasoning."""
+        return replace(self, new_tokens=self.new_tokens - self.think_tokens * (1 - share))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +101,13 @@ class Term:
         name: ``policy``, ``memory``, ``time``, ``spot``, ``queue``, ``pace``, ``pressure`` or ``dwell``.
         budget: Of the ladder.
         reason: The numbers behind it.
+        short: Whether that is with short reasoning.
     """
 
     name: str
     budget: float
     reason: str
+    short: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,7 @@ class Decision:
         budget: Compute, and caps of the axes that are squeezed.
         step: Its place in the cost table.
         admit: False where not even the smallest step fits into memory: wait, or refuse.
-        terms: All that was weighed. The first of the smallest is what binds.
+        terms: All that was weighed. See ``binding``.
         state: For the next decision.
     """
 
@@ -124,8 +130,8 @@ class Decision:
 
     @property
     def binding(self) -> Term:
-        """The first of the terms that allow least."""
-        return min(self.terms, key=lambda term: term.budget)
+        """The first of the terms that allow least; with short reasoning is less than without."""
+        return min(self.terms, key=lambda term: (term.budget, not term.short))
 
 
 def select(
@@ -137,17 +143,19 @@ def select(
     *,
     now: float,
     tier: str = "default",
+    urgent: Work | None = None,
 ) -> Decision:
     """Picks a step of the cost table.
 
     Args:
         steps: The cost table, from the largest budget to the smallest.
         readings: By the names of the signals; what is missing, None or stale decides nothing.
-        work: What is asked for.
+        work: What a request that waits is expected to need.
         policy: The rules.
         state: Of the decision before.
         now: Seconds, on any clock that only goes forward.
         tier: Of the request.
+        urgent: What is left of the request that has ``request.seconds_left``; None: all of ``work``.
 
     Raises:
         ConfigError: no steps, steps that do not fall, or a tier that the policy does not have.
@@ -157,9 +165,9 @@ def select(
             "a cost table needs steps whose budgets fall from one to the next; calibrate the bundle again"
         )
     rule = policy.tier(tier)
-    terms = [Term(name="policy", budget=_below(steps, rule.ceiling).budget, reason=f"ceiling {rule.ceiling:g}")]
-    floor = _below(steps, rule.floor).budget
-    for term in _terms(steps, readings, work, policy, floor):
+    ceiling, floor = _below(steps, rule.ceiling).budget, _below(steps, rule.floor).budget
+    terms = [Term(name="policy", budget=ceiling, reason=f"ceiling {rule.ceiling:g}")]
+    for term in _terms(steps, readings, work, urgent or work, policy, ceiling, floor):
         terms.append(term if term.budget >= floor else replace(term, budget=floor))
     memory = _memory(steps, readings, work, policy)
     admit = True
@@ -178,9 +186,14 @@ def select(
             reason = f"{allowed:g} is allowed for {now - state.since if state.since is not None else 0:g} s"
             terms.append(Term(name="dwell", budget=budget, reason=reason))
     step = next(at for at, step in enumerate(steps) if step.budget <= budget)
-    by_name = {term.name: term.budget for term in terms}
+    short = any(term.short for term in terms)
     return Decision(
-        budget=_caps(steps, by_name, steps[step].budget, terms[0].budget, work),
+        budget=Budget(
+            compute=steps[step].budget,
+            layers=_cap(steps, terms, "memory", ceiling, lambda step: step.layers),
+            heads=_cap(steps, terms, "pressure", ceiling, lambda step: step.heads),
+            think_tokens=math.floor(work.think_tokens * policy.short_share) if short else None,
+        ),
         step=step,
         admit=admit,
         terms=tuple(terms),
@@ -188,30 +201,47 @@ def select(
     )
 
 
-def _terms(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy, floor: float) -> Iterator[Term]:
+def _terms(
+    steps: Sequence[Step],
+    readings: Readings,
+    work: Work,
+    urgent: Work,
+    policy: Policy,
+    ceiling: float,
+    floor: float,
+) -> Iterator[Term]:
     """What each signal but memory allows."""
     if policy.kind == "fixed":
         return
-
-    def seconds(step: Step) -> float:
-        return step.seconds(work)
-
     free = 1 - min(0.99, readings.get("service.contention") or 0.0)  # of the machine; the table was measured with all
-    for name, signal, grace in (
-        ("time", "request.seconds_left", 0.0),
-        ("spot", "spot.seconds_left", policy.spot_grace_seconds),
+
+    def term(name: str, reason: str, work: Work, room: float, seconds: Callable[[Step, Work], float]) -> Term:
+        """The largest step that is done within ``room``: short reasoning comes before less compute."""
+        found, short = _largest(steps, lambda step: seconds(step, work), room), False
+        if found < ceiling and policy.short_share < 1 and work.think_tokens:
+            brief = work.short(policy.short_share)
+            found, short = _largest(steps, lambda step: seconds(step, brief), room), True
+        return Term(name=name, budget=found, reason=reason, short=short)
+
+    for name, signal, asked, grace in (
+        ("time", "request.seconds_left", urgent, 0.0),
+        ("spot", "spot.seconds_left", work, policy.spot_grace_seconds),
     ):
         left = readings.get(signal)
         if left is not None and left < math.inf:
             room = max(0.0, left - grace) * (1 - policy.time_margin) * free
             if policy.kind == "slack" and name == "time":
-                room = _bucket(steps, work, room, policy.buckets)
-            yield Term(name=name, budget=_largest(steps, seconds, room), reason=f"{left:g} s are left")
+                room = _bucket(steps, asked, room, policy.buckets)
+            yield term(name, f"{left:g} s are left", asked, room, Step.seconds)
     depth, oldest = readings.get("queue.depth"), readings.get("queue.oldest_seconds") or 0.0
     if depth is not None:
-        room = max(0.0, policy.target_seconds - oldest) * free
-        found = _largest(steps, lambda step: (work.rows + depth) * step.busy_seconds(work), room)
-        yield Term(name="queue", budget=found, reason=f"{depth:g} wait, the oldest for {oldest:g} s")
+        # The last one must be done within the target, and the first one, whose time has run for a while.
+        def cleared(step: Step, work: Work) -> float:
+            busy = step.busy_seconds(work)
+            return max((work.rows + depth) * busy, work.rows * busy + oldest * free)
+
+        reason = f"{depth:g} wait, the oldest for {oldest:g} s"
+        yield term("queue", reason, work, policy.target_seconds * free, cleared)
     if policy.tpot_seconds:
         found = _largest(steps, lambda step: step.step_seconds(work.rows), policy.tpot_seconds * free)
         yield Term(name="pace", budget=found, reason=f"{work.rows} rows, a token in {policy.tpot_seconds:g} s each")
@@ -237,21 +267,12 @@ def _memory(steps: Sequence[Step], readings: Readings, work: Work, policy: Polic
     return Term(name="memory", budget=next(fits, 0.0), reason=f"{min(rooms):g} bytes are left")
 
 
-def _caps(steps: Sequence[Step], allowed: Mapping[str, float], budget: float, ceiling: float, work: Work) -> Budget:
-    """A squeeze acts on its own axis: memory on layers, contention on heads, latency on reasoning."""
-
-    def at(name: str) -> Step | None:
-        found = allowed.get(name, ceiling)
-        return next((step for step in steps if step.budget <= found), steps[-1]) if found < ceiling else None
-
-    memory, pressure = at("memory"), at("pressure")
-    late = min(allowed.get(name, ceiling) for name in ("time", "spot", "queue", "pace"))
-    return Budget(
-        compute=budget,
-        layers=None if memory is None else memory.layers,
-        heads=None if pressure is None else pressure.heads,
-        think_tokens=None if late >= ceiling else math.floor(work.think_tokens * late / ceiling),
-    )
+def _cap(
+    steps: Sequence[Step], terms: Sequence[Term], name: str, ceiling: float, count: Callable[[Step], int]
+) -> int | None:
+    """A squeeze acts on its own axis, memory on layers and contention on heads: what its term's step has of them."""
+    allowed = next((term.budget for term in terms if term.name == name), ceiling)
+    return count(_below(steps, allowed)) if allowed < ceiling else None
 
 
 def _below(steps: Sequence[Step], budget: float) -> Step:

@@ -274,6 +274,21 @@ def test_a_run_that_fails_is_tried_again_and_changes_no_text(made: Path, faults:
         assert [request.written for request in again] == [request.written for request in first]
 
 
+def test_a_request_that_is_interrupted_before_its_last_token_takes_no_other_with_it(
+    made: Path, faults: list[Exception | None]
+) -> None:
+    engine = Engine(made, max_rows=2, threads=1)
+    limits = Limits(max_think_tokens=0, max_answer_tokens=1)
+    requests = engine.submit(texts(6), [None] * 6, limits=limits)
+    for number in range(12):  # at every place once
+        faults[:] = [None] * number + [SHORT]
+        finish(engine)
+        faults.clear()
+        assert all(request.done and request.error is None for request in requests)
+        assert all(len(request.reasoning.answer) == 1 for request in requests)
+        requests = engine.submit(texts(6), [None] * 6, limits=limits)
+
+
 def test_memory_that_is_short_means_a_smaller_budget_and_then_one_error(
     made: Path, faults: list[Exception | None]
 ) -> None:
@@ -472,7 +487,12 @@ def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:
     assert decision is not None
     assert decision.binding.name == "time"
     assert urgent.budget.compute == 0.45
-    assert urgent.budget.think_tokens == math.floor(engine.bundle.gates["think_reference"] * 0.45)
+    cap = engine.bundle.gates["think_reference"] // 2
+    assert urgent.budget.think_tokens == cap
+    engine.step()
+    clock.now += 9.0
+    controller.update()
+    assert urgent.budget == Budget(compute=0.45, think_tokens=cap)  # it has been told: it stays
     engine.cancel(urgent)
     engine.submit(texts(40), [None] * 40, tiers=["default"] * 40)
     clock.now += 0.2

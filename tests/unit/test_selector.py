@@ -49,7 +49,7 @@ def test_there_are_enough_cases_and_each_binding_is_among_them() -> None:
     cases = GOLDEN["cases"]
     assert len(cases) >= 60
     assert {case["expect"]["binding"] for case in cases} == {
-        *("policy", "time", "spot", "queue", "pressure", "memory", "dwell")
+        *("policy", "time", "spot", "queue", "pace", "pressure", "memory", "dwell")
     }
 
 
