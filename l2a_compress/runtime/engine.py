@@ -279,7 +279,7 @@ class Engine:
         limits = Limits(max_think_tokens=new_tokens + 1, max_answer_tokens=1, tau_threshold=None)
         requests = self.submit([[*text, self.tags.think]] * rows, [budget] * rows, limits=limits)
         for request in requests:
-            request.sampler = _Endless(self.tags)
+            request.sampler = Endless(self.tags)
         began = self.clock()
         self._admit_all()
         admitted = self.clock()
@@ -544,7 +544,7 @@ class Engine:
             self.ended.append(request)
 
 
-class _Endless(Sampler):
+class Endless(Sampler):
     """Takes the most likely token that is no tag."""
 
     def __init__(self, tags: Tags) -> None:
@@ -552,6 +552,7 @@ class _Endless(Sampler):
         self._tags = [tags.think, tags.end_think, tags.answer, tags.end_answer]
 
     def token(self, logits: Array) -> int:
+        """One token from ``logits`` [vocabulary]."""
         logits = logits.copy()
         logits[self._tags] = -np.inf
         return super().token(logits)

@@ -66,7 +66,10 @@ class Runtime:
         path = engine.folder / TOKENIZER_FILE
         if TOKENIZER_FILE not in engine.bundle.files:
             raise BundleError(f"{path}: the bundle has no tokenizer; export it again")
-        self.tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more precise
+            raise BundleError(f"{path}: not a tokenizer ({error}); export it again") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         # What a tokenizer puts in front of every text, where it does; a tag that is written in a text is not a tag.

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import math
+import random
 import re
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +26,7 @@ import pytest
 
 from l2a_compress._cli import main
 from l2a_compress.budget import Budget
+from l2a_compress.bundle import describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, OutOfMemoryError, SessionError
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.reasoning import Reasoning
@@ -25,11 +35,13 @@ from l2a_compress.runtime.controller import Controller
 from l2a_compress.runtime.costs import CostTable, cached_path, cost_table
 from l2a_compress.runtime.decoder import GraphDecoder
 from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.request import Request
 from l2a_compress.runtime.selector import Step
 from l2a_compress.runtime.signals import Source
 from toy_models import new_artifact, prompts
 
 LIMITS = Limits(max_think_tokens=9, max_answer_tokens=4, tau_threshold=None)
+ROOT = Path(__file__).parents[2]
 TEXT = "Ann has 3 apples."
 
 
@@ -651,6 +663,117 @@ def test_a_server_tells_what_went_wrong(made: Path, monkeypatch: pytest.MonkeyPa
         assert server.stream(TEXT, limits=LIMITS).answer().answer
         waiting = server.stream(TEXT, limits=Limits(max_think_tokens=400, tau_threshold=None))
     assert waiting.answer().think_tokens < 400  # closed: what was written
+
+
+def test_the_example_service_answers(made: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    service = subprocess.Popen([sys.executable, str(ROOT / "examples" / "service.py"), str(made), str(port)])
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        for body, told in (({"prompt": TEXT}, "budget"), ({"prompt": TEXT, "budget": 0.5}, "budget 0.5")):
+            *text, last = ask(port, body).strip().splitlines()
+            assert "</think>" in "".join(text)
+            assert told in last
+        for bad in ({"prompt": TEXT, "budget": 7}, {"budget": 0.5}, {"prompt": 3}):
+            with pytest.raises(urllib.error.HTTPError, match="400"):
+                ask(port, bad)
+    finally:
+        service.kill()
+        service.wait()
+
+
+def ask(port: int, body: dict[str, Any]) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}", data=json.dumps(body).encode(), timeout=60) as answer:
+        return str(answer.read().decode())
+
+
+def test_two_hundred_failures_end_no_process_and_lose_no_request(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, injected = random.Random(0), [0]
+    old_init, old_step = GraphDecoder.__init__, GraphDecoder.step
+
+    def fail(chance: float, what: str) -> None:
+        if injected[0] < 200 and draw.random() < chance:
+            injected[0] += 1
+            short = draw.random() < 0.5
+            kind = OutOfMemoryError if short else SessionError
+            raise kind(f"injected: cannot {what}")
+
+    def init(self: GraphDecoder, *args: Any, **options: Any) -> None:
+        fail(0.3, "load")
+        old_init(self, *args, **options)
+
+    def step(self: GraphDecoder, *args: Any, **inputs: Any) -> Any:
+        fail(0.08, "run")
+        return old_step(self, *args, **inputs)
+
+    monkeypatch.setattr(GraphDecoder, "step", step)
+    ends = {"answers": 0, "errors": 0}
+    engines = [Engine(made, max_rows=4, threads=1)]
+    monkeypatch.setattr(GraphDecoder, "__init__", init)
+    engines.append(Engine(made, max_rows=4, threads=1, serve="variants"))
+    while injected[0] < 200:
+        for engine in engines:
+            requests = engine.submit(texts(12), [Budget(compute=BUDGETS[row % 3]) for row in range(12)], limits=LIMITS)
+            finish(engine, lambda step, engine=engine, requests=requests: step == 3 and change(engine, requests))
+            for request in requests:
+                assert request.done
+                assert (request.error is None) == bool(request.reasoning.answer) or isinstance(
+                    request.error, SessionError
+                )
+                ends["errors" if request.error else "answers"] += 1
+            assert engine.rows == 0 or not engine.busy
+            assert not engine._held
+    assert injected[0] == 200
+    assert ends["answers"] > 5 * ends["errors"] > 0
+    for engine in engines:  # and then all is as before
+        requests = engine.submit(texts(4), [None] * 4, limits=LIMITS)
+        finish(engine)
+        assert [request.error for request in requests] == [None] * 4
+
+
+BUDGETS = (1.0, 0.7, 0.45)
+
+
+def change(engine: Engine, requests: list[Request]) -> None:
+    for request in requests[::2]:
+        with contextlib.suppress(SessionError):
+            engine.set_budget(request, Budget(compute=0.6))
+
+
+def test_the_runtime_imports_fast_and_without_torch(made: Path) -> None:
+    code = (
+        "import sys, time; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'onnx', 'onnx_ir')))\n"
+        "start = time.perf_counter()\nfrom l2a_compress.runtime import Runtime\n"
+        "print(time.perf_counter() - start)\n"
+        f"print(Runtime.open({str(made)!r}, threads=1).generate([{TEXT!r}])[0].layers)"
+    )
+    found = [
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+        for _ in range(3)
+    ]
+    assert found[0][1] == "6"
+    assert min(float(seconds) for seconds, _ in found) < 0.3
+
+
+def test_a_tokenizer_that_is_none_is_one_error(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(made, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    data = json.loads((folder / "manifest.json").read_text())
+    data["files"] = describe_bundle(folder)
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=r"tokenizer\.json: .*export it again"):
+        Runtime.open(folder)
+    (folder / "if.onnx").write_bytes(b"no graph")
+    data["files"] = describe_bundle(folder)
+    (folder / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(SessionError, match=r"if\.onnx: onnxruntime cannot load it"):
+        Runtime.open(folder)
 
 
 def test_the_commands_select_and_bench(
