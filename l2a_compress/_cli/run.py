@@ -201,7 +201,7 @@ def _costs(table: CostTable, quality: Sequence[Mapping[str, Any]]) -> Table:
             f"{1000 * step.step_seconds(table.rows):.2f}",
             f"{step.decode_seconds / dense:.2f}",
             f"{step.memory_bytes / 1e6:.0f}",
-            "-" if evaluated is None else f"{100 * worth[evaluated]:.1f} % at {evaluated:g}",
+            "-" if evaluated is None else f"{100 * worth[evaluated]:.1f} %",
         )
     shown.caption = (
         f"Milliseconds of a token: of a prompt, written alone, written by {table.rows} rows together; share: of the "

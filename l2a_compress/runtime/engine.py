@@ -38,7 +38,10 @@ _TRIES = 3  # of a run that fails for another reason than memory
 
 @dataclass(frozen=True)
 class StepTime:
-    """What one step of the engine did: its largest budget, tokens of prompts, rows that were decoded, and seconds."""
+    """What one step of the engine did: its largest budget, tokens of prompts, rows that were decoded, and seconds.
+
+    Seconds are without those of loading a graph.
+    """
 
     ended: float
     budget: float
@@ -68,7 +71,7 @@ class Engine:
         contract: under which the gates allocate.
         serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder, whose
             dropped layers take no memory.
-        max_graphs: variants that stay loaded although no request uses them, the one in use among them.
+        max_graphs: most variants that are loaded at a time; a request whose variant is not waits until one is free.
         memory_left: Bytes that may still be taken; None, or a None from it, where nobody knows.
         clock: in seconds.
 
@@ -115,6 +118,7 @@ class Engine:
         self._router: GraphDecoder | None = None
         self._waiting: deque[Request] = deque()
         self._held: dict[int, dict[str, Array]] = {}  # keys and values of those that wait for another graph
+        self._loading = 0.0  # seconds of the step
         self._full: int | None = None  # so many rows were too many
         self.paused = False
         self._numbers = itertools.count()
@@ -254,7 +258,7 @@ class Engine:
 
         A request that fails for good is done, and its ``error`` says why.
         """
-        began = self.clock()
+        began, self._loading = self.clock(), 0.0
         self._retire()
         prompt_tokens = self._admit_all()
         self._retire()
@@ -264,7 +268,7 @@ class Engine:
                 self._decode(lane)
         if running:
             now, budget = self.clock(), max(request.budget.compute for request in running)
-            self.steps.append(StepTime(now, budget, prompt_tokens, len(running), now - began))
+            self.steps.append(StepTime(now, budget, prompt_tokens, len(running), now - began - self._loading))
 
     def rehearse(self, budget: Budget, *, rows: int, prompt_tokens: int, new_tokens: int) -> Rehearsal:
         """Runs so many rows of made-up text and says what they cost.
@@ -347,13 +351,18 @@ class Engine:
 
     # Graphs
 
-    def _open(self, entry: GraphEntry) -> Lane:
+    def _open(self, entry: GraphEntry) -> Lane | None:
+        """The lane of a graph; None where other graphs are in use and no more may be loaded."""
         lane = self._lanes.pop(entry.name, None)
         if lane is None:
             idle = [name for name, other in self._lanes.items() if not other.requests]  # the oldest first
             for name in idle[: max(0, len(self._lanes) + 1 - self._max_graphs)]:
                 del self._lanes[name]  # before the new graph is loaded: there may be no room for both
+            if len(self._lanes) >= self._max_graphs:
+                return None
+            began = self.clock()
             lane = Lane(self.folder, entry, threads=self.threads)
+            self._loading += self.clock() - began
         self._lanes[entry.name] = lane
         return lane
 
@@ -432,8 +441,10 @@ class Engine:
         return tokens
 
     def _admit(self, request: Request) -> bool:
-        """Computes a request's tokens. False where it must wait for memory."""
+        """Computes a request's tokens. False where it must wait for memory, or for other graphs to be free."""
         lane = self._open(self._entry(request))
+        if lane is None:
+            return False
         rows = len(lane.requests) + 1
         if rows > lane.caches.rows:
             rows = min(self.max_rows, 2 * rows - 1)
@@ -518,6 +529,10 @@ class Engine:
         self._waiting.appendleft(request)
 
     def _end(self, request: Request, error: L2AError | None = None) -> None:
+        forget: BaseException | None = error
+        while forget is not None:  # its frames would keep graphs and caches alive for as long as the request is
+            forget.__traceback__ = None
+            forget = forget.__cause__ or forget.__context__
         request.reasoning.stage, request.error, request.ended = "done", error, self.clock()
         self._held.pop(request.number, None)
         if request in self._waiting:

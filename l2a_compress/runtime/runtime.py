@@ -98,7 +98,7 @@ class Runtime:
             threads: of one operator; None leaves it to onnxruntime.
             contract: under which the gates allocate.
             serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder.
-            max_graphs: variants that stay loaded although no request uses them.
+            max_graphs: most variants that are loaded at a time.
             policy: of the selector; None for the default one.
             sources: of signals; None for those of this machine.
 

@@ -208,6 +208,19 @@ def test_variants_say_what_their_own_graphs_say_and_only_those_in_use_are_loaded
         engine.submit(texts(1), [Budget(layers=1)])
 
 
+def test_no_more_variants_are_loaded_than_may_be(made: Path) -> None:
+    for most in (1, 2):
+        engine = Engine(made, max_rows=4, threads=1, serve="variants", max_graphs=most)
+        budgets = [Budget(compute=BUDGETS[row % 3]) for row in range(9)]
+        requests = engine.submit(texts(9), budgets, limits=LIMITS)
+        seen = []
+        finish(engine, lambda _, engine=engine, seen=seen: seen.append(len(engine.graphs)))
+        assert max(seen) == most
+        assert [request.error for request in requests] == [None] * 9
+        for request, budget in zip(requests, budgets, strict=True):
+            assert request.budget == budget
+
+
 def test_a_request_moves_between_variants(made: Path) -> None:
     engine = Engine(made, max_rows=4, threads=1, serve="variants")
     requests = engine.submit(texts(4), [None] * 4, limits=LIMITS)
