@@ -120,7 +120,7 @@ def test_quantization_keeps_to_half_a_step(bits: int, columns: int, monkeypatch:
     steps = np.abs(scales).repeat(32, axis=1)[:, :columns]
     clipped = np.abs(matrix) > steps * (2 ** (bits - 1) - 1)
     assert (error[~clipped] <= steps[~clipped] * 0.5001).all()
-    assert clipped.mean() < 0.05
+    assert clipped.mean() < 0.1
     # The whole range of a block is among the scales that are tried, so the best one misses no more.
     monkeypatch.setattr(quantization, "SHARES", {bits: (1.0,)})
     whole = np.abs(dequantize(*quantize(matrix, bits, 32), bits, columns) - matrix)
