@@ -448,7 +448,8 @@ class Engine:
         rows = len(lane.requests) + 1
         if rows > lane.caches.rows:
             rows = min(self.max_rows, 2 * rows - 1)
-        need, left = lane.caches.growth(rows, request.most_tokens), self._memory_left()
+        need = lane.caches.growth(rows, request.most_tokens)
+        left = self._memory_left() if need else None
         if left is not None and need > left:
             if self.rows:
                 return False
@@ -485,13 +486,15 @@ class Engine:
             self._end(request, error)
 
     def _lower(self, request: Request) -> bool:
-        """Moves a request to the next smaller budget. False where there is none."""
+        """Moves a request to the next smaller budget, which it does not leave any more. False where there is none."""
         for compute in self.ladder:
             if compute < request.budget.compute:
+                lower = Budget(compute=compute)
                 try:
-                    self.set_budget(request, request.budget.tighter(Budget(compute=compute)))
+                    self.set_budget(request, request.budget.tighter(lower))
                 except L2AError:
                     continue
+                request.ceiling = request.ceiling.tighter(lower)
                 return True
         return False
 
