@@ -15,6 +15,16 @@ from l2a_compress.errors import ConfigError
 KINDS = ("fixed", "min", "slack")
 
 
+def _number(value: Any, name: str, least: float, most: float | None) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} must be a number, found {value!r}")
+    number = float(value)
+    if not least <= number or (most is not None and number > most) or number == float("inf"):
+        bound = f"from {least:g} to {most:g}" if most is not None else f"at least {least:g}"
+        raise ConfigError(f"{name} must be {bound}, found {value!r}")
+    return number
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tier:
     """Between what a class of requests is served.
@@ -37,6 +47,9 @@ class Tier:
             raise ConfigError(
                 f"floor = {self.floor:g}, ceiling = {self.ceiling:g}: the ceiling must be above 0 and the floor"
             )
+
+
+TIERS = MappingProxyType({"priority": Tier(floor=0.8), "default": Tier(), "flex": Tier(ceiling=0.6)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +75,8 @@ class Policy:
         dwell_seconds: How long more must be allowed before the budget rises by one step.
         buckets: Latency buckets of ``slack``.
         stale_seconds: A reading that is older decides nothing.
-        tiers: By the name of the tier; ``default`` is always there.
+        tiers: By the name of the tier. ``priority``, ``default`` and ``flex`` are always there; a tier decides how much
+            a request gets, not when.
 
     Raises:
         ConfigError: a value out of range.
@@ -83,7 +97,7 @@ class Policy:
     dwell_seconds: float = 4.0
     buckets: int = 8
     stale_seconds: float = 30.0
-    tiers: Mapping[str, Tier] = field(default_factory=lambda: MappingProxyType({"default": Tier()}))
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -98,7 +112,7 @@ class Policy:
                 f"policy.pressure_low = {self.pressure_low:g} must be below pressure_high = {self.pressure_high:g}"
             )
         object.__setattr__(self, "buckets", _validate.integer(self.buckets, "policy.buckets", ConfigError, minimum=1))
-        object.__setattr__(self, "tiers", MappingProxyType({"default": Tier(), **self.tiers}))
+        object.__setattr__(self, "tiers", MappingProxyType({**TIERS, **self.tiers}))
 
     def tier(self, name: str) -> Tier:
         """The tier of that name.
@@ -138,16 +152,6 @@ class Policy:
             return cls.from_json(tomllib.loads(Path(path).read_text()))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ConfigError) as error:
             raise ConfigError(f"{path}: {error}") from error
-
-
-def _number(value: Any, name: str, least: float, most: float | None) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} must be a number, found {value!r}")
-    number = float(value)
-    if not least <= number or (most is not None and number > most) or number == float("inf"):
-        bound = f"from {least:g} to {most:g}" if most is not None else f"at least {least:g}"
-        raise ConfigError(f"{name} must be {bound}, found {value!r}")
-    return number
 
 
 def _names(value: object, name: str) -> tuple[str, ...]:
