@@ -9,7 +9,8 @@ requests than the trace has, the trace starts again with other problems. The mea
 capacity; the service level is five times that, from a request's arrival in the trace to its last token.
 
 Arms: ``auto`` (the selector), ``full`` and ``smallest`` (one budget of the ladder for all). ``halved`` is ``auto``
-while another process takes half of the core for five windows of 4 % of the time each. Every run is real.
+while another process takes half of the core for five windows of 4 % of the time each. Every run is real. Budgets that
+do not change have no use for a deadline: those arms serve first come, first served.
 Figures go to benchmarks/results/runtime_replay.json, the picture to docs/images/runtime_replay.png.
 """
 
@@ -118,7 +119,7 @@ def _capacity(options: argparse.Namespace, pool: Sequence[Problem]) -> float:
         runtime.step()
     runtime.submit([problem.prompt for problem in chosen], budgets, limits=LIMITS)
     began, done = time.perf_counter(), 0
-    while len(runtime.engine.waiting):
+    while runtime.engine.waiting:
         runtime.step()
     done = len(chosen) - len(runtime.engine.running)
     return done / (time.perf_counter() - began)
@@ -175,7 +176,7 @@ def _replay(options: argparse.Namespace, kind: str, arrivals: Sequence[Arrival],
                 arrival = arrivals[place]
                 text = arrival.problem.prompt
                 ids = prompts[text] = prompts.get(text) or runtime.encode(text)
-                left = max(1e-3, arrival.at + level - now)
+                left = max(1e-3, arrival.at + level - now) if asked == "auto" else None
                 (request,) = runtime.submit([ids], [asked], limits=LIMITS, seconds=left)
                 request.submitted = began + arrival.at
                 made.append((arrival, request))
@@ -188,7 +189,7 @@ def _replay(options: argparse.Namespace, kind: str, arrivals: Sequence[Arrival],
                     {
                         "second": second,
                         "budget": statistics.fmean(budgets) if budgets else 1.0,
-                        "waiting": len(engine.waiting),
+                        "waiting": len(engine.waiting) + engine.late,
                         "hog": float(hogs.runs),
                     }
                 )

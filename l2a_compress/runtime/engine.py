@@ -117,6 +117,7 @@ class Engine:
         self._lanes: dict[str, Lane] = {}
         self._router: GraphDecoder | None = None
         self._waiting: deque[Request] = deque()
+        self._late: deque[Request] = deque()  # that had not begun by their deadline
         self._held: dict[int, dict[str, Array]] = {}  # keys and values of those that wait for another graph
         self._loading = 0.0  # seconds of the step
         self._full: int | None = None  # so many rows were too many
@@ -221,6 +222,9 @@ class Engine:
         """Writes no more of a request; ``error`` says why."""
         if not request.done:
             self._end(request, error)
+            for queue in (self._waiting, self._late):
+                if request in queue:
+                    queue.remove(request)
 
     @property
     def rows(self) -> int:
@@ -234,13 +238,18 @@ class Engine:
 
     @property
     def waiting(self) -> Sequence[Request]:
-        """The requests that wait for a row, the next one first."""
+        """The requests that wait for a row and can still be in time, the next one first."""
         return self._waiting
+
+    @property
+    def late(self) -> int:
+        """How many have not begun by their deadline; they run when no other waits."""
+        return len(self._late)
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self._waiting) or bool(self.running)
+        return bool(self._waiting or self._late or self.running)
 
     @property
     def graphs(self) -> list[str]:
@@ -308,8 +317,10 @@ class Engine:
 
     def close(self) -> None:
         """Ends all requests and frees graphs and caches."""
-        for request in [*self._waiting, *self.running]:
+        for request in [*self._waiting, *self._late, *self.running]:
             self._end(request)
+        self._waiting.clear()
+        self._late.clear()
         self._lanes.clear()
         self._router = None
 
@@ -421,24 +432,33 @@ class Engine:
         """Gives rows to those that wait. Returns how many tokens were computed for it."""
         tokens = 0
         while (
-            self._waiting
+            (queue := self._queue())
             and not self.paused
             and self.rows < self.max_rows
             and (self._full is None or self.rows < self._full)
         ):
             self._full = None
-            request = self._waiting[0]
+            request = queue.popleft()
             try:
-                if not self._admit(request):
-                    self._full = self.rows
-                    break
+                admitted = self._admit(request)
             except L2AError as error:
                 self._failed(request, error)
+                if not request.done:
+                    queue.appendleft(request)
                 continue
-            if not request.done:  # one that is done has left already
-                self._waiting.popleft()
+            if not admitted:
+                queue.appendleft(request)
+                self._full = self.rows
+                break
             tokens += request.length
         return tokens
+
+    def _queue(self) -> deque[Request]:
+        """Where the next one comes from. Who is late gives way to those that can still be in time."""
+        waiting, now = self._waiting, self.clock()
+        while waiting and waiting[0].kept is None and (end := waiting[0].deadline) is not None and end <= now:
+            self._late.append(waiting.popleft())
+        return waiting or self._late
 
     def _admit(self, request: Request) -> bool:
         """Computes a request's tokens. False where it must wait for memory, or for other graphs to be free."""
@@ -538,8 +558,6 @@ class Engine:
             forget = forget.__cause__ or forget.__context__
         request.reasoning.stage, request.error, request.ended = "done", error, self.clock()
         self._held.pop(request.number, None)
-        if request in self._waiting:
-            self._waiting.remove(request)
 
     def _retire(self) -> None:
         """Rows that are done leave."""

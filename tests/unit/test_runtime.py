@@ -526,6 +526,24 @@ def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:
     assert controller.decision.binding.name == "queue"
 
 
+def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
+    clock = Clock()
+    engine = Engine(made, max_rows=1, threads=1, clock=clock)
+    first, second, third = (engine.submit(texts(1), [None], limits=LIMITS, seconds=1.0)[0] for _ in range(3))
+    (free,) = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+    clock.now += 2.0
+    (fresh,) = engine.submit(texts(1), [None], limits=LIMITS, seconds=1.0)
+    engine.cancel(third)
+    order = []
+    finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
+    assert order == [first, free, fresh, second]  # the first one had begun
+    assert engine.late == 0
+    assert second.reasoning.answer
+    assert second.error is None
+    assert not third.written
+
+
 def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:
     controller, _, clock = steered(made, Policy())
     engine = controller.engine

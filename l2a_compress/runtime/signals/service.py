@@ -14,7 +14,8 @@ from l2a_compress.runtime.signals.reading import Source, each
 class Service(Source):
     """Queue and pace of an engine.
 
-    Readings: ``queue.depth``, the requests that wait; ``queue.oldest_seconds``, since the first of them came;
+    Readings: ``queue.depth``, the requests that wait and can still be in time; ``queue.oldest_seconds``, since the
+    first of them came; ``queue.late``, those that had not begun by their deadline;
     ``service.ttft_seconds``, from a request's coming to its first token, and ``service.tpot_seconds``, from token to
     token, the medians of the last requests that ended; ``service.contention``, the share of the last second's time
     that others took: 1 less what the steps should have taken by the cost table over what they did.
@@ -28,6 +29,7 @@ class Service(Source):
         {
             "queue.depth": "count",
             "queue.oldest_seconds": "seconds",
+            "queue.late": "count",
             "service.ttft_seconds": "seconds",
             "service.tpot_seconds": "seconds",
             "service.contention": "share",
@@ -43,6 +45,7 @@ class Service(Source):
             {
                 "queue.depth": lambda: float(len(self._engine.waiting)),
                 "queue.oldest_seconds": self._oldest,
+                "queue.late": lambda: float(self._engine.late),
                 "service.ttft_seconds": self._ttft,
                 "service.tpot_seconds": self._tpot,
                 "service.contention": self._contention,
@@ -50,8 +53,8 @@ class Service(Source):
         )
 
     def _oldest(self) -> float:
-        now = self._engine.clock()
-        return max((now - request.submitted for request in self._engine.waiting), default=0.0)
+        waiting = self._engine.waiting
+        return self._engine.clock() - waiting[0].submitted if waiting else 0.0
 
     def _ttft(self) -> float:
         return _median([each.started - each.submitted for each in self._engine.ended if each.started is not None])
