@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--serve", default="if", choices=("variants", "if"))
     parser.add_argument("--max-rows", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--capacity", type=float, help="requests/s of an earlier run (default: measured first)")
     parser.add_argument("--out", type=Path, default=RESULTS / "runtime_replay.json", help="figures (%(default)s)")
     parser.add_argument("--report", action="store_true", help="only draw what is in --out")
     options = parser.parse_args()
@@ -72,7 +73,7 @@ def main() -> None:
         _pin()
         settings = {"seconds": options.seconds, "serve": options.serve, "rows": options.max_rows, "seed": options.seed}
         pool = _pool(options.seed)
-        capacity = statistics.median(_capacity(options, pool) for _ in range(3))
+        capacity = options.capacity or statistics.median(_capacity(options, pool) for _ in range(5))
         level = SERVICE_LEVEL * options.max_rows / capacity
         print(f"full capacity {capacity:.1f} requests/s; service level {1000 * level:.0f} ms", flush=True)
         for arm in options.arms:
