@@ -62,6 +62,16 @@ def test_shipped_figures_are_plausible(name: str) -> None:
         assert ("fp4" in peaks) == (major >= 10)
 
 
+@pytest.mark.parametrize("name", list_devices())
+def test_the_table_of_the_documentation_is_that_of_the_profiles(name: str) -> None:
+    device = DeviceProfile.named(name)
+    peaks = (f"{device.peak_flops[dtype] / 1e12:g}" if dtype in device.peak_flops else "-" for dtype in DTYPES)
+    memory, bandwidth = f"{device.memory_bytes // 2**30}", f"{device.memory_bandwidth / 1e9:g}"
+    row = " | ".join([f"| `{name}`", device.compute_capability or "-", memory, bandwidth, *peaks])
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
+    assert f"{row} | [{device.source.removeprefix('nominal: ')}]({device.link}) |" in page
+
+
 def test_the_promised_devices_are_there_with_their_capability() -> None:
     assert {name: DeviceProfile.named(name).compute_capability for name in list_devices()} == CAPABILITIES
 
