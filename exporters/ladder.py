@@ -5,31 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
-from l2a_compress.errors import ConfigError
 from l2a_compress.modeling.gated import GatedModel
 
 Prompts = Sequence[tuple[Tensor, Tensor]]
-
-
-def budgets_of(table: dict[str, Any]) -> tuple[float, ...]:
-    """The budgets of a ladder file, checked: falling, within (0, 1].
-
-    Raises:
-        ConfigError: another key, or budgets that are not a falling list of numbers.
-    """
-    unknown = sorted(set(table) - {"budgets"})
-    if unknown or not isinstance(table.get("budgets"), list) or not table["budgets"]:
-        raise ConfigError(f"a ladder holds `budgets = [...]` and nothing else, found {sorted(table)}")
-    budgets = tuple(Budget(compute=value).compute for value in table["budgets"])
-    if list(budgets) != sorted(set(budgets), reverse=True):
-        raise ConfigError(f"a ladder's budgets must fall from one to the next, found {list(budgets)}")
-    return budgets
 
 
 def mine(

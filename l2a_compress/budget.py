@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from l2a_compress import _validate
-from l2a_compress.errors import BudgetError
+from l2a_compress.errors import BudgetError, ConfigError
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "budgets_of"]
 
 _CAPS = {"layers": 1, "heads": 1, "think_tokens": 0}
 
@@ -62,6 +62,22 @@ class Budget:
         """Return short text such as ``0.6, layers <= 8``."""
         caps = [f"{name} <= {getattr(self, name)}" for name in _CAPS if getattr(self, name) is not None]
         return ", ".join([f"{self.compute:g}", *caps])
+
+
+def budgets_of(table: dict[str, Any]) -> tuple[float, ...]:
+    """Return the budgets of a ladder file, checked: falling, within (0, 1].
+
+    Raises:
+        ConfigError: There is another key, or the budgets are not a falling list.
+        BudgetError: A budget is out of range.
+    """
+    unknown = sorted(set(table) - {"budgets"})
+    if unknown or not isinstance(table.get("budgets"), list) or not table["budgets"]:
+        raise ConfigError(f"a ladder holds `budgets = [...]` and nothing else, found {sorted(table)}")
+    budgets = tuple(Budget(compute=value).compute for value in table["budgets"])
+    if list(budgets) != sorted(set(budgets), reverse=True):
+        raise ConfigError(f"a ladder's budgets must fall from one to the next, found {list(budgets)}")
+    return budgets
 
 
 def _limit(value: float | None) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 from l2a_compress import _validate
 from l2a_compress.allocation import Allocation
@@ -13,10 +13,34 @@ from l2a_compress.budget import Budget
 from l2a_compress.device import DeviceProfile
 from l2a_compress.errors import AllocationError, ConfigError
 
-__all__ = ["CostModel", "ModelShape"]
+__all__ = ["PRECISIONS", "CostModel", "ModelShape", "Precision", "precision_of"]
 
 # A budget such as 0.1 + 0.2 is meant as 0.3: noise of this share of the dense cost is forgiven.
 _FLOAT_NOISE = Fraction(1, 10**12)
+
+
+class Precision(NamedTuple):
+    """Bytes of a stored weight, and of a number in the key and value cache, of what export writes."""
+
+    weight_bytes: float
+    cache_bytes: int
+
+
+# Quantized weights have a scale of 32 bits for each block of export's usual size, and caches of 32 bits beside them.
+PRECISIONS = {
+    "fp32": Precision(4.0, 4),
+    "fp16": Precision(2.0, 2),
+    "bf16": Precision(2.0, 2),
+    "int8": Precision(1.0 + 4 / 128, 4),
+    "int4": Precision(0.5 + 4 / 32, 4),
+}
+
+
+def precision_of(name: str) -> Precision:
+    """Return the sizes of a precision by its name, or a ``ConfigError`` that lists the names."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, found {_validate.shown(name)}")
+    return PRECISIONS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,17 +169,37 @@ class CostModel:
         values = 2 * allocation.num_kept_groups * self.shape.head_dim
         return values * _count(tokens, "tokens") * bytes_per_value
 
-    def latency(self, allocation: Allocation, device: DeviceProfile, *, context: int, batch: int = 1) -> float:
+    def latency(
+        self, allocation: Allocation, device: DeviceProfile, *, context: int, batch: int = 1, precision: str = "fp16"
+    ) -> float:
         """Return the seconds of one decode step by the roofline model, a lower bound on what a device can do.
 
         The step takes the longer of computing (FLOPs of the batch over peak) and reading (weights once, the cache of
         every sequence, over bandwidth). Of the embedding only the output head is read.
         """
-        sequences = _count(batch, "batch")
-        read = math.ceil((self.units(allocation) // 2 + self._head_weights) * device.bytes_per_weight)
-        read += sequences * self.kv_bytes(allocation, context)
-        compute = sequences * self.flops(allocation, context)
-        return max(compute / device.peak_flops, read / device.memory_bandwidth)
+        flops = _count(batch, "batch") * self.flops(allocation, context)
+        return self._roofline(allocation, device, flops, context, batch, precision)
+
+    def prefill(
+        self, allocation: Allocation, device: DeviceProfile, *, context: int, batch: int = 1, precision: str = "fp16"
+    ) -> float:
+        """Return the seconds of reading prompts of ``context`` tokens by the roofline model, a lower bound.
+
+        Each token attends over itself and those before it, and the output head runs for the last one alone. The
+        weights are read once, and the cache of every sequence is written.
+        """
+        tokens, head = _count(context, "context"), self.flops(allocation, 0) - self.units(allocation)
+        attention = (self.flops(allocation, 1) - self.flops(allocation, 0)) * (tokens * (tokens + 1) // 2)
+        flops = _count(batch, "batch") * (tokens * self.units(allocation) + attention + head)
+        return self._roofline(allocation, device, flops, context, batch, precision)
+
+    def _roofline(
+        self, allocation: Allocation, device: DeviceProfile, flops: int, context: int, batch: int, precision: str
+    ) -> float:
+        sizes = precision_of(precision)
+        moved = math.ceil((self.units(allocation) // 2 + self._head_weights) * sizes.weight_bytes)
+        moved += batch * self.kv_bytes(allocation, context, sizes.cache_bytes)
+        return max(flops / device.peak_flops[device.computes_in(precision)], moved / device.memory_bandwidth)
 
     @property
     def _head_weights(self) -> int:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from l2a_compress import __version__
+from l2a_compress._cli.estimate import estimate
 from l2a_compress._cli.evaluate import evaluate
 from l2a_compress._cli.export import export, verify
 from l2a_compress._cli.inspect import inspect
@@ -23,6 +24,7 @@ compress = typer.Typer(no_args_is_help=True, help="Train a model for every budge
 app.add_typer(compress, name="compress")
 compress.command()(train)
 compress.command()(evaluate)
+compress.command()(estimate)
 compress.command()(export)
 compress.command()(verify)
 compress.command()(inspect)

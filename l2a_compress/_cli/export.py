@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l2a_compress import _validate
+from l2a_compress.budget import budgets_of
 from l2a_compress.bundle import COSTS_FILE, WEIGHT_FILE, Bundle
 from l2a_compress.errors import BundleError
 
@@ -43,7 +44,6 @@ def export(
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Turn an artifact into ONNX graphs for every budget, all over one weight file."""
-    from l2a_compress.exporters.ladder import budgets_of
     from l2a_compress.exporters.onnx import ExportOptions
     from l2a_compress.exporters.onnx import export as run_export
     from l2a_compress.exporters.shapes import parse_shapes

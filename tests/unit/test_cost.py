@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from l2a_compress import Allocation, AllocationError, Budget, ConfigError, CostModel, DeviceProfile, ModelShape
+from l2a_compress import Allocation, AllocationError, Budget, ConfigError, CostModel, DeviceProfile, ModelShape, bundle
+from l2a_compress.cost import PRECISIONS
 from strategies import allocations, budgets, computes, shapes
 
 LLAMA_3_8B = ModelShape(
@@ -138,7 +139,44 @@ def test_latency_is_the_roofline() -> None:
     read = 2 * (COST.dense_units // 2 + 4096 * 128256) + COST.kv_bytes(DENSE, 512)
     assert COST.latency(DENSE, h100, context=512) == pytest.approx(read / h100.memory_bandwidth)
     busy = COST.latency(DENSE, h100, context=0, batch=4096)
-    assert busy == pytest.approx(4096 * COST.flops(DENSE, 0) / h100.peak_flops)
+    assert busy == pytest.approx(4096 * COST.flops(DENSE, 0) / h100.peak_flops["fp16"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "weight", "dtype"),
+    [("fp32", 4, "fp32"), ("bf16", 2, "bf16"), ("int8", 1.03125, "int8"), ("int4", 0.625, "fp16")],
+)
+def test_the_precision_decides_what_is_read_and_how_fast_is_computed(precision: str, weight: float, dtype: str) -> None:
+    h100 = DeviceProfile.named("h100-sxm")
+    read = weight * (COST.dense_units // 2 + 4096 * 128256)
+    assert COST.latency(DENSE, h100, context=0, precision=precision) == pytest.approx(read / h100.memory_bandwidth)
+    cached = COST.latency(DENSE, h100, context=1000, precision=precision)
+    numbers = 1000 * 2 * 32 * 8 * 128
+    size = 2 if precision == "bf16" else 4
+    assert cached == pytest.approx((read + size * numbers) / h100.memory_bandwidth)
+    busy = COST.latency(DENSE, h100, context=0, batch=8192, precision=precision)
+    assert busy == pytest.approx(8192 * COST.flops(DENSE, 0) / h100.peak_flops[dtype])
+
+
+def test_a_prefill_computes_every_token_and_the_output_head_once() -> None:
+    l4 = DeviceProfile.named("l4")
+    pairs = sum(range(1, 513))
+    flops = 512 * COST.dense_units + pairs * 4 * 32 * 32 * 128 + 2 * 4096 * 128256
+    assert COST.prefill(DENSE, l4, context=512, batch=3) == pytest.approx(3 * flops / l4.peak_flops["fp16"])
+    moved = 2 * (COST.dense_units // 2 + 4096 * 128256) + COST.kv_bytes(DENSE, 2)
+    assert COST.prefill(DENSE, l4, context=2) == pytest.approx(moved / l4.memory_bandwidth)
+
+
+def test_an_unknown_precision_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="precision must be one of fp32, fp16, bf16, int8, int4, found 'fp64'"):
+        COST.latency(DENSE, DeviceProfile.named("l4"), context=1, precision="fp64")
+
+
+def test_precisions_are_those_of_export() -> None:
+    quantize = pytest.importorskip("l2a_compress.exporters.quantize")
+    assert tuple(PRECISIONS) == bundle.PRECISIONS
+    for name, bits in quantize.BITS.items():
+        assert PRECISIONS[name].weight_bytes == bits / 8 + 4 / quantize.BLOCKS[name]
 
 
 @given(allocations(num_layers=32, num_groups=8), st.integers(0, 8192), st.integers(1, 64))

@@ -20,12 +20,12 @@ from transformers import DynamicCache
 
 from l2a_compress._cli import main
 from l2a_compress.allocation import Allocation
-from l2a_compress.budget import Budget
+from l2a_compress.budget import Budget, budgets_of
 from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
 from l2a_compress.exporters import quantize as quantization
 from l2a_compress.exporters.calibrate import not_faster
-from l2a_compress.exporters.ladder import budgets_of, mine
+from l2a_compress.exporters.ladder import mine
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import BITS, BLOCKS, dequantize, quantize
 from l2a_compress.exporters.shapes import parse_shapes
