@@ -33,6 +33,7 @@ from l2a_compress.runtime.sampling import Sampler, Sampling
 Array = np.ndarray[Any, np.dtype[Any]]
 Serve = Literal["if", "variants"]
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
+_SLOW = 0.1  # weight of the newest request in what requests have taken lately
 _TRIES = 3  # of a run that fails for another reason than memory
 
 
@@ -117,7 +118,8 @@ class Engine:
         self._lanes: dict[str, Lane] = {}
         self._router: GraphDecoder | None = None
         self._waiting: deque[Request] = deque()
-        self._late: deque[Request] = deque()  # that had not begun by their deadline
+        self._late: deque[Request] = deque()  # that could not be in time any more
+        self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
         self._held: dict[int, dict[str, Array]] = {}  # keys and values of those that wait for another graph
         self._loading = 0.0  # seconds of the step
         self._full: int | None = None  # so many rows were too many
@@ -243,7 +245,7 @@ class Engine:
 
     @property
     def late(self) -> int:
-        """How many have not begun by their deadline; they run when no other waits."""
+        """How many cannot be done by their deadline any more; they run when no other waits."""
         return len(self._late)
 
     @property
@@ -454,9 +456,9 @@ class Engine:
         return tokens
 
     def _queue(self) -> deque[Request]:
-        """Where the next one comes from. Who is late gives way to those that can still be in time."""
-        waiting, now = self._waiting, self.clock()
-        while waiting and waiting[0].kept is None and (end := waiting[0].deadline) is not None and end <= now:
+        """Where the next one comes from. Who will be late gives way to those that can still be in time."""
+        waiting, ends = self._waiting, self.clock() + self._service
+        while waiting and waiting[0].kept is None and (end := waiting[0].deadline) is not None and end <= ends:
             self._late.append(waiting.popleft())
         return waiting or self._late
 
@@ -578,6 +580,8 @@ class Engine:
         if request.done or (request.stops is not None and request.stops(request)):
             self._end(request)
             self.ended.append(request)
+            if request.started is not None and request.ended is not None:
+                self._service += _SLOW * (request.ended - request.started - self._service)
 
 
 class Endless(Sampler):

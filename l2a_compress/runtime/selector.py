@@ -262,7 +262,8 @@ def _memory(steps: Sequence[Step], readings: Readings, work: Work, policy: Polic
     rooms = [value for name in policy.memories if (value := readings.get(name)) is not None and value < math.inf]
     if not rooms:
         return None
-    left, tokens = min(rooms) - policy.memory_reserve_bytes, work.prompt_tokens + work.new_tokens
+    left = min(rooms) - policy.memory_reserve_bytes
+    tokens = work.rows * (work.prompt_tokens + work.new_tokens)
     fits = (step.budget for step in steps if step.memory_bytes + tokens * step.cache_bytes <= left)
     return Term(name="memory", budget=next(fits, 0.0), reason=f"{min(rooms):g} bytes are left")
 

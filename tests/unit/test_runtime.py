@@ -542,6 +542,18 @@ def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
     assert second.reasoning.answer
     assert second.error is None
     assert not third.written
+    # One that is served by what the last ones took, and one that is not.
+    assert engine._service == 0.0
+    (slow,) = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+    clock.now += 10.0
+    finish(engine)
+    assert slow.done
+    assert engine._service == pytest.approx(1.0)
+    hopeless, hopeful = (engine.submit(texts(1), [None], limits=LIMITS, seconds=seconds)[0] for seconds in (0.9, 1.1))
+    order = []
+    finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
+    assert order == [hopeful, hopeless]
 
 
 def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:

@@ -15,7 +15,7 @@ class Service(Source):
     """Queue and pace of an engine.
 
     Readings: ``queue.depth``, the requests that wait and can still be in time; ``queue.oldest_seconds``, since the
-    first of them came; ``queue.late``, those that had not begun by their deadline;
+    first of them came; ``queue.late``, those that cannot be done by their deadline any more;
     ``service.ttft_seconds``, from a request's coming to its first token, and ``service.tpot_seconds``, from token to
     token, the medians of the last requests that ended; ``service.contention``, the share of the last second's time
     that others took: 1 less what the steps should have taken by the cost table over what they did.
