@@ -14,17 +14,14 @@ from l2a_compress.exporters.weights import Array
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = {"int8": 128, "int4": 32}  # numbers that share a scale, where nothing else is asked for
 SIZES = (32, 64, 128)
-# Of the scale that spans a block: with few bits it is better to clip its largest numbers and round the others less.
-SHARES = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)}
-_CHUNK = 1024  # rows at a time, so that a large embedding table costs no second copy
+_CHUNK = 4096  # rows at a time, so that a large embedding table costs no second copy
 
 
 def quantize(matrix: Array, bits: int, block: int) -> tuple[Array, Array]:
     """[out, in], float32 -> (values [out, blocks, block * bits / 8], uint8; scales [out, blocks], float32).
 
     A value is (stored - 2^(bits-1)) * scale. Of the two ends of the range the one that is one larger is given to the
-    sign of the block's largest number. The scale is the one of ``SHARES`` with the least squared error. The last block
-    is filled with zeros.
+    sign of the block's largest number. The last block is filled with zeros.
     """
     rows, columns = matrix.shape
     count = -(-columns // block)
@@ -41,15 +38,7 @@ def _quantize(blocks: Array, bits: int) -> tuple[Array, Array]:
     middle = 1 << (bits - 1)
     places = np.abs(blocks).argmax(-1)[..., None]
     largest = np.take_along_axis(blocks, places, -1)
-    whole = np.where(largest == 0, 1, largest / -middle).astype(np.float32)
-    scales, least = whole, np.full(whole.shape, np.inf, dtype=np.float32)
-    for share in SHARES[bits]:
-        tried = (whole * share).astype(np.float32)
-        missed = np.clip(np.rint(blocks / tried), -middle, middle - 1)
-        missed *= tried
-        missed -= blocks
-        error = np.einsum("rbn,rbn->rb", missed, missed)[..., None]
-        scales, least = np.where(error < least, tried, scales), np.minimum(error, least)
+    scales = np.where(largest == 0, 1, largest / -middle).astype(np.float32)
     values = np.clip(np.rint(blocks / scales) + middle, 0, 2 * middle - 1).astype(np.uint8)
     if bits == 4:
         values = values[..., 0::2] | (values[..., 1::2] << 4)

@@ -23,7 +23,6 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget, budgets_of
 from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
-from l2a_compress.exporters import quantize as quantization
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.ladder import mine
 from l2a_compress.exporters.onnx import ExportOptions, export
@@ -111,21 +110,16 @@ def test_every_form_of_gates_is_exported(gates: dict[str, object], tmp_path: Pat
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("columns", [64, 72])  # whole blocks, and a last one that is filled up
-def test_quantization_keeps_to_half_a_step(bits: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantization_keeps_to_half_a_step(bits: int, columns: int) -> None:
     matrix = np.random.default_rng(0).normal(size=(24, columns)).astype(np.float32)
     matrix[0, :32] = 0
     values, scales = quantize(matrix, bits, 32)
     assert values.shape == (24, -(-columns // 32), 32 * bits // 8)
     error = np.abs(dequantize(values, scales, bits, columns) - matrix)
     steps = np.abs(scales).repeat(32, axis=1)[:, :columns]
-    clipped = np.abs(matrix) > steps * (2 ** (bits - 1) - 1)
-    assert (error[~clipped] <= steps[~clipped] * 0.5001).all()
-    assert clipped.mean() < 0.1
-    # The whole range of a block is among the scales that are tried, so the best one misses no more.
-    monkeypatch.setattr(quantization, "SHARES", {bits: (1.0,)})
-    whole = np.abs(dequantize(*quantize(matrix, bits, 32), bits, columns) - matrix)
-    assert ((whole**2).sum(axis=1) >= (error**2).sum(axis=1) * 0.9999).all()
-    assert (whole**2).sum() > (error**2).sum() * (1.03 if bits == 4 else 0.9999)
+    # The end of the range that has one number less may be cut by a whole step.
+    assert (error <= steps * 1.0001).all()
+    assert (error <= steps * 0.5001).mean() > 0.95
 
 
 @pytest.mark.parametrize(("precision", "block"), [("int8", 32), ("int4", 32), ("int8", None), ("int4", 64)])
