@@ -306,6 +306,8 @@ def _draw(sections: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
 
     arms = [arm for arm in sections if arm.startswith(("auto", "halved"))]
+    if not arms:
+        return
     figure, axes = plt.subplots(len(arms), 2, figsize=(11, 2.3 * len(arms)), squeeze=False, sharex="col")
     for (left, right), arm in zip(axes, arms, strict=True):
         series = sections[arm]["series"]
