@@ -107,7 +107,7 @@ class Controller:
         self.readings = self.signals.read()
         values = self._values()
         engine, policy = self.engine, self.policy
-        known = [*engine.running, *itertools.islice(engine.waiting, engine.max_rows)]
+        known = [*engine.running, *itertools.islice(engine.queued, engine.max_rows)]
         found = {"default", *tiers, *(request.tier for request in known if request.tier is not None)}
         for name in sorted(found):
             requests = [request for request in known if request.tier == name]
@@ -116,9 +116,10 @@ class Controller:
                 self.apply(request)
         default = self._tiers["default"].decision
         engine.paused = not default.admit
-        if engine.paused and engine.waiting and now - engine.waiting[0].submitted > policy.patience_seconds:
+        first = next(engine.queued, None)
+        if engine.paused and first is not None and now - first.submitted > policy.patience_seconds:
             reason = next(term.reason for term in default.terms if term.name == "memory")
-            engine.cancel(engine.waiting[0], OutOfMemoryError(f"no memory for {policy.patience_seconds:g} s: {reason}"))
+            engine.cancel(first, OutOfMemoryError(f"no memory for {policy.patience_seconds:g} s: {reason}"))
 
     def apply(self, request: Request) -> None:
         """Gives a request the least of what it asked for and what its tier may spend now.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -242,6 +242,11 @@ class Engine:
     def waiting(self) -> Sequence[Request]:
         """The requests that wait for a row and can still be in time, the next one first."""
         return self._waiting
+
+    @property
+    def queued(self) -> Iterator[Request]:
+        """All that wait for a row, in the order they get one."""
+        return itertools.chain(self._waiting, self._late)
 
     @property
     def late(self) -> int:
