@@ -145,16 +145,14 @@ def bench(
     """Measure what each budget of a bundle costs on this machine, and what it is worth by its evaluation."""
     from rich.console import Console
 
-    from l2a_compress.runtime.costs import cached_path, measure
+    from l2a_compress.runtime.costs import keep, measure
     from l2a_compress.runtime.engine import Engine
 
     if rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, found {rounds!r}")
     engine = Engine(bundle, max_rows=max_rows, threads=threads, serve=serve)  # type: ignore[arg-type]
     table = measure(engine, rounds=rounds)
-    cache = cached_path(engine)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    table.write(cache)
+    keep(engine, table)
     if out is not None:
         table.write(out)
     Console().print(_costs(table, engine.bundle.quality))

@@ -97,15 +97,20 @@ class CostTable:
 
 def cost_table(engine: Engine, *, progress: Callable[[str], None] | None = None) -> CostTable:
     """The table of an idle engine: what this machine measured before, or else measured now."""
-    path = cached_path(engine)
     try:
-        return CostTable.load(path)
+        return CostTable.load(cached_path(engine))
     except ConfigError:
         (progress or (lambda _: None))("measuring what each budget costs on this machine")
     table = measure(engine)
+    keep(engine, table)
+    return table
+
+
+def keep(engine: Engine, table: CostTable) -> None:
+    """Keeps a table for the next engines like this one."""
+    path = cached_path(engine)
     path.parent.mkdir(parents=True, exist_ok=True)
     table.write(path)
-    return table
 
 
 def cached_path(engine: Engine) -> Path:
