@@ -7,7 +7,8 @@ import onnx_ir as ir
 from l2a_compress.cost import CostModel
 from l2a_compress.exporters.blocks import Blocks, Shared
 from l2a_compress.exporters.ops import Ops
-from l2a_compress.modeling.gates import SCORE_LIMIT
+from l2a_compress.modeling.deciders import level_units
+from l2a_compress.modeling.gates import SCORE_LIMIT, demand_levels
 
 
 def allocate(
@@ -29,11 +30,15 @@ def allocate(
         shared: which tokens are real.
         told: [batch, 2], compute and think share.
         limits: [batch, 3], int64: units, layers and groups that may be spent behind the stem.
-        price: [batch]: the score that an item must exceed.
+        price: [batch]: what a compute budget of 1 costs in failures, or, without a demand head, the score that an item
+            must exceed; minus infinity where the budget is a cap.
         cost: units of a layer and of a group.
     """
     shape = build.spec.shape
-    features = ops.op("Concat", _summary(build, ops, hidden, shared), build.budget(ops, "gates", told), axis=-1)
+    summary = _summary(build, ops, hidden, shared)
+    if build.spec.gates.has_demand:
+        told, limits, price = _demanded(build, ops, summary, told, limits, price, cost)
+    features = ops.op("Concat", summary, build.budget(ops, "gates", told), axis=-1)
     layers = _scores(build, ops, features, "layers", 1)
     heads = _scores(build, ops, features, "heads", shape.num_groups)
     counts = _project(build, ops, ops.op("Squeeze", layers, ops.constant([2], "int64")), heads, limits, price, cost)
@@ -57,6 +62,52 @@ def _summary(build: Blocks, ops: Ops, hidden: ir.Value, shared: Shared) -> ir.Va
         "LayerNormalization", both, build.weight(ops, "gates.norm"), build.weight(ops, "gates.norm_bias"), axis=-1
     )
     return ops.op("Mul", normed, ops.constant(0.0, "float32")) if kind == "none" else normed
+
+
+def _demanded(
+    build: Blocks, ops: Ops, summary: ir.Value, told: ir.Value, limits: ir.Value, price: ir.Value, cost: CostModel
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """:class:`l2a_compress.modeling.gates.Demand` as a graph: ``told``, ``limits`` and ``price`` of caps alone."""
+    config = build.spec.gates
+    levels = demand_levels(config).tolist()
+
+    def each(value: ir.Value, size: int) -> ir.Value:
+        """[batch, size] -> [batch * levels, size]."""
+        shape = ops.constant([1, len(levels), 1], "int64")
+        return ops.op(
+            "Reshape", ops.op("Tile", build.unsqueeze(ops, value, 1), shape), ops.constant([-1, size], "int64")
+        )
+
+    compute, think = ops.many("Split", told, outputs=2, axis=1, num_outputs=2)
+    zeros = ops.op("Mul", think, ops.constant([[0.0] * len(levels)], "float32"))
+    offered = ops.op("Add", zeros, ops.constant([levels], "float32"))  # [batch, levels]
+    pairs = ops.op("Concat", ops.op("Reshape", offered, ops.constant([-1, 1], "int64")), each(think, 1), axis=1)
+    width = 2 * build.spec.shape.hidden_size
+    features = ops.op("Concat", each(summary, width), build.budget(ops, "gates.demand", pairs), axis=-1)
+    inner = build.silu(ops, build.affine(ops, features, "gates.demand.inner"))
+    failure = ops.op("Sigmoid", build.affine(ops, inner, "gates.demand.outer"))
+    failure = ops.op("Reshape", failure, ops.constant([-1, len(levels)], "int64"))
+    column = build.unsqueeze(ops, price, 1)
+    priced = ops.op("Greater", column, ops.constant(-3.0e38, "float32"))  # [batch, 1]
+    paid = ops.op("Where", priced, column, ops.constant(0.0, "float32"))
+    spent = ops.op("Add", failure, ops.op("Mul", paid, ops.constant([levels], "float32")))
+    chosen = ops.op("ArgMin", spent, axis=1, keepdims=1)  # [batch, 1]
+    level = ops.op("Gather", ops.constant(levels, "float32"), chosen)
+    units = ops.op("Gather", ops.constant(level_units(config, cost), "int64"), chosen)
+    told = ops.op("Concat", ops.op("Where", priced, level, compute), think, axis=1)
+    most, layers, heads = ops.many("Split", limits, outputs=3, axis=1, num_outputs=3)
+    most = ops.op("Where", priced, ops.op("Min", most, units), most)
+    limits = ops.op("Concat", most, layers, heads, axis=1)
+    return (
+        told,
+        limits,
+        ops.op(
+            "Where",
+            ops.op("Squeeze", priced, ops.constant([1], "int64")),
+            ops.constant(float("-inf"), "float32"),
+            price,
+        ),
+    )
 
 
 def _scores(build: Blocks, ops: Ops, features: ir.Value, kind: str, outputs: int) -> ir.Value:

@@ -29,6 +29,7 @@ from l2a_compress.bundle import WEIGHT_FILE
 from l2a_compress.errors import ConfigError
 from l2a_compress.modeling.families import attention_of, decoder_layers
 from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.gates import Demand, TransitionGate
 from l2a_compress.modeling.layers import GatedLayer
 from l2a_compress.modeling.physical import sliced_linear
 
@@ -177,11 +178,15 @@ def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
         yield f"gates.{name}.inner_bias", _array(mlp.inner_bias.flatten())
         yield f"gates.{name}.outer", _array(mlp.outer)  # [gates, hidden, outputs]
         yield f"gates.{name}.outer_bias", _array(mlp.outer_bias[:, None])
-    yield from _embedding("transition.embedding", transition.embedding)
-    yield "transition.inner", _array(transition.inner.weight.t())
-    yield "transition.inner_bias", _array(transition.inner.bias)
-    yield "transition.outer", _array(transition.outer.weight.t())
-    yield "transition.outer_bias", _array(transition.outer.bias)
+    perceptrons: list[tuple[str, Demand | TransitionGate]] = [("transition", transition)]
+    if allocator.demand is not None:
+        perceptrons.insert(0, ("gates.demand", allocator.demand))
+    for name, perceptron in perceptrons:
+        yield from _embedding(f"{name}.embedding", perceptron.embedding)
+        yield f"{name}.inner", _array(perceptron.inner.weight.t())
+        yield f"{name}.inner_bias", _array(perceptron.inner.bias)
+        yield f"{name}.outer", _array(perceptron.outer.weight.t())
+        yield f"{name}.outer_bias", _array(perceptron.outer.bias)
     yield "transition.at_think", _array(transition.at_think.weight.t())
 
 
@@ -189,10 +194,10 @@ def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
 def round_gates(gated: GatedModel, change: Callable[[Array], Array]) -> None:
     """Rounds the matrices of the gates in place, each as [inputs, outputs], as they will be stored."""
     allocator, transition = gated.allocator, gated.transition
-    linears = (
-        *(allocator.embedding.linear, transition.embedding.linear),
-        *(transition.inner, transition.outer, transition.at_think),
-    )
+    linears = [allocator.embedding.linear, transition.at_think]
+    for perceptron in (transition, allocator.demand):
+        if perceptron is not None:
+            linears += [perceptron.embedding.linear, perceptron.inner, perceptron.outer]
     matrices = [linear.weight.t() for linear in linears]
     for mlp in (allocator.layer_gates, allocator.head_gates):
         matrices += list(mlp.inner)

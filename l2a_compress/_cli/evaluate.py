@@ -38,8 +38,8 @@ def evaluate(
     baselines: Annotated[
         str | None,
         typer.Option(
-            help="Untrained methods to compare with at the same layer sparsity: uniform, block_influence, or none. "
-            "Default: the recipe's.",
+            help="Methods to compare with at the same costs: uniform, block_influence, oracle, early_exit, think_cap, "
+            "fixed_budget, or none. Default: the recipe's.",
             show_default=False,
         ),
     ] = None,

@@ -39,6 +39,14 @@ def train(
     without: Annotated[
         str | None, typer.Option(help="Switch terms off, for ablations: any of kl,budget,tokens,heads.")
     ] = None,
+    static: Annotated[
+        str | None,
+        typer.Option(
+            help="Fine-tune one static allocation in the place of gates, to compare with: uniform, block_influence, "
+            "oracle, fixed_budget."
+        ),
+    ] = None,
+    static_compute: Annotated[float | None, typer.Option(help="The share of the dense compute that it spends.")] = None,
     teacher: Annotated[
         str | None, typer.Option(help="online, or cached: the teacher's top-k words are computed once before training.")
     ] = None,
@@ -73,6 +81,8 @@ def train(
         "gates.mode": gates,
         "draws.contract": contract,
         "optim.teacher": teacher,
+        "static.method": static,
+        "static.compute": static_compute,
     }
     table = with_overrides(load_recipe(recipe), settings or [])
     if without is not None:

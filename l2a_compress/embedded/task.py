@@ -7,9 +7,11 @@ Four families of named quantities, so that inputs differ in the work they need:
 - ``compare``: which of two people has more or fewer; the answer is a name;
 - ``total``: two counts, each with its own short chain, added up.
 
-Every problem has a ``long`` trace (each statement it uses is restated, each operation is written out) and
-a ``short`` one (only the names on the path and their values). Both walk back from the question to a known
-count and then forward again, so that every step is a lookup or one operation on two small numbers.
+Every problem has a ``long`` trace (each statement it uses is restated, each operation is written out), a ``short``
+one (only the names on the path and their values) and a ``brief`` one, which leaves to the answer what the answer says
+anyway: the last value of a chain, and the closing line. All walk back from the question to a known count and then
+forward again, so that every step is a lookup or one operation on two small numbers. The base model was trained on the
+first two; the third is for tight think budgets.
 
 Words are separated by single spaces and every digit is a word. Train and held-out problems are separated by a
 hash of the prompt, so no held-out prompt can be trained on whatever the seed.
@@ -25,13 +27,14 @@ from itertools import pairwise
 from typing import Literal
 
 Split = Literal["train", "heldout"]
-Style = Literal["long", "short"]
+Style = Literal["long", "short", "brief"]
 
 NAMES = tuple("Ann Bob Cal Dan Eve Fay Gus Hal Ida Jon Kim Lee Max Nia Oto Pam".split())
 FAMILIES = ("chain", "clock", "compare", "total")
 WORDINGS = ("plain", "listed")
 UNSEEN_WORDING = "terse"  # never trained on: an out-of-distribution probe built from known words
-STYLES: tuple[Style, ...] = ("long", "short")
+UNSEEN_DISTRACTORS = (3, 4)  # more than are trained on: the other such probe
+STYLES: tuple[Style, ...] = ("long", "short")  # those of the base model; a trace can begin with their names
 MAX_STEPS = 6
 MAX_VALUE = 99
 HOURS = 12
@@ -51,6 +54,7 @@ class Problem:
     prompt: str
     long: str
     short: str
+    brief: str
     answer: str
 
     @property
@@ -60,7 +64,7 @@ class Problem:
 
     def trace(self, style: Style) -> str:
         """The reasoning of that length, without tags."""
-        return self.long if style == "long" else self.short
+        return {"long": self.long, "short": self.short, "brief": self.brief}[style]
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,7 @@ def _problem(rng: random.Random, family: str, wording: str, steps: int, distract
         prompt=" ".join([*statements, question]),
         long=" ".join([*(_resolve_long(chain) for chain in chains), *close]),
         short=" ".join([*(_resolve_short(chain) for chain in chains), *close]),
+        brief=" ".join(_resolve_short(chain) for chain in chains) if close else _without_value(chains[0]),
         answer=answer,
     )
 
@@ -231,6 +236,11 @@ def _resolve_short(chain: list[_Relation]) -> str:
     back = [relation.subject for relation in reversed(chain)]
     forward = [number(chain[0].value), *(f"{r.subject} {number(r.value)}" for r in chain[1:])]
     return " ".join(back + forward)
+
+
+def _without_value(chain: list[_Relation]) -> str:
+    """The short trace up to the value that answers the question."""
+    return _resolve_short(chain).removesuffix(number(chain[-1].value)).rstrip()
 
 
 def vocabulary() -> list[str]:

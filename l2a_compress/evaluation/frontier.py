@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import ConfigError, DataError
-from l2a_compress.evaluation.baselines import Context, baseline_runs, known_baselines
+from l2a_compress.evaluation.baselines import OTHERS, Context, baseline_runs, known_baselines
 from l2a_compress.evaluation.likelihood import measure_likelihoods
 from l2a_compress.evaluation.points import Bench, allocate, dense_run, point_of
 from l2a_compress.evaluation.prompts import examples_of, held_out
@@ -77,12 +78,18 @@ def evaluate(
     if settings.problems < 1 or not settings.budgets:
         raise ConfigError("evaluation needs at least one budget and one problem")
     metric = metric or _metric_for(data, seed)
+    refused = [name for name in names if metric == "nll" and name in OTHERS]
+    if refused:
+        raise ConfigError(f"baseline {refused[0]!r} is about generated tokens; leave it out, or use --metric accuracy")
     began, bench = time.perf_counter(), _bench(artifact, settings, data, metric, seed, batch_size)
     with evaluating(artifact.gated):
-        runs = _gated_runs(bench, settings.budgets, contracts, think_shares if metric == "accuracy" else ())
+        reference = bench.gated.gate_config.think_reference
+        caps = [round(share * reference) for share in think_shares] if metric == "accuracy" else []
+        runs = _gated_runs(bench, settings.budgets, contracts, caps)
         context = Context(artifact.gated, lambda: _calibration(artifact, bench, seed))
-        sparsities = [_layer_sparsity(run) for run in runs if run.contract == "cap" and run.budget.think_tokens is None]
-        runs += baseline_runs(bench, context, names, sparsities or map(_layer_sparsity, runs))
+        priced = [run for run in runs if run.budget.think_tokens is None]
+        capped = [run for run in priced if run.contract == "cap"]
+        runs += baseline_runs(bench, context, names, [_cost(bench, run) for run in capped or priced], caps)
         runs = [dense_run(bench, name) for name in _references(bench, metric)] + runs
         measured = _measure_all(bench, runs, metric, progress)
     cost = artifact.gated.cost
@@ -143,18 +150,16 @@ def _bench(
 
 
 def _gated_runs(
-    bench: Bench, budgets: Sequence[float], contracts: Sequence[GateContract], think_shares: Sequence[float]
+    bench: Bench, budgets: Sequence[float], contracts: Sequence[GateContract], think_caps: Sequence[int]
 ) -> list[Run]:
     """All allocations are decided before anything is measured, so that a budget that cannot be kept fails at once."""
     caps = [Budget(compute=value) for value in sorted(set(budgets), reverse=True)]
     runs = [allocate(bench, budget, contract) for contract in contracts for budget in caps]
-    reference = bench.gated.gate_config.think_reference
-    limits = [Budget(think_tokens=round(share * reference)) for share in think_shares]
-    return runs + [allocate(bench, budget, "cap") for budget in limits]
+    return runs + [allocate(bench, Budget(think_tokens=cap), "cap") for cap in think_caps]
 
 
-def _layer_sparsity(run: Run) -> float:
-    return sum(allocation.layer_sparsity for allocation in run.allocations) / len(run.allocations)
+def _cost(bench: Bench, run: Run) -> float:
+    return fmean(bench.gated.cost.fraction(allocation) for allocation in run.allocations)
 
 
 def _references(bench: Bench, metric: Metric) -> tuple[str, ...]:
@@ -184,7 +189,7 @@ def _measure_all(bench: Bench, runs: Sequence[Run], metric: Metric, progress: Pr
 
 def _what_runs(run: Run) -> Any:
     """Equal for runs that give the same output: ``cap`` and ``mean`` meet at the whole budget."""
-    return run.allocations, run.budget, run.teacher, run.style
+    return run.allocations, run.budget, run.teacher, run.style, run.exit_entropy
 
 
 def _calibration(artifact: LoadedArtifact, bench: Bench, seed: int) -> list[dict[str, Tensor]]:

@@ -16,13 +16,15 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel
 from l2a_compress.evaluation.answers import matches
+from l2a_compress.evaluation.early_exit import exiting
 from l2a_compress.evaluation.prompts import Problem, plan_batches
 from l2a_compress.evaluation.statistics import wilson
 from l2a_compress.evaluation.values import THINK_BIN, Contract, Heat, Measured, Metric, Point, Row, Run, Slice
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.generation import Generated, GenerationConfig, generate
+from l2a_compress.modeling.generation import Generated, GenerationConfig, confirm, generate
 from l2a_compress.modeling.tags import read_tags
 from l2a_compress.training.collate import left_padded
+from l2a_compress.training.examples import STYLES
 from l2a_compress.training.pieces import token_ids
 
 __all__ = ["Bench", "Tick", "allocate", "dense_run", "measure", "point_of"]
@@ -92,16 +94,55 @@ def dense_run(bench: Bench, name: str = "dense") -> Run:
 def measure(bench: Bench, run: Run, tick: Tick | None = None) -> Measured:
     """Generates an answer to every problem and compares it.
 
-    A batch runs until its last row is done, and a model that is lost writes on up to the limit. So a row that thinks
-    for longer than its reference does by far is stopped, and run again from its start in a batch of its like.
+    What a trained model writes is most often the reference, word for word, so that is tried first, in one forward. The
+    rest is generated. A batch runs until its last row is done, and a model that is lost writes on up to the limit. So a
+    row that thinks for longer than its reference does by far is stopped, and run again from its start in a batch of its
+    like.
     """
     found: dict[int, Row] = {}
     wall, cpu = time.perf_counter(), time.process_time()
-    lost = _measure_some(bench, run, range(len(bench.problems)), found, tick, patience=_PATIENCE)
+    if run.exit_entropy is None:
+        _confirm(bench, run, found, tick)
+    open_rows = [row for row in range(len(bench.problems)) if row not in found]
+    lost = _measure_some(bench, run, open_rows, found, tick, patience=_PATIENCE)
     _measure_some(bench, run, lost, found, tick, patience=None)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     outcomes = tuple(found[row] for row in range(len(bench.problems)))
     return Measured(rows=outcomes, wall=wall, cpu=cpu, tokens=sum((row.think or 0) + row.answer for row in outcomes))
+
+
+def _confirm(bench: Bench, run: Run, found: dict[int, Row], tick: Tick | None) -> None:
+    """Adds the rows that write their reference in one of its styles, or in the one that is asked for."""
+    problems, tags = bench.problems, read_tags(bench.tokenizer)
+    for style in [run.style] if run.style else STYLES:
+        some = [row for row, problem in enumerate(problems) if row not in found and style in problem.drafts]
+        drafts = {row: problems[row].drafts[style] for row in some}
+        opened = 0
+        if run.style is not None and some:
+            opened = len(token_ids(bench.tokenizer, [problems[some[0]].example.opening(run.style)])[0])
+        allocations = [run.allocations[row] for row in some]
+        lengths = [(len(drafts[row]), len(problems[row].prompt)) for row in some]
+        before = len(found)
+        for batch in plan_batches(allocations, lengths, bench.batch_size):
+            rows = [some[at] for at in batch]
+            outputs = confirm(
+                bench.gated,
+                tags,
+                [problems[row].prompt for row in rows],
+                [drafts[row] for row in rows],
+                budgets=[run.budget] * len(rows),
+                allocations=[run.allocations[row] for row in rows],
+                config=bench.generation,
+                opened=opened,
+                teacher=run.teacher,
+            )
+            found.update(
+                (row, _row(bench, run, row, output, None))
+                for row, output in zip(rows, outputs, strict=True)
+                if output is not None
+            )
+        if tick is not None:
+            tick(run.label, len(found) - before)
 
 
 def _measure_some(
@@ -117,17 +158,26 @@ def _measure_some(
         reference = max(bench.problems[row].length for row in rows)
         limit = full if patience is None else min(full, round(patience * reference) + 8)
         before = len(found)
-        for row, output in zip(rows, _generate(bench, run, rows, limit), strict=True):
+        for row, output, cost in zip(rows, *_generate(bench, run, rows, limit), strict=True):
             if output.stopped_by == "cap" and limit < full:
                 lost.append(row)
             else:
-                found[row] = _row(bench, run, row, output)
+                found[row] = _row(bench, run, row, output, cost)
         if tick is not None:
             tick(run.label, len(found) - before)
     return lost
 
 
-def _generate(bench: Bench, run: Run, rows: Sequence[int], limit: int) -> list[Generated]:
+def _generate(bench: Bench, run: Run, rows: Sequence[int], limit: int) -> tuple[list[Generated], list[float | None]]:
+    """Outputs, and what each cost where its allocation does not say."""
+    if run.exit_entropy is None:
+        return _outputs(bench, run, rows, limit), [None] * len(rows)
+    with exiting(bench.gated, run.exit_entropy) as meter:
+        outputs = _outputs(bench, run, rows, limit)
+    return outputs, [meter.cost(at, len(one.think) + len(one.answer)) for at, one in enumerate(outputs)]
+
+
+def _outputs(bench: Bench, run: Run, rows: Sequence[int], limit: int) -> list[Generated]:
     problems = [bench.problems[row] for row in rows]
     ids, mask = left_padded([problem.prompt for problem in problems], bench.pad, bench.gated.model.device)
     openings = None
@@ -146,7 +196,7 @@ def _generate(bench: Bench, run: Run, rows: Sequence[int], limit: int) -> list[G
     )
 
 
-def _row(bench: Bench, run: Run, row: int, output: Generated) -> Row:
+def _row(bench: Bench, run: Run, row: int, output: Generated, cost: float | None) -> Row:
     problem = bench.problems[row]
     text = str(bench.tokenizer.decode(output.answer, skip_special_tokens=True))
     return Row(
@@ -159,6 +209,7 @@ def _row(bench: Bench, run: Run, row: int, output: Generated) -> Row:
         answer=len(output.answer),
         stopped_by=output.stopped_by,
         empty=not text.strip(),
+        cost=cost,
     )
 
 
@@ -175,7 +226,7 @@ def point_of(run: Run, measured: Measured, cost: CostModel, *, metric: Metric, s
         accuracy=whole.accuracy,
         accuracy_low=whole.accuracy_low,
         accuracy_high=whole.accuracy_high,
-        layer_sparsity=fmean(row.allocation.layer_sparsity for row in rows),
+        layer_sparsity=fmean(row.allocation.layer_sparsity if row.cost is None else 1 - row.cost for row in rows),
         head_sparsity=fmean(row.allocation.head_sparsity for row in rows),
         think_tokens=whole.think_tokens,
         cost=whole.cost,
@@ -195,6 +246,7 @@ def point_of(run: Run, measured: Measured, cost: CostModel, *, metric: Metric, s
         by_family={name: _slice(part, cost) for name, part in _grouped(rows, "family").items()},
         heat={name: _heat(part) for name, part in (_grouped(rows, "difficulty") or {"all": list(rows)}).items()},
         think_histogram=_histogram(rows),
+        outcomes="".join(str(row.hits) for row in rows) if metric == "accuracy" else "",
         **likely,
     )
 
@@ -208,9 +260,13 @@ def _slice(rows: Sequence[Row], cost: CostModel) -> Slice:
         accuracy=hits / trials,
         accuracy_low=low,
         accuracy_high=high,
-        cost=fmean(cost.fraction(row.allocation) for row in rows),
+        cost=fmean(_cost(row, cost) for row in rows),
         think_tokens=fmean(written) if written else None,
     )
+
+
+def _cost(row: Row, cost: CostModel) -> float:
+    return cost.fraction(row.allocation) if row.cost is None else row.cost
 
 
 def _likelihoods(rows: Sequence[Row]) -> dict[str, float]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError, DataError
 from l2a_compress.evaluation.values import Metric
+from l2a_compress.modeling.tags import read_tags
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.encode import UnfitError, encode, encode_prompt
@@ -30,12 +31,14 @@ class Problem:
         encoded: The whole example with its labels, for likelihoods.
         length: Tokens of the reference reasoning, or of the whole example where it is encoded. Only the order of the
             work depends on it.
+        drafts: By style, what a generation that follows the reference would write; see ``confirm``.
     """
 
     example: Example
     prompt: tuple[int, ...]
     encoded: Encoded | None
     length: int
+    drafts: Mapping[Style, tuple[int, ...]] = field(default_factory=dict)
 
     def tag(self, name: str) -> str:
         """What the example says of itself under that name, or nothing."""
@@ -84,7 +87,22 @@ def _problem(
         length = len(encoded["input_ids"])
     else:
         length = max(map(len, token_ids(tokenizer, list(example.traces.values()))), default=0)
-    return Problem(example=example, prompt=tuple(prompt), encoded=encoded, length=length)
+    drafts = {} if labelled else _drafts(example, tokenizer, max_length)
+    return Problem(example=example, prompt=tuple(prompt), encoded=encoded, length=length, drafts=drafts)
+
+
+def _drafts(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Mapping[Style, tuple[int, ...]]:
+    tags, found = read_tags(tokenizer), dict[Style, tuple[int, ...]]()
+    for style in example.traces:
+        try:
+            encoded = encode(example, tokenizer, style, max_length)
+        except UnfitError:
+            continue
+        ids = encoded["input_ids"]
+        think, rest = ids[encoded["think_start"] : encoded["think_end"]], ids[encoded["think_end"] :]
+        answer = rest[rest.index(tags.answer) : rest.index(tags.end_answer) + 1]
+        found[style] = (*think, tags.end_think, *answer)
+    return found
 
 
 def _style(example: Example) -> Style | None:

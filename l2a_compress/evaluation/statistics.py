@@ -9,7 +9,7 @@ from typing import Any
 
 from l2a_compress.evaluation.values import Point
 
-__all__ = ["FrontierCheck", "check_frontier", "wilson"]
+__all__ = ["FrontierCheck", "check_frontier", "paired", "wilson"]
 
 _Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 
@@ -23,6 +23,27 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     half = _Z95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     # At the ends the bound is exactly 0 or 1, and rounding must not say otherwise.
     return (0.0 if hits == 0 else centre - half), (1.0 if hits == trials else centre + half)
+
+
+def paired(outcomes: str, others: str) -> tuple[float, float, float]:
+    """The difference of two accuracies on the same problems, with its 95 % interval: (difference, low, high).
+
+    Problems that both get right, or both wrong, say nothing about the difference, so it is known far better than two
+    separate accuracies are. The interval is the normal one of the mean of the differences.
+
+    Args:
+        outcomes: a digit a problem, 1 for a right answer (:attr:`Point.outcomes`).
+        others: of what is compared with.
+
+    Raises:
+        ValueError: they are not of the same problems.
+    """
+    if len(outcomes) != len(others) or not outcomes:
+        raise ValueError(f"paired: outcomes of {len(outcomes)} and {len(others)} problems")
+    gaps = [int(a) - int(b) for a, b in zip(outcomes, others, strict=True)]
+    mean = sum(gaps) / len(gaps)
+    spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(len(gaps) - 1, 1) / len(gaps))
+    return mean, mean - _Z95 * spread, mean + _Z95 * spread
 
 
 @dataclass(frozen=True, kw_only=True)

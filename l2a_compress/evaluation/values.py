@@ -28,6 +28,7 @@ class Run:
         allocations: One per problem.
         teacher: Run the frozen base model: adapters and gates off.
         style: The style of reasoning that is asked for; None leaves it to the model.
+        exit_entropy: Tokens leave the network where their prediction has less entropy than this, in nats.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Run:
     allocations: tuple[Allocation, ...]
     teacher: bool = False
     style: Style | None = None
+    exit_entropy: float | None = None
 
     @property
     def label(self) -> str:
@@ -43,6 +45,8 @@ class Run:
         if self.name.startswith("dense"):
             return self.name.replace("_", " ")
         cap = f", think <= {self.budget.think_tokens}" if self.budget.think_tokens is not None else ""
+        if self.exit_entropy is not None:
+            return f"{self.name.replace('_', ' ')} below {self.exit_entropy:g} nats"
         return f"{self.contract if self.name == 'l2a' else self.name} {self.budget.compute:.2g}{cap}"
 
 
@@ -62,6 +66,7 @@ class Row:
         empty: The answer has no text.
         nll: Negative log-likelihood of the labelled tokens, summed, in nats.
         kl: KL divergence from the dense model's predictions on them, summed, in nats.
+        cost: Share of the dense compute, where it is not that of the allocation.
     """
 
     trials: int
@@ -75,6 +80,7 @@ class Row:
     empty: bool = False
     nll: float = 0.0
     kl: float = 0.0
+    cost: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +154,7 @@ class Point:
     by_family: Mapping[str, Slice] = field(default_factory=dict)
     heat: Mapping[str, Heat] = field(default_factory=dict)
     think_histogram: tuple[int, ...] = ()
+    outcomes: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that :meth:`from_json` turns back into an equal point."""

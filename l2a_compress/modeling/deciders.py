@@ -6,16 +6,23 @@ reads its own layer's input and spends what the layers before it left.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel
 from l2a_compress.modeling.budgets import BudgetBatch
-from l2a_compress.modeling.gates import Allocator
+from l2a_compress.modeling.gates import Allocator, GateConfig, demand_levels
 from l2a_compress.modeling.layers import GateState, LayerPlan, plan_from_masks
-from l2a_compress.modeling.projection import effective_scores, moving_threshold, project, straight_through
+from l2a_compress.modeling.projection import (
+    Decision,
+    effective_scores,
+    moving_threshold,
+    project,
+    straight_through,
+)
 
 
 @dataclass
@@ -42,7 +49,8 @@ class GateRequest:
 class GateResult:
     """What was decided: hard ``layers`` [batch, gated], ``groups`` [batch, gated, groups]; the soft cost is [batch].
 
-    ``layer_scores`` and, by rank, ``group_scores`` are shaped like them.
+    ``layer_scores`` and, by rank, ``group_scores`` are shaped like them. ``compute`` [batch] is the budget that the
+    gates were told, and ``summary`` [batch, 2 * width] what they saw of the prompt (stem gates).
     """
 
     layers: Tensor
@@ -50,6 +58,8 @@ class GateResult:
     soft_cost: Tensor
     layer_scores: Tensor
     group_scores: Tensor
+    compute: Tensor
+    summary: Tensor | None = None
 
 
 class StemDecider:
@@ -60,7 +70,6 @@ class StemDecider:
     ) -> None:
         self.request, self.allocator, self.cost, self.state, self.probe = request, allocator, cost, state, probe
         self.config = allocator.config
-        self.min_groups = self.config.min_groups if self.config.heads else cost.shape.num_groups
         self.result: GateResult | None = None
 
     def __call__(self, index: int, hidden: Tensor) -> None:
@@ -79,31 +88,25 @@ class StemDecider:
             self.state.plans[index + offset] = plan
 
     def _decide(self, hidden: Tensor, budgets: BudgetBatch) -> tuple[GateResult, list[tuple[Tensor, Tensor]]]:
-        request, allocator = self.request, self.allocator
-        features = allocator.features(hidden, request.prompt_mask, budgets.features)
-        layer_scores, group_scores = allocator.scores(features)
-        soft_cost = soft_fraction(layer_scores, group_scores, self.cost, self.config.heads, request.temperature)
+        request, allocator, heat = self.request, self.allocator, self.request.temperature
+        summary = allocator.summarize(hidden, request.prompt_mask)
+        found = decide(allocator, self.cost, summary, budgets, request.noise)
+        hard, layer_scores, group_scores = found.hard, found.layer_scores, found.group_scores
+        quiet = layer_scores, group_scores
         if request.noise is not None:
-            layer_scores = layer_scores + request.noise[..., 0]
-            group_scores = group_scores + request.noise[..., 1:]
-        hard = project(
-            layer_scores,
-            group_scores,
-            budgets.limits,
-            layer_units=self.cost.layer_units,
-            group_units=self.cost.group_units,
-            min_groups=self.min_groups,
-        )
+            quiet = layer_scores - request.noise[..., 0], group_scores - request.noise[..., 1:]
+        soft_cost = soft_fraction(*quiet, self.cost, self.config.heads, heat)
         groups = allocator.by_group(hard.groups)
-        result = GateResult(hard.layers, groups, soft_cost, layer_scores, group_scores)
+        result = GateResult(hard.layers, groups, soft_cost, layer_scores, group_scores, found.budgets.compute, summary)
         if not torch.is_grad_enabled():
             layer_masks, group_masks = hard.layers.float(), groups.float()
         else:
-            effective, heat = effective_scores(layer_scores, group_scores), request.temperature
-            optional, least = effective[..., self.min_groups :], self.min_groups
+            effective, least = effective_scores(layer_scores, group_scores), allocator.min_groups
             costs = (self.cost.layer_units + least * self.cost.group_units, self.cost.group_units)
-            filled = moving_threshold(layer_scores, optional, hard, costs=costs, temperature=heat)
-            priced = torch.isfinite(budgets.limits.price)  # a price stands still: the budget term moves the scores
+            filled = moving_threshold(layer_scores, effective[..., least:], hard, costs=costs, temperature=heat)
+            priced = torch.isfinite(
+                found.budgets.limits.price
+            )  # a price stands still: the budget term moves the scores
             threshold = torch.where(priced, hard.threshold, filled)[:, None]
             layer_masks = straight_through(hard.layers, layer_scores, threshold, heat)
             group_masks = groups.float()
@@ -111,6 +114,54 @@ class StemDecider:
                 group_masks = allocator.by_group(straight_through(hard.groups, effective, threshold[..., None], heat))
         pairs = zip(layer_masks.unbind(1), group_masks.unbind(1), strict=True)
         return result, [(layer[:, None], groups[:, None]) for layer, groups in pairs]
+
+
+@dataclass
+class Decided:
+    """Scores, with noise where there is some, the budgets that rows were held to, and what was kept, by rank."""
+
+    layer_scores: Tensor
+    group_scores: Tensor
+    budgets: BudgetBatch
+    hard: Decision
+
+
+def decide(
+    allocator: Allocator, cost: CostModel, summary: Tensor, budgets: BudgetBatch, noise: Tensor | None = None
+) -> Decided:
+    """What stem gates keep for prompts of these summaries [batch, 2 * width]."""
+    budgets = demanded(allocator, cost, summary, budgets)
+    layer_scores, group_scores = allocator.scores(allocator.features(summary, budgets.features))
+    if noise is not None:
+        layer_scores, group_scores = layer_scores + noise[..., 0], group_scores + noise[..., 1:]
+    hard = project(
+        layer_scores,
+        group_scores,
+        budgets.limits,
+        layer_units=cost.layer_units,
+        group_units=cost.group_units,
+        min_groups=allocator.min_groups,
+    )
+    return Decided(layer_scores, group_scores, budgets, hard)
+
+
+def demanded(allocator: Allocator, cost: CostModel, summary: Tensor, budgets: BudgetBatch) -> BudgetBatch:
+    """Where a row pays a price, the budget that is worth it to this prompt, as a cap in the place of the price."""
+    demand, limits = allocator.demand, budgets.limits
+    priced = torch.isfinite(limits.price)
+    if demand is None or not bool(priced.any()):
+        return budgets
+    chosen = demand.chosen(summary, budgets.think, limits.price)
+    units = torch.tensor(level_units(allocator.config, cost), device=chosen.device)[chosen]
+    return replace(
+        budgets,
+        compute=torch.where(priced, demand.levels[chosen], budgets.compute),
+        limits=replace(
+            limits,
+            units=torch.where(priced, torch.minimum(limits.units, units), limits.units),
+            price=torch.where(priced, -torch.inf, limits.price),
+        ),
+    )
 
 
 class InlineDecider:
@@ -134,7 +185,7 @@ class InlineDecider:
             torch.stack(list(part), 1) for part in zip(*self.decided, strict=True)
         )
         soft = soft_fraction(layer_scores, group_scores, self.cost, self.config.heads, self.request.temperature)
-        return GateResult(layers, groups, soft, layer_scores, group_scores)
+        return GateResult(layers, groups, soft, layer_scores, group_scores, self.request.budgets.compute)
 
     def __call__(self, index: int, hidden: Tensor) -> None:
         """Decides layer ``index`` from its input [batch, length, width]."""
@@ -142,7 +193,8 @@ class InlineDecider:
         if gate < 0:
             return
         request, price = self.request, self.request.budgets.limits.price
-        features = self.allocator.features(hidden, request.prompt_mask, request.budgets.features)
+        summary = self.allocator.summarize(hidden, request.prompt_mask)
+        features = self.allocator.features(summary, request.budgets.features)
         layer_score, group_score = self.allocator.scores_at(gate, features)
         noisy_layer, noisy_group = layer_score, group_score
         if request.noise is not None:
@@ -178,6 +230,12 @@ class InlineDecider:
         self.units = self.units - keep * cost.layer_units - count * cost.group_units
         self.layers_left, self.heads_left = self.layers_left - keep.long(), self.heads_left - count
         return keep, groups
+
+
+def level_units(config: GateConfig, cost: CostModel) -> list[int]:
+    """What each of :func:`demand_levels` leaves to spend behind the stem, in units of the cost model."""
+    stem = config.stem_layers * (cost.layer_units + cost.shape.num_groups * cost.group_units)
+    return [cost.limit(Budget(compute=round(level, 4))) - stem for level in demand_levels(config).tolist()]
 
 
 def soft_fraction(layer: Tensor, group: Tensor, cost: CostModel, heads: bool, temperature: float) -> Tensor:

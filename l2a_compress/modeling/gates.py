@@ -13,11 +13,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError
 
 GateMode = Literal["stem", "inline"]
 Summary = Literal["mean+last", "mean", "none"]
 SCORE_LIMIT = 6.0
+DEMAND_LEVELS = 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,9 @@ class GateConfig:
         tokens: whether the transition gate is trained and used.
         summary: what the gates see of the prompt: its mean and its last state, its mean, or nothing (input-blind).
         think_reference: think tokens that count as a full think budget, to turn a cap into a share.
+        demand: whether, under the ``mean`` contract, each input gets the budget that is worth its price to it
+            (:class:`Demand`, stem gates only). Without it a price is what an item's score must exceed.
+        least_compute: smallest budget that an input is given under ``mean``.
     """
 
     mode: GateMode = "stem"
@@ -46,6 +51,8 @@ class GateConfig:
     tokens: bool = True
     summary: Summary = "mean+last"
     think_reference: int = 128
+    demand: bool = True
+    least_compute: float = 0.4
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(GateMode):
@@ -56,6 +63,14 @@ class GateConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"gates {name} = {value!r}: must be a whole number of at least 1")
+
+        if not 0 < self.least_compute < 1:
+            raise ConfigError(f"gates least_compute = {self.least_compute!r}: must lie between 0 and 1")
+
+    @property
+    def has_demand(self) -> bool:
+        """Whether there is a demand head: inline gates decide layer by layer and have none."""
+        return self.demand and self.mode == "stem"
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name."""
@@ -118,6 +133,43 @@ class StackedMLP(nn.Module):
         return nn.functional.silu(hidden) @ self.outer[index] + self.outer_bias[index]
 
 
+class Demand(nn.Module):
+    """What an input needs: the chance that it fails at each compute budget, and the budget worth its price.
+
+    The layer and head gates say what to run with a budget; this says how much of a shared budget an input should get.
+    Minimizing the mean failure of a stream at a mean cost is, with a price for the cost, a minimum for each input
+    alone: ``min over b of failure(x, b) + price * b``.
+    """
+
+    levels: Tensor
+
+    def __init__(self, config: GateConfig, *, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding = BudgetEmbedding(config.budget_dim)
+        self.inner = nn.Linear(2 * hidden_size + config.budget_dim, config.hidden)
+        self.outer = nn.Linear(config.hidden, 1)
+        self.register_buffer("levels", demand_levels(config), persistent=False)
+
+    def forward(self, summary: Tensor, budget: Tensor) -> Tensor:
+        """Logit of the failure. ``summary`` [..., 2 * width], ``budget`` (compute, think share) [..., 2] -> [...]."""
+        hidden = self.inner(torch.cat([summary, self.embedding(budget)], dim=-1))
+        logit: Tensor = self.outer(nn.functional.silu(hidden)).squeeze(-1)
+        return logit
+
+    @torch.no_grad()
+    def chosen(self, summary: Tensor, think: Tensor, price: Tensor) -> Tensor:
+        """Which of ``levels`` each input gets. [batch, 2 * width], [batch], [batch] -> [batch], long."""
+        batch, count = len(summary), len(self.levels)
+        told = torch.stack([self.levels.expand(batch, -1), think[:, None].expand(-1, count)], dim=-1)
+        failure = torch.sigmoid(self(summary[:, None].expand(-1, count, -1), told))
+        return (failure + price[:, None] * self.levels).argmin(-1)
+
+
+def demand_levels(config: GateConfig) -> Tensor:
+    """The compute budgets that an input may get under ``mean``, ascending to exactly 1."""
+    return torch.linspace(config.least_compute, 1.0, DEMAND_LEVELS, dtype=torch.float64).round(decimals=4).float()
+
+
 class Allocator(nn.Module):
     """The layer and head gates of all gated layers: (prompt summary, e(b)) -> scores."""
 
@@ -129,11 +181,16 @@ class Allocator(nn.Module):
         inputs = 2 * hidden_size + config.budget_dim
         self.layer_gates = StackedMLP(gated_layers, inputs, config.hidden, 1)
         self.head_gates = StackedMLP(gated_layers, inputs, config.hidden, num_groups)
+        self.demand = Demand(config, hidden_size=hidden_size) if config.has_demand else None
         order = torch.arange(num_groups).repeat(gated_layers, 1)
         self.group_order = nn.Parameter(order, requires_grad=False)  # a parameter, to be saved with the gates
 
     def summarize(self, hidden: Tensor, prompt_mask: Tensor) -> Tensor:
         """Mean and last state of the prompt. [batch, length, width], [batch, length] -> [batch, 2 * width]."""
+        with _full_precision(hidden):
+            return self._summarize(hidden, prompt_mask)
+
+    def _summarize(self, hidden: Tensor, prompt_mask: Tensor) -> Tensor:
         mask = prompt_mask.to(hidden.dtype)[..., None]
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
@@ -144,10 +201,10 @@ class Allocator(nn.Module):
         summary = torch.cat([mean, last], dim=-1).float()
         return torch.zeros_like(summary) if self.config.summary == "none" else self.norm(summary)
 
-    def features(self, hidden: Tensor, prompt_mask: Tensor, budget: Tensor) -> Tensor:
-        """What every gate reads: [summary; e(b)]. Shapes as in :meth:`summarize`; ``budget`` is [batch, 2]."""
-        with _full_precision(hidden):
-            return torch.cat([self.summarize(hidden, prompt_mask), self.embedding(budget)], dim=-1)
+    def features(self, summary: Tensor, budget: Tensor) -> Tensor:
+        """What every gate reads, [summary; e(b)], of a prompt's summary and its budget [batch, 2]."""
+        with _full_precision(summary):
+            return torch.cat([summary, self.embedding(budget)], dim=-1)
 
     def scores(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Layer scores [batch, gated layers] and group scores [batch, gated layers, groups], by rank."""
@@ -159,6 +216,11 @@ class Allocator(nn.Module):
         with _full_precision(features):
             layer, groups = self.layer_gates.one(index, features).squeeze(-1), self.head_gates.one(index, features)
         return bounded(layer), bounded(groups)
+
+    @property
+    def min_groups(self) -> int:
+        """KV groups that a kept layer has at least: all of them where groups are not gated."""
+        return self.config.min_groups if self.config.heads else self.group_order.shape[1]
 
     def by_group(self, ranks: Tensor, layer: int | None = None) -> Tensor:
         """From rank order to the groups' own: [batch, gated layers, groups], or [batch, groups] of one gated layer."""
@@ -178,6 +240,21 @@ class Allocator(nn.Module):
         ranked, order = group_scores.sort(dim=-1, descending=True, stable=True)
         self.head_gates.outer_bias.copy_(ranked)
         self.group_order.copy_(order)
+
+    @torch.no_grad()
+    def fix(self, allocation: Allocation) -> None:
+        """Makes all gates say one allocation, whatever the input, for good: they are not trained.
+
+        Args:
+            allocation: of the whole model; its always-on layers are not looked at.
+        """
+        kept = torch.full((len(self.layer_gates.outer_bias), self.group_order.shape[1]), -SCORE_LIMIT)
+        for layer, groups in zip(kept, allocation.groups[-len(kept) :], strict=True):
+            layer[list(groups)] = SCORE_LIMIT
+        self.set_prior(kept.amax(1), kept)
+        for gates in (self.layer_gates, self.head_gates):
+            gates.outer.zero_()
+        self.requires_grad_(False)
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

@@ -9,6 +9,7 @@ transition gate says so), and an answer always follows it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +117,77 @@ def generate(
         Generated(think=row.think, answer=row.answer, stopped_by=row.stopped_by, allocation=allocation)
         for row, allocation in zip(rows, decided, strict=True)
     ]
+
+
+@torch.no_grad()
+def confirm(
+    gated: GatedModel,
+    tags: Tags,
+    prompts: Sequence[Sequence[int]],
+    drafts: Sequence[Sequence[int]],
+    *,
+    budgets: Sequence[Budget],
+    allocations: Sequence[Allocation],
+    config: GenerationConfig,
+    opened: int = 0,
+    teacher: bool = False,
+) -> list[Generated | None]:
+    """What greedy generation gives to the rows whose draft it is, in one forward; None for the others.
+
+    Each row's draft is read after its prompt, and goes through the same steps as a generation: what the model proposes
+    at each place must lead to the token that the draft has there. So a confirmed row is what :func:`generate` would
+    have written, at the cost of reading it.
+
+    Args:
+        gated: the model; it is left dense.
+        tags: ids of the tags.
+        prompts: token ids that end in ``<think>``.
+        drafts: token ids that may follow, up to and with ``</answer>``.
+        budgets: as of :func:`generate`.
+        allocations: one per row.
+        config: limits; its temperature must be 0.
+        opened: how many of a draft's first tokens are an opening that is given, not proposed.
+        teacher: as of :func:`generate`.
+    """
+    rows = [
+        Reasoning(tags, cap=cap, max_answer=config.max_answer_tokens, opening=draft[:opened])
+        for cap, draft in zip(_caps(budgets, allocations, config, len(drafts)), drafts, strict=True)
+    ]
+    width = max(len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts, strict=True)) - 1
+    ids = torch.full((len(rows), width), tags.end_answer, device=gated.model.device)
+    mask = torch.zeros_like(ids)
+    for at, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
+        known = [*prompt, *draft[:-1]]
+        ids[at, width - len(known) :] = torch.tensor(known, device=ids.device)
+        mask[at, width - len(known) :] = 1
+    features = batch_budgets(budgets, gated.cost, gated.gate_config).to(ids.device).features
+    tokens = gated.gate_config.tokens and not teacher
+    with gated.teacher() if teacher else nullcontext(), gated.forced(allocations):
+        if tokens:
+            gated.state.offset = gated.think_offset(ids, features)
+        hidden = gated(ids, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).hidden
+        hidden = hidden[:, -max(map(len, drafts)) :]
+        logits = gated.logits(hidden).float()
+        stop = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        if tokens and config.tau_threshold is not None:
+            stop = torch.sigmoid(gated.transition(hidden, features)) > config.tau_threshold
+    best = logits.topk(2).indices.tolist()
+    return [
+        _confirmed(row, draft[opened:], best[at][-len(draft) + opened :], stop[at, -len(draft) + opened :].tolist())
+        for at, (row, draft) in enumerate(zip(rows, drafts, strict=True))
+    ]
+
+
+def _confirmed(row: Reasoning, draft: Sequence[int], best: list[list[int]], stop: list[bool]) -> Generated | None:
+    for token, (first, second), end in zip(draft, best, stop, strict=True):
+        banned = row.begins_answer and first == row.tags.end_answer
+        if row.advance(second if banned else first, end) != token:
+            return None
+    return (
+        None
+        if row.stage != "done"
+        else Generated(think=row.think, answer=row.answer, stopped_by=row.stopped_by, allocation=None)
+    )
 
 
 def _allocate(

@@ -36,7 +36,7 @@ def drop_losses(
     shape, stem = gated.shape, gated.gate_config.stem_layers
     every = tuple(range(shape.num_groups))
     states: list[Tensor] = [gated.model.get_input_embeddings()(batch["input_ids"]) for batch in batches]
-    base = _mean_loss(gated, batches, states, [every] * shape.num_layers)
+    base = mean_loss(gated, batches, states, [every] * shape.num_layers)
     layers = torch.zeros(shape.num_layers - stem)
     groups = torch.zeros(shape.num_layers - stem, shape.num_groups)
     cuts: list[tuple[int, ...]] = [()]
@@ -45,7 +45,7 @@ def drop_losses(
     for index in range(shape.num_layers):
         for number, kept in enumerate(cuts if index >= stem else ()):
             rest = [every] * (shape.num_layers - index - 1)
-            increase = _mean_loss(gated, batches, states, [*[()] * index, kept, *rest]) - base
+            increase = mean_loss(gated, batches, states, [*[()] * index, kept, *rest]) - base
             if number == 0:
                 layers[index - stem] = increase
             else:
@@ -56,7 +56,7 @@ def drop_losses(
     return layers, groups
 
 
-def _mean_loss(
+def mean_loss(
     gated: GatedModel, batches: Sequence[Batch], states: Sequence[Tensor], kept: Sequence[tuple[int, ...]]
 ) -> float:
     """Cross entropy per labelled token with these groups of each layer, from the input of the first layer that runs."""

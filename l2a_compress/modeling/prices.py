@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets, minimum_compute
-from l2a_compress.modeling.deciders import GateRequest
+from l2a_compress.modeling.deciders import GateRequest, GateResult, decide
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import SCORE_LIMIT
 from l2a_compress.modeling.projection import effective_scores
@@ -24,12 +24,14 @@ Prompts = Sequence[tuple[Tensor, Tensor]]  # (input_ids, attention_mask), left-p
 
 
 def price_grid(gated: GatedModel) -> list[float]:
-    """Budgets to calibrate, from just above the stem's cost to 1, close enough to interpolate between.
+    """Budgets to calibrate, from the least an input gets to 1, close enough to interpolate between.
 
     Of inline gates, where every price that is tried takes a forward of the whole model, they are fewer.
     """
     count = 33 if gated.gate_config.mode == "stem" else 9
     least = minimum_compute(gated.cost, gated.gate_config) + 0.5 / gated.shape.num_layers
+    if gated.gate_config.has_demand:
+        least = max(least, gated.gate_config.least_compute)
     step = (1 - least) / (count - 1)
     # Near 1 the price falls steeply, to the lowest score of any prompt.
     return [
@@ -47,7 +49,7 @@ def calibrate_prices(gated: GatedModel, prompts: Prompts, budgets: Sequence[floa
     was_training = gated.training
     gated.eval()
     if gated.gate_config.mode == "stem":
-        cost_at = partial(_stem_cost_at, gated, prompts)
+        cost_at = partial(_demanded_cost if gated.gate_config.has_demand else _stem_cost_at, gated, prompts)
         table = [(budget, _bisect(cost_at(budget), budget)) for budget in budgets]
         for left, right in pairwise(tuple(table)):
             table += _between(cost_at, left, right)
@@ -86,18 +88,32 @@ def _bisect(mean_cost: MeanCost, budget: float, *, rounds: int = 30) -> float:
 
 def _stem_cost_at(gated: GatedModel, prompts: Prompts, budget: float) -> MeanCost:
     """The mean cost as a function of the price, for gates that are told ``budget``."""
-    scores = [_scores(gated, ids, mask, budget) for ids, mask in prompts]
-    layers, groups = (torch.cat(part) for part in zip(*scores, strict=True))
+    found = [_probe(gated, ids, mask, budget) for ids, mask in prompts]
+    layers, groups = (torch.cat([one.layer_scores for one in found]), torch.cat([one.group_scores for one in found]))
     return partial(_stem_cost, gated, layers, groups)
 
 
-def _scores(gated: GatedModel, ids: Tensor, mask: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+def _demanded_cost(gated: GatedModel, prompts: Prompts, budget: float) -> MeanCost:
+    """The mean cost as a function of the price, for inputs that get what is worth it to them out of ``budget``."""
+    found = [_probe(gated, ids, mask, budget).summary for ids, mask in prompts]
+    summaries = torch.cat([summary for summary in found if summary is not None])
+
+    def mean_cost(price: float) -> float:
+        priced = _priced(gated, len(summaries), budget, price).to(summaries.device)
+        hard = decide(gated.allocator, gated.cost, summaries, priced).hard
+        return _mean_fraction(gated, hard.layers, hard.groups)
+
+    return mean_cost
+
+
+def _probe(gated: GatedModel, ids: Tensor, mask: Tensor, budget: float) -> GateResult:
+    """What the stem's gates say, at price 0."""
     request = GateRequest(_priced(gated, len(ids), budget, 0.0).to(ids.device), mask)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    gates = gated(ids, mask, request=request, position_ids=positions, probe=True).gates
+    gates: GateResult | None = gated(ids, mask, request=request, position_ids=positions, probe=True).gates
     gated.state.reset()
     assert gates is not None
-    return gates.layer_scores, gates.group_scores
+    return gates
 
 
 def _priced(gated: GatedModel, rows: int, budget: float, price: float) -> BudgetBatch:
@@ -129,7 +145,12 @@ def _inline_cost(gated: GatedModel, prompts: Prompts, budget: float, price: floa
 
 
 def _mean_fraction(gated: GatedModel, layers: Tensor, groups: Tensor) -> float:
+    return float(_fractions(gated, layers, groups).mean())
+
+
+def _fractions(gated: GatedModel, layers: Tensor, groups: Tensor) -> Tensor:
+    """The cost of each row, as a share of the dense one: [batch]."""
     cost = gated.cost
     units = layers.sum(1) * cost.layer_units + groups.sum((1, 2)) * cost.group_units
     stem = cost.dense_units * gated.gate_config.stem_layers // gated.shape.num_layers
-    return float((units + stem).double().mean()) / cost.dense_units
+    return (units + stem).double() / cost.dense_units

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from l2a_compress.errors import ConfigError
+from l2a_compress.training.examples import Style
 
 CONTRACTS = ("cap", "mean", "both")
+_PRICES = (0.003, 3.0)  # log-uniform: from hardly any saving to hardly anything kept
+_SHARES = ("minimum dense_share minimum_share full_think_share condensed_below brief_below switch_share").split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class DrawConfig:
         minimum_share: share of samples at the minimum (its bottom); the rest is uniform between.
         contract: ``cap``, ``mean`` or ``both`` (half the samples each).
         full_think_share: share of samples whose reasoning is not limited; the rest draw a share uniformly.
-        condensed_below: think share under which a sample is shown its condensed trace.
+        condensed_below: think share under which a sample is shown its condensed trace (``short``).
+        brief_below: think share under which it is shown its ``brief`` one, where it has one.
         switch_share: share of samples whose budget changes in the middle of the sequence.
     """
 
@@ -34,12 +38,13 @@ class DrawConfig:
     contract: str = "both"
     full_think_share: float = 0.4
     condensed_below: float = 0.6
+    brief_below: float = 0.0
     switch_share: float = 0.1
 
     def __post_init__(self) -> None:
         if self.contract not in CONTRACTS:
             raise ConfigError(f"contract {self.contract!r}: choose one of {', '.join(CONTRACTS)}")
-        for name in ("minimum", "dense_share", "minimum_share", "full_think_share", "condensed_below", "switch_share"):
+        for name in _SHARES:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must lie in [0, 1]")
         if self.minimum == 0 or self.dense_share + self.minimum_share > 1:
@@ -48,14 +53,18 @@ class DrawConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """One sample's draw. ``after`` is the compute budget behind the switch, ``switch`` the share before it."""
+    """One sample's draw. ``after`` is the compute budget behind the switch, ``switch`` the share before it.
+
+    Of a ``mean`` sample ``price`` is what it pays, in failures for the dense compute, where there is a demand head.
+    """
 
     compute: float
     mean: bool
     think: float
-    condensed: bool
+    style: Style
     after: float
     switch: float
+    price: float
 
 
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -64,7 +73,7 @@ def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
 
 def draw(config: DrawConfig, seed: int, index: int) -> Draw:
     """The draw of sample ``index``."""
-    u = _generator(seed, index, 0).random(8)
+    u = _generator(seed, index, 0).random(9)
     compute = _compute(config, u[0], u[1])
     think = 1.0 if u[2] < config.full_think_share else 0.1 + 0.9 * u[3]
     switched = u[4] < config.switch_share
@@ -72,10 +81,15 @@ def draw(config: DrawConfig, seed: int, index: int) -> Draw:
         compute=compute,
         mean=config.contract == "mean" or (config.contract == "both" and u[7] < 0.5),
         think=float(think),
-        condensed=bool(think < config.condensed_below),
+        style=_style(config, think),
         after=_compute(config, u[5], u[6]) if switched else compute,
         switch=float(0.2 + 0.7 * u[6]) if switched else 1.0,
+        price=float(_PRICES[0] * (_PRICES[1] / _PRICES[0]) ** u[8]),
     )
+
+
+def _style(config: DrawConfig, think: float) -> Style:
+    return "brief" if think < config.brief_below else "short" if think < config.condensed_below else "long"
 
 
 def _compute(config: DrawConfig, kind: float, value: float) -> float:

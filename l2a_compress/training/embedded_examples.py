@@ -33,7 +33,8 @@ class EmbeddedExamples(MapStyle[Example]):
             split: ``train``, ``heldout`` or ``calibration``; no two share a prompt.
             seed: At least 0.
             limit: How many; by default 1,000,000 to train on and 2,000 of the other splits.
-            subset: A family, a wording or a difficulty; all of them by default, except the unseen wording.
+            subset: A family, a wording, a difficulty, or ``crowded``: more distractors than are trained on. By default
+                all of them, except the unseen wording and ``crowded``.
 
         Raises:
             ConfigError: The subset is not known.
@@ -58,7 +59,7 @@ class EmbeddedExamples(MapStyle[Example]):
 
     def _item(self, index: int) -> Example:
         problem = self.problem(index)
-        traces: dict[Style, str] = {"long": problem.long, "short": problem.short}
+        traces: dict[Style, str] = {"long": problem.long, "short": problem.short, "brief": problem.brief}
         meta: dict[str, str | int] = {
             "source": "embedded",
             "family": problem.family,
@@ -87,5 +88,7 @@ def _options(subset: str | None) -> Mapping[str, Any]:
         return {"wordings": (subset,)}
     if subset in _STEPS:
         return {"steps": _STEPS[subset]}
-    known = ", ".join([*task.FAMILIES, *wordings, *_STEPS])
+    if subset == "crowded":
+        return {"distractors": task.UNSEEN_DISTRACTORS}
+    known = ", ".join([*task.FAMILIES, *wordings, *_STEPS, "crowded"])
     raise ConfigError(f"data.subset of the embedded task must be one of {known}; found {subset!r}")

@@ -24,7 +24,7 @@ __all__ = [
     "style_id",
 ]
 
-Style = Literal["long", "short", "none"]
+Style = Literal["long", "short", "brief", "none"]
 Split = Literal["train", "heldout", "calibration"]
 ExampleKind = Literal["reasoning", "chat", "text"]
 
@@ -76,12 +76,16 @@ class Example:
             raise DataError(f"no {style!r} trace in this example, which has: {found} (prompt {self.prompt[:60]!r})")
         trace = self.traces[style]
         if self.names_style:
-            return self.opening(style), f" {trace}\n"
+            opening = self.opening(style)
+            return opening, f"{' ' if opening else chr(10)}{trace}\n"
         return "", f"\n{trace}\n" if trace else ""
 
     def opening(self, style: Style) -> str:
-        """The text right after ``<think>`` that asks for a style; empty unless ``names_style``."""
-        return f"\n{style}" if self.names_style else ""
+        """The text right after ``<think>`` that asks for a style; empty unless ``names_style``.
+
+        A brief trace has no word to spare for its own name.
+        """
+        return f"\n{style}" if self.names_style and style != "brief" else ""
 
 
 class Encoded(TypedDict):

@@ -27,6 +27,8 @@ class ObjectiveConfig:
         budget: lambda, weight of the resource cost.
         tokens: lambda_T, weight of R_tok, the mean of 1 - tau over the think tokens.
         transition: weight of the supervised targets of tau (our addition: R_tok alone only pushes tau up).
+        demand: weight of the demand head's cross entropy (our addition): how likely each input is to fail under its
+            budget. It reaches no other parameter.
         swap: weight of :func:`swap_ranking` (our addition). Above 0, each step runs the student once more, without
             gradient, as long as there is noise (see ``Annealing``).
         without: terms that are switched off, of :data:`TERMS`.
@@ -36,6 +38,7 @@ class ObjectiveConfig:
     budget: float = 1.0
     tokens: float = 0.01
     transition: float = 0.1
+    demand: float = 1.0
     swap: float = 0.0
     without: tuple[str, ...] = ()
 
@@ -43,7 +46,7 @@ class ObjectiveConfig:
         unknown = [name for name in self.without if name not in TERMS]
         if unknown:
             raise ConfigError(f"--without {','.join(unknown)}: unknown term; choose of {', '.join(TERMS)}")
-        for name in ("kl", "budget", "tokens", "transition", "swap"):
+        for name in ("kl", "budget", "tokens", "transition", "demand", "swap"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"objective weight {name} = {getattr(self, name)}: must be 0 or more")
 
@@ -89,14 +92,22 @@ def cross_entropy(student: Tensor, where: Supervised) -> Tensor:
     return (functional.nll_loss(student, where.targets, reduction="none") * where.weights).sum()
 
 
-def row_losses(student: Tensor, where: Supervised) -> Tensor:
-    """Cross entropy of each row, the mean over its own tokens. ``student`` as in :func:`cross_entropy`; [batch]."""
-    losses = functional.nll_loss(student, where.targets, reduction="none") * where.weights * where.mask.shape[0]
+def row_sums(student: Tensor, where: Supervised) -> Tensor:
+    """Negative log-likelihood of each row's labelled tokens together, in nats. [n, vocabulary] -> [batch]."""
+    losses = functional.nll_loss(student, where.targets, reduction="none")
     return losses.new_zeros(where.mask.shape[0]).index_add(0, where.rows, losses)
 
 
+def failure(nll: Tensor) -> Tensor:
+    """A stand-in for the chance that a row comes out wrong: 0 at 0 nats, a half at 1 nat, and never quite 1.
+
+    ``1 - exp(-nll)`` would be that chance itself, but is as good as 1, and says nothing, while a network still learns.
+    """
+    return nll / (1 + nll)
+
+
 def swap_ranking(kept: Tensor, skipped: Tensor, gain: Tensor, temperature: float) -> Tensor:
-    """Ranks two layers of one prompt by what changing their places does to its loss; all tensors are [batch].
+    """Ranks two layers of one prompt by what changing their places does to its failure; all tensors are [batch].
 
     The straight-through gradient extrapolates a whole layer from a slope. This measures: the logistic loss of the order
     that the measurement asks for, weighted by how much it asks (as RankNet weighs its pairs).
@@ -104,7 +115,7 @@ def swap_ranking(kept: Tensor, skipped: Tensor, gain: Tensor, temperature: float
     Args:
         kept: score of a layer that runs.
         skipped: score of one that does not.
-        gain: loss with the two changed, less the loss as it is; 0 leaves a row out.
+        gain: :func:`failure` with the two changed, less that as it is; 0 leaves a row out.
         temperature: of the gates.
     """
     wrong_way = functional.softplus(-gain.sign() * (kept - skipped) / temperature)

@@ -135,6 +135,27 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StaticConfig:
+    """One allocation for every input, in the place of gates: what a static method is when it is fine-tuned as well.
+
+    Attributes:
+        method: a static baseline by name (see ``l2a_compress.evaluation.baselines``); empty for a gated model.
+        compute: the share of the dense cost that it spends.
+        artifact: for ``fixed_budget`` the artifact whose gates choose.
+    """
+
+    method: str = ""
+    compute: float = 1.0
+    artifact: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.compute <= 1:
+            raise ConfigError(f"static.compute = {self.compute}: must lie in (0, 1]")
+        if (self.method == "fixed_budget") != bool(self.artifact):
+            raise ConfigError("static.artifact names the artifact of static.method fixed_budget: give both or neither")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """All settings of a run. ``Recipe()`` is a valid one: the embedded default."""
 
@@ -148,11 +169,12 @@ class Recipe:
     annealing: Annealing = field(default_factory=Annealing)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    static: StaticConfig = field(default_factory=StaticConfig)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that :meth:`from_json` turns back into an equal recipe."""
         values: dict[str, Any] = {"seed": self.seed, "data": self.data.to_json()}
-        for name in ("model", "gates", "adapter", "objective", "draws", "annealing", "optim", "evaluation"):
+        for name in ("model", "gates", "adapter", "objective", "draws", "annealing", "optim", "evaluation", "static"):
             values[name] = {
                 key: list(value) if isinstance(value, tuple) else value
                 for key, value in dataclasses.asdict(getattr(self, name)).items()
@@ -166,7 +188,13 @@ class Recipe:
         Raises:
             ConfigError: an unknown section or key, or a value out of range; the message names it.
         """
-        kinds = {**SECTIONS, "model": ModelConfig, "optim": OptimConfig, "evaluation": EvalConfig}
+        kinds = {
+            **SECTIONS,
+            "model": ModelConfig,
+            "optim": OptimConfig,
+            "evaluation": EvalConfig,
+            "static": StaticConfig,
+        }
         unknown = sorted(set(data) - set(kinds) - {"seed", "data"})
         if unknown:
             raise ConfigError(

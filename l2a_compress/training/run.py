@@ -8,14 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.gated import GatedModel
@@ -36,6 +40,7 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "training_log.jsonl"
+_SEARCH_ROWS = 64  # training examples that a static method is chosen on
 
 
 def train(
@@ -78,7 +83,13 @@ def train(
 
         samples.teacher = TeacherCache.build(gated, samples, collate, recipe.optim, out / "teacher")
     start = last_checkpoint(checkpoints)
-    if start is None:
+    if recipe.static.method:
+        allocation = static_allocation(recipe, gated, samples, collate)
+        gated.allocator.fix(allocation)
+        budget = math.ceil(1e4 * gated.cost.fraction(allocation)) / 1e4
+        # Such a model is only ever asked for what it is.
+        samples.draws = dataclasses.replace(recipe.draws, minimum=budget, minimum_share=1.0, dense_share=0.0)
+    elif start is None:
         _set_prior(gated, samples, collate, recipe.optim.prior_rows)
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
     trainer = L2ATrainer(
@@ -103,10 +114,17 @@ def train(
     if not state.is_main_process:
         return out / "artifact"
     _write_log(trainer, out / LOG_FILE)
-    calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration)
-    gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
+    if not recipe.static.method:
+        calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration)
+        gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
     last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
-    metrics = {"steps": trainer.state.global_step, "seconds": round(time.time() - began, 1), "last": last}
+    metrics: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "seconds": round(time.time() - began, 1),
+        "last": last,
+    }
+    if recipe.static.method:
+        metrics["static"] = {"allocation": allocation.to_json(), "budget": budget}
     save_artifact(
         gated,
         tokenizer,
@@ -150,15 +168,33 @@ def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samp
     )
 
 
+def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, collate: SampleCollator) -> Allocation:
+    """What a static method keeps of the model, chosen on training examples."""
+    from l2a_compress.evaluation.baselines import BASELINES, Context, known_baselines
+
+    (name,) = known_baselines([recipe.static.method])
+    chooser = gated
+    if recipe.static.artifact:
+        from l2a_compress.training.store import load_artifact
+
+        chooser = load_artifact(recipe.static.artifact).gated
+    batches = _batches(samples, collate, _SEARCH_ROWS)
+    return BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
+
+
 def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:
     """Starts the gates from what dropping each layer and group alone does to the frozen model."""
-    rows = min(rows, len(samples))
-    starts = range(0, rows, 16)
-    batches = [collate([samples[at] for at in range(start, min(start + 16, rows))])["batch"] for start in starts]
+    batches = _batches(samples, collate, rows)
     gated.eval()
     with gated.teacher():  # adapters still do nothing: leaving them out is the same and faster
         gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches), gated.cost))
     gated.train()
+
+
+def _batches(samples: Samples, collate: SampleCollator, rows: int) -> list[dict[str, Tensor]]:
+    rows = min(rows, len(samples))
+    starts = range(0, rows, 16)
+    return [collate([samples[at] for at in range(start, min(start + 16, rows))])["batch"] for start in starts]
 
 
 def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool) -> Path:

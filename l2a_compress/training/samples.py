@@ -15,7 +15,7 @@ from l2a_compress.errors import DataError
 from l2a_compress.training.collate import Collator
 from l2a_compress.training.draws import Draw, DrawConfig, draw
 from l2a_compress.training.encode import UnfitError, encode
-from l2a_compress.training.examples import Encoded, Example, Style
+from l2a_compress.training.examples import STYLES, Encoded, Example, Style
 
 Sample = dict[str, Any]
 _TRIES = 64
@@ -48,7 +48,7 @@ class Samples(Dataset[Sample]):
         drawn = draw(self.draws, self.seed, index)
         encoded = self._encode(index, drawn)
         limit = encoded["input_ids"].__len__() if drawn.think >= 1 else round(drawn.think * self.think_reference)
-        sample: Sample = {**encoded, **drawn.__dict__, "index": index, "think_limit": limit}
+        sample: Sample = {**drawn.__dict__, **encoded, "index": index, "think_limit": limit}
         if self.teacher is not None:
             sample["teacher"] = self.teacher(encoded)
         return sample
@@ -57,17 +57,18 @@ class Samples(Dataset[Sample]):
         for offset in range(_TRIES):
             example = self.examples[(index + offset) % len(self.examples)]
             try:
-                return encode(example, self.tokenizer, _style(example, drawn), self.max_length)
+                return encode(example, self.tokenizer, _style(example, drawn.style), self.max_length)
             except UnfitError:
                 self.unfit += 1
         raise DataError(f"{_TRIES} examples in a row do not fit max_length = {self.max_length}; raise data.max_length")
 
 
-def _style(example: Example, drawn: Draw) -> Style | None:
+def _style(example: Example, wanted: Style) -> Style | None:
+    """That trace, or the next longer one that the example has."""
     if example.kind != "reasoning":
         return None
-    wanted: Style = "short" if drawn.condensed else "long"
-    return wanted if wanted in example.traces else next(iter(example.traces))
+    longer = STYLES[: STYLES.index(wanted) + 1]
+    return next((style for style in reversed(longer) if style in example.traces), next(iter(example.traces)))
 
 
 class LengthGrouped(Dataset[Sample]):
@@ -105,7 +106,7 @@ class LengthGrouped(Dataset[Sample]):
 class SampleCollator:
     """Pads samples to one batch, as :class:`Collator` does, and stacks what was drawn."""
 
-    FLOATS = ("compute", "think", "after", "switch")
+    FLOATS = ("compute", "think", "after", "switch", "price")
     INTEGERS = ("mean", "index", "think_limit")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import TrainingError
@@ -21,7 +22,7 @@ from l2a_compress.modeling.projection import Limits
 from l2a_compress.training import objective
 from l2a_compress.training.draws import gumbel_noise, swap_draw
 from l2a_compress.training.objective import ObjectiveConfig, Supervised
-from l2a_compress.training.readout import Teacher, readout
+from l2a_compress.training.readout import PART_NUMBERS, Teacher, readout
 
 Batch = Mapping[str, Tensor]
 
@@ -64,7 +65,8 @@ class TrainingStep(nn.Module):
         gates = output.gates
         assert gates is not None
         if self.objective.weight("budget"):
-            terms["budget"] = objective.budget_gap(gates.soft_cost, batch["compute"], batch["mean"].bool(), self.gather)
+            free = batch["mean"].bool() & (not self.gated.gate_config.has_demand)
+            terms["budget"] = objective.budget_gap(gates.soft_cost, gates.compute, free, self.gather)
             loss = loss + self.objective.weight("budget") * terms["budget"]
         if self.gated.gate_config.tokens:
             tau = self.gated.transition(output.hidden, request.budgets.features)
@@ -79,12 +81,29 @@ class TrainingStep(nn.Module):
             if self.noise > 0:  # once the exploration has settled, the order has too
                 terms["swap"] = self._swap(batch, request, gates, states.detach(), where)
             loss = loss + self.objective.swap * terms["swap"]
+        if self.gated.allocator.demand is not None:
+            terms["demand"] = self._demand(batch, request, gates, states.detach(), where)
+            loss = loss + self.objective.demand * terms["demand"]
         terms |= _realized(gates, self.gated)
         terms["loss"] = loss
         if not torch.isfinite(loss):
             shown = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in terms.items())
             raise TrainingError(f"the loss is not finite ({shown}); lower the learning rate or check the data")
         return terms
+
+    def _demand(
+        self, batch: Batch, request: GateRequest, gates: GateResult, states: Tensor, where: Supervised
+    ) -> Tensor:
+        """What the demand head should have said: whether each row fails under the budget that it had."""
+        demand, steady = self.gated.allocator.demand, batch["switch"] >= 1
+        assert demand is not None
+        assert gates.summary is not None
+        told = torch.stack([gates.compute, request.budgets.think], dim=-1)
+        with torch.no_grad():
+            failed = self._failures(states, where)
+        logits = demand(gates.summary.detach(), told)
+        found = functional.binary_cross_entropy_with_logits(logits, failed, reduction="none")
+        return (found * steady).mean()
 
     def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, states: Tensor, where: Supervised) -> Tensor:
         """One kept and one skipped layer of each row change places, at the same cost; see ``swap_ranking``."""
@@ -103,14 +122,21 @@ class TrainingStep(nn.Module):
             offset = self.gated.think_offset(ids, request.budgets.features[chosen])
             with self.gated.masked(self.gated.allocator.by_group(ranks), offset):
                 swapped = self.gated(ids, batch["attention_mask"][chosen]).hidden[part.mask]
-            gain = self._row_losses(swapped, part) - self._row_losses(states, where)[chosen]
+            gain = self._failures(swapped, part) - self._failures(states, where)[chosen]
         scores = gates.layer_scores if request.noise is None else gates.layer_scores - request.noise[..., 0]
         scores = scores[chosen]
         term = objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
         return term * (len(chosen) / len(possible))  # a mean over all rows, as every term
 
-    def _row_losses(self, states: Tensor, where: Supervised) -> Tensor:
-        return objective.row_losses(objective.log_probabilities(self.gated.logits(states)), where)
+    def _failures(self, states: Tensor, where: Supervised) -> Tensor:
+        """How far each row is from coming out right: [batch], in [0, 1)."""
+        size = max(1, PART_NUMBERS // int(self.gated.model.config.vocab_size))
+        found = states.new_zeros(where.mask.shape[0], dtype=torch.float32)
+        for start in range(0, states.shape[0], size):
+            part = slice(start, start + size)
+            student = objective.log_probabilities(self.gated.logits(states[part]))
+            found += objective.row_sums(student, where.part(part))
+        return objective.failure(found)
 
     def request(self, batch: Batch) -> GateRequest:
         """Budgets, noise and switch of a batch, as the gates take them."""
@@ -131,12 +157,17 @@ class TrainingStep(nn.Module):
         )
 
     def _budgets(self, compute: Tensor, batch: Batch) -> BudgetBatch:
-        """Cap rows are held to their budget; mean rows pay price 0, the score the budget term keeps calibrated."""
+        """Cap rows are held to their budget, and mean rows pay the price they drew.
+
+        Without a demand head that is price 0, the score that the budget term keeps calibrated.
+        """
         caps = [Budget(compute=round(value, 6)) for value in compute.tolist()]
         budgets = batch_budgets(caps, self.gated.cost, self.gated.gate_config, shares=batch["think"].tolist()).to(
             compute.device
         )
         mean = batch["mean"].bool() & (compute < 1.0)
+        if self.gated.gate_config.has_demand and self.noise > 0:
+            mean = torch.zeros_like(mean)  # while allocations are still explored nobody can know what a prompt needs
         dense = batch_budgets([Budget()], self.gated.cost, self.gated.gate_config).limits.units.to(compute.device)
         limits = budgets.limits
         return BudgetBatch(
@@ -146,7 +177,7 @@ class TrainingStep(nn.Module):
                 units=torch.where(mean, dense, limits.units),
                 layers=limits.layers,
                 heads=limits.heads,
-                price=torch.where(mean, torch.zeros_like(limits.price), limits.price),
+                price=torch.where(mean, batch["price"] * self.gated.gate_config.has_demand, limits.price),
             ),
         )
 

@@ -66,6 +66,23 @@ def test_plain_text_trains_without_any_reasoning(tmp_path: Path) -> None:
     assert loaded.config.metrics["last"]["ce"] > 0
 
 
+@pytest.mark.parametrize("method", ["uniform", "oracle", "fixed_budget"])
+def test_a_static_model_is_fine_tuned_for_one_allocation(method: str, tmp_path: Path) -> None:
+    base, static = save_base(tmp_path / "base"), {"method": method, "compute": 0.6}
+    if method == "fixed_budget":
+        train(tiny_recipe(base, optim={"steps": 1, "save_steps": 1}), tmp_path / "gated", quiet=True)
+        static["artifact"] = str(tmp_path / "gated" / "artifact")
+    recipe = tiny_recipe(base, static=static, optim={"steps": 2, "save_steps": 2})
+    loaded = load_artifact(train(recipe, tmp_path / "run", quiet=True))
+    said = loaded.config.metrics["static"]
+    allocation, gated = Allocation.from_json(said["allocation"]), loaded.gated
+    ((ids, mask),) = calibration_prompts(loaded.recipe, loaded.tokenizer, 3)
+    assert gated.allocate(ids, mask, [Budget(compute=said["budget"])] * 3) == [allocation] * 3
+    assert gated.cost.fraction(allocation) == pytest.approx(said["budget"], abs=1e-4)
+    assert 0.5 <= said["budget"] < 0.8
+    assert loaded.config.metrics["last"]["cost"] == pytest.approx(said["budget"], abs=1e-3)
+
+
 def test_inline_gates_and_switched_off_terms(tmp_path: Path) -> None:
     recipe = tiny_recipe(
         save_base(tmp_path / "base"),

@@ -76,6 +76,12 @@ def test_an_embedded_subset_holds_one_sort(subset: str, key: str) -> None:
     assert {example.meta[key] for example in load_examples(DataConfig(subset=subset, limit=30))} == {subset}
 
 
+def test_crowded_problems_have_more_distractors_than_trained_ones() -> None:
+    for subset, expected in ((None, {0, 1, 2}), ("crowded", {3, 4})):
+        examples = load_examples(DataConfig(subset=subset, limit=60))
+        assert {example.meta["distractors"] for example in examples} == expected
+
+
 @pytest.mark.parametrize(
     ("config", "split", "seed", "words"),
     [

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l2a_compress.evaluation.answers import matches, normalized
-from l2a_compress.evaluation.statistics import check_frontier, wilson
+from l2a_compress.evaluation.statistics import check_frontier, paired, wilson
 from l2a_compress.evaluation.values import Point
 
 
@@ -124,3 +124,13 @@ def test_an_inversion_beyond_the_interval_is_not() -> None:
 
 def test_a_single_point_is_monotone() -> None:
     assert check_frontier(frontier((1.0, 0.5))).monotone
+
+
+def test_a_paired_difference_and_its_interval() -> None:
+    mean, low, high = paired("1101", "0111")
+    assert mean == 0
+    assert -low == high == pytest.approx(1.959964 * (2 / 3) ** 0.5 / 2)
+    assert paired("110" * 50, "110" * 50) == (0, 0, 0)  # equal outcomes leave no doubt
+    assert paired("1" * 10, "0" * 10)[0] == 1
+    with pytest.raises(ValueError, match="of 2 and 3 problems"):
+        paired("11", "111")

@@ -87,6 +87,7 @@ def test_nll(artifact: Path, tmp_path: Path) -> None:
         (["--budgets", "high"], "--budgets 'high': expected numbers"),
         (["--contract", "best"], "'best'"),
         (["--baselines", "magic"], "'magic'"),
+        (["--baselines", "early_exit", "--metric", "nll"], "'early_exit' is about generated tokens"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--kind", "poem", "--data", "x.jsonl"], "poem"),
         (["--metric", "speed"], "speed"),

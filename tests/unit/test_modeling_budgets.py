@@ -14,6 +14,7 @@ from l2a_compress.cost import CostModel
 from l2a_compress.errors import BudgetError, ConfigError
 from l2a_compress.limits import price_of, think_share
 from l2a_compress.modeling.budgets import batch_budgets, minimum_compute
+from l2a_compress.modeling.deciders import GateRequest
 from l2a_compress.modeling.families import shape_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
@@ -93,10 +94,11 @@ def test_no_price_or_none_for_this_budget_is_an_error() -> None:
 
 
 def test_the_grid_runs_from_above_the_stem_to_one() -> None:
-    grid = price_grid(new_gated())
-    assert grid[0] == pytest.approx(1.5 / LAYERS, abs=1e-4)
-    assert grid[-1] == 1.0
-    assert grid == sorted(set(grid))
+    for gated, least in ((new_gated(demand=False), 1.5 / LAYERS), (new_gated(least_compute=0.35), 0.35)):
+        grid = price_grid(gated)
+        assert grid[0] == pytest.approx(least, abs=1e-4)
+        assert grid[-1] == 1.0
+        assert grid == sorted(set(grid))
 
 
 def mean_cost(gated: GatedModel, budget: float, ids: Tensor, mask: Tensor) -> tuple[float, float]:
@@ -106,9 +108,12 @@ def mean_cost(gated: GatedModel, budget: float, ids: Tensor, mask: Tensor) -> tu
     return costs.mean().item(), costs.std().item()
 
 
+@pytest.mark.parametrize("demand", [True, False])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_calibrated_prices_hold_on_fresh_prompts(seed: int) -> None:
-    gated = new_gated(seed=seed, budget_dim=4)
+def test_calibrated_prices_hold_on_fresh_prompts(seed: int, demand: bool) -> None:
+    gated = new_gated(seed=seed, budget_dim=4, demand=demand)
+    if gated.allocator.demand is not None:  # inputs that differ, else all change to another level at one price
+        gated.allocator.demand.inner.weight.data[:, -4:] *= 0.3
     grid = price_grid(gated)
     gated.train()
     gated.prices = calibrate_prices(gated, [prompts(1000, 6, seed=10), prompts(1000, 6, seed=11)], grid)
@@ -118,12 +123,12 @@ def test_calibrated_prices_hold_on_fresh_prompts(seed: int) -> None:
     between = [(low + high) / 2 for low, high in itertools.pairwise(grid)]
     for budget in [*grid[::8], *between[1::8], *between[-3:]]:
         mean, deviation = mean_cost(gated, budget, *fresh)
-        assert abs(mean - budget) <= 0.01, (budget, mean)
+        assert abs(mean - budget) <= (0.02 if demand else 0.01), (budget, mean)  # few levels, untrained: coarse
         assert deviation > 0.02 or not 0.3 < budget < 0.9  # prompts take different amounts
 
 
 def test_prices_get_more_points_where_they_jump() -> None:
-    gated = new_gated(seed=0, budget_dim=4)
+    gated = new_gated(seed=0, budget_dim=4, demand=False)
     with torch.no_grad():  # prompts of almost the same scores, layers of different ones: a jump for every layer
         for gates in (gated.allocator.layer_gates, gated.allocator.head_gates):
             gates.outer.mul_(0.05)
@@ -136,6 +141,34 @@ def test_prices_get_more_points_where_they_jump() -> None:
     for low, high in itertools.pairwise(grid):
         budget = low + 0.6 * (high - low)
         assert abs(mean_cost(gated, budget, *fresh)[0] - budget) <= 0.01
+
+
+@torch.no_grad()
+def test_an_input_gets_the_budget_that_is_worth_its_price() -> None:
+    gated, (ids, mask) = new_gated(least_compute=0.3), prompts(40, 8)
+    gated.think_id = None  # else the stem sees the budget that is told
+    demand, price = gated.allocator.demand, 0.15
+    assert demand is not None
+    gated.prices = ((0.3, price), (0.9, price))
+    found = gated.allocate(ids, mask, [Budget(compute=0.5)] * 40, contract="mean")
+    summary = gated(ids, mask, request=GateRequest(batch_budgets([Budget()] * 40, gated.cost, gated.gate_config), mask))
+    gated.state.reset()
+    assert summary.gates is not None
+    for row in range(40):
+        worth = []
+        for level in demand.levels.tolist():
+            logit = demand(summary.gates.summary[row], torch.tensor([level, 1.0]))
+            worth.append((float(torch.sigmoid(logit)) + price * level, round(level, 4)))
+        cap = Budget(compute=min(worth)[1])
+        assert gated.allocate(ids[row : row + 1], mask[row : row + 1], [cap]) == [found[row]]
+    assert len({gated.cost.units(allocation) for allocation in found}) > 1
+
+
+def test_the_whole_budget_runs_everything_whatever_an_input_needs() -> None:
+    gated, (ids, mask) = new_gated(), prompts(8)
+    gated.prices = ((0.4, 1.0), (1.0, -1.0))
+    for allocation in gated.allocate(ids, mask, [Budget()] * 8, contract="mean"):
+        assert gated.cost.fraction(allocation) == 1
 
 
 def test_calibrated_prices_of_inline_gates_hold_on_fresh_prompts() -> None:

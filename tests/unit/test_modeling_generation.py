@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -13,7 +14,7 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.errors import AllocationError
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.generation import Generated, GenerationConfig, generate
+from l2a_compress.modeling.generation import Generated, GenerationConfig, confirm, generate
 from l2a_compress.modeling.tags import Tags, read_tags
 from toy_data import word_tokenizer
 from toy_models import FAMILIES, GROUPS, LAYERS, new_gated, new_model, prompts, random_allocations
@@ -87,6 +88,25 @@ def test_budgets_in_one_batch_are_as_if_alone(family: str) -> None:
             gated, tags(), ids[row : row + 1, start:], mask[row : row + 1, start:], budgets=[budget], config=SHORT
         )
         assert alone == together[row : row + 1]
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_draft_is_confirmed_if_it_is_what_generation_writes(teacher: bool) -> None:
+    gated, (ids, mask) = new_gated(), prompts(12)
+    set_tau(gated, -1.0)
+    allocations, config = random_allocations(12), GenerationConfig(max_think_tokens=12, max_answer_tokens=5)
+    budgets = [Budget(compute=0.5, think_tokens=None if row % 3 else 7) for row in range(12)]
+    ends = tags()
+    common = {"budgets": budgets, "allocations": allocations, "config": config, "teacher": teacher}
+    written = generate(gated, ends, ids, mask, **common)  # type: ignore[arg-type]
+    drafts = [[*one.think, ends.end_think, ends.answer, *one.answer, ends.end_answer] for one in written]
+    known = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+    found = confirm(gated, ends, known, drafts, **common)  # type: ignore[arg-type]
+    assert found == [dataclasses.replace(one, allocation=None) for one in written]
+    assert len({one.stopped_by for one in written}) > 1 - teacher
+    for draft in drafts:
+        draft[len(draft) // 2] += 1 if draft[len(draft) // 2] < 40 else -1
+    assert confirm(gated, ends, known, drafts, **common) == [None] * 12  # type: ignore[arg-type]
 
 
 def test_an_allocation_without_the_first_layer_is_refused() -> None:

@@ -29,7 +29,9 @@ def test_a_draw_depends_on_seed_and_index_alone() -> None:
 
 
 def test_the_shares_are_those_of_the_sandwich() -> None:
-    config = DrawConfig(minimum=0.4, dense_share=0.2, minimum_share=0.1, switch_share=0.3, full_think_share=0.25)
+    config = DrawConfig(
+        minimum=0.4, dense_share=0.2, minimum_share=0.1, switch_share=0.3, full_think_share=0.25, brief_below=0.3
+    )
     count = 20_000
     rows = [draw(config, 0, index) for index in range(count)]
     kinds = Counter("dense" if r.compute == 1 else "least" if r.compute == 0.4 else "between" for r in rows)
@@ -45,8 +47,9 @@ def test_the_shares_are_those_of_the_sandwich() -> None:
     assert len(switched) / count == pytest.approx(0.3, abs=0.01)
     assert all(0.2 <= r.switch <= 0.9 for r in switched)
     assert all(r.after == r.compute for r in rows if r.switch == 1)
-    assert {r.condensed for r in rows if r.think < config.condensed_below} == {True}
-    assert {r.condensed for r in rows if r.think >= config.condensed_below} == {False}
+    assert {r.style for r in rows if r.think < config.brief_below} == {"brief"}
+    assert {r.style for r in rows if config.brief_below <= r.think < config.condensed_below} == {"short"}
+    assert {r.style for r in rows if r.think >= config.condensed_below} == {"long"}
 
 
 @pytest.mark.parametrize(("contract", "means"), [("cap", {False}), ("mean", {True}), ("both", {False, True})])
@@ -133,7 +136,7 @@ def test_only_over_long_examples_are_an_error() -> None:
 
 
 def test_a_sample_shows_the_trace_its_think_share_asks_for() -> None:
-    config = DrawConfig(full_think_share=0.3, condensed_below=0.6)
+    config = DrawConfig(full_think_share=0.3, condensed_below=0.6, brief_below=0.3)
     found = Samples(
         EmbeddedExamples(split="train", seed=0, subset="easy"),
         word_tokenizer(),
@@ -146,13 +149,13 @@ def test_a_sample_shows_the_trace_its_think_share_asks_for() -> None:
     limits = set()
     for index in range(60):
         sample, drawn = found[index], draw(config, 1, index)
-        style = "short" if drawn.condensed else "long"
+        style = drawn.style
         assert sample["input_ids"] == encode(found.examples[index], word_tokenizer(), style, 256)["input_ids"]
         expected = len(sample["input_ids"]) if drawn.think == 1 else round(drawn.think * 100)
         assert sample["think_limit"] == expected
         assert sample["index"] == index
         limits.add(style)
-    assert limits == {"short", "long"}
+    assert limits == {"brief", "short", "long"}
 
 
 def test_the_collator_stacks_what_was_drawn() -> None:

@@ -80,7 +80,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
     weights = {"kl": 0.5, "budget": 2.0, "tokens": 0.25, "transition": 3.0}
     terms = new_step(**weights)(new_batch())
     total = terms["ce"] + sum(weight * terms[name] for name, weight in weights.items())
-    torch.testing.assert_close(terms["loss"], total)
+    torch.testing.assert_close(terms["loss"], total + terms["demand"])
     assert all(terms[name] > 0 for name in weights)
 
 
@@ -119,7 +119,7 @@ def test_the_swap_term_measures_what_changing_places_does() -> None:
         order, count = gated.allocator.group_order[comes - stem], len(now.groups[goes])
         groups = list(now.groups)
         groups[goes], groups[comes] = (), tuple(sorted(order[:count].tolist()))
-        gain = row_loss(gated, one, Allocation(num_groups=GROUPS, groups=tuple(groups))) - row_loss(gated, one, now)
+        gain = failed(gated, one, Allocation(num_groups=GROUPS, groups=tuple(groups))) - failed(gated, one, now)
         scores = output.gates.layer_scores[row].detach()
         apart = (scores[goes - stem] - scores[comes - stem]) / step.temperature
         expected.append(gain.abs() * torch.nn.functional.softplus(-gain.sign() * apart))
@@ -129,14 +129,15 @@ def test_the_swap_term_measures_what_changing_places_does() -> None:
 
 
 @torch.no_grad()
-def row_loss(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
-    """Mean cross entropy of one row under an allocation, the budget shown at the think tag as in training."""
+def failed(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
+    """The failure of one row under an allocation, the budget shown at the think tag as in training."""
     labels = row["labels"][0, 1:]
     told = torch.stack([row["compute"], row["think"]], dim=-1)
     with gated.forced([allocation]):
         gated.state.offset = gated.think_offset(row["input_ids"], told)
         hidden = gated(row["input_ids"], row["attention_mask"]).hidden
-    return torch.nn.functional.cross_entropy(gated.logits(hidden)[0, :-1], labels, ignore_index=-100)
+    nll = torch.nn.functional.cross_entropy(gated.logits(hidden)[0, :-1], labels, ignore_index=-100, reduction="sum")
+    return nll / (1 + nll)
 
 
 def test_the_swap_term_teaches_the_layer_gates_alone() -> None:
@@ -165,6 +166,34 @@ def test_checkpointing_recomputes_what_ran_and_not_what_was_swapped() -> None:
     step.activation_checkpointing_enable()
     for name, value in gradients(step, batch).items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_the_demand_head_learns_whether_rows_fail_and_nothing_else_does() -> None:
+    step, batch = new_step(), new_batch(8, contract="both", switch_share=0.3, dense_share=0.0)
+    assert set(batch["mean"].tolist()) == {0, 1}
+    step.noise = 0.0  # mean rows are caps while allocations are explored
+    terms = step(batch)
+    terms["demand"].backward()
+    reached = {name for name, p in trainable(step.gated).items() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached
+    assert all(name.startswith("allocator.demand.") for name in reached)
+    gated, expected = step.gated, []
+    with torch.no_grad():
+        gates = gated(batch["input_ids"], batch["attention_mask"], request=step.request(batch)).gates
+        gated.state.reset()
+        assert gates is not None
+        assert gated.allocator.demand is not None
+        allocations = gated.allocations_of(gates, [Budget()] * 8)
+        told = torch.stack([gates.compute, batch["think"]], dim=-1)
+        logits = gated.allocator.demand(gates.summary, told)
+    for row in range(8):
+        if batch["switch"][row] < 1:
+            expected.append(torch.zeros(()))
+            continue
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        wrong, chance = failed(gated, one, allocations[row]), torch.sigmoid(logits[row])
+        expected.append(-wrong * chance.log() - (1 - wrong) * (1 - chance).log())
+    torch.testing.assert_close(terms["demand"].detach(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-3)
 
 
 def test_without_token_gates_the_transition_is_frozen() -> None:

@@ -1,0 +1,186 @@
+"""The frontier of the embedded model: training runs, their measurement, and the figures of docs/results.md.
+
+    python benchmarks/frontier.py run main --seed 0     train and measure one experiment; goes on where it was cut off
+    python benchmarks/frontier.py list                  experiments, and which records exist
+    python benchmarks/frontier.py summary               results/frontier.json and the pictures, of all records
+
+A record (benchmarks/results/frontier/NAME-sSEED.json) holds every point with its outcomes problem by problem, so that
+runs are compared in pairs on the same problems, whatever machine or day each was run on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from frontier_summary import RECORDS, summarize
+
+from l2a_compress.evaluation.frontier import evaluate
+from l2a_compress.evaluation.report import Report
+from l2a_compress.files import write_atomic
+from l2a_compress.training.data_config import DataConfig
+from l2a_compress.training.recipe import EvalConfig, Recipe
+from l2a_compress.training.run import train
+from l2a_compress.training.store import LoadedArtifact, load_artifact
+
+CAPS = (1.0, 0.8, 0.7, 0.66, 0.6, 0.5, 0.4)
+MEANS = (0.8, 0.7, 0.66, 0.64, 0.62, 0.6, 0.5)
+THINK = (0.5, 0.25)
+UNTRAINED = ("uniform", "block_influence", "oracle", "early_exit", "think_cap", "fixed_budget")
+OUT_OF_DISTRIBUTION = ("terse", "crowded")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A training run: what differs from the recipe, and what is measured of it."""
+
+    about: str
+    settings: tuple[str, ...] = ()
+    without: str = ""
+    means: tuple[float, ...] = MEANS
+    baselines: tuple[str, ...] = ()
+    probes: bool = False
+    static: str = ""
+
+
+def _static(method: str, compute: float) -> Experiment:
+    return Experiment(
+        about=f"{method} at {compute:g} of the compute, fine-tuned for that alone",
+        settings=(f"static.method={method}", f"static.compute={compute}"),
+        means=(),
+        static=method,
+    )
+
+
+EXPERIMENTS = {
+    "main": Experiment("the recipe as it is", baselines=UNTRAINED, probes=True),
+    "blind": Experiment("gates that see the budget alone", ("gates.summary=none", "gates.demand=false"), means=()),
+    "layers": Experiment("no head gates", without="heads"),
+    "no-kl": Experiment("without logical consistency", without="kl"),
+    "no-budget": Experiment(
+        "the paper's own form of the gates, without the resource term",
+        ("gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
+        without="budget",
+    ),
+    "paper": Experiment(
+        "the paper's own form of the gates: a threshold at 0 that the resource term keeps calibrated",
+        ("gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
+    ),
+    "no-tokens": Experiment("without the token terms", without="tokens"),
+    "inline": Experiment("each layer's gate reads that layer's input", ("gates.mode=inline",)),
+    "chain-only": Experiment("trained on one family of problems", ("data.subset=chain",)),
+    **{
+        f"{method}-{round(100 * compute)}": _static(method, compute)
+        for method in ("block_influence", "oracle", "fixed_budget")
+        for compute in (0.66, 0.59, 0.5)
+    },
+}
+
+
+def run(name: str, args: argparse.Namespace) -> Path:
+    """Trains and measures one experiment and writes its record."""
+    experiment = EXPERIMENTS[name]
+    settings = [f"seed={args.seed}", f"optim.steps={args.steps}", f"optim.threads={args.threads}"]
+    settings += [f"optim.batch_size={args.batch_size}", *experiment.settings]
+    if experiment.static == "fixed_budget":
+        settings.append(f'static.artifact="{args.work}/main-s{args.seed}/artifact"')
+    recipe = Recipe.named("mini", settings)
+    if experiment.without:
+        recipe = replace(recipe, objective=replace(recipe.objective, without=(experiment.without,)))
+    folder = args.work / f"{name}-s{args.seed}"
+    began = time.time()
+    artifact = folder / "artifact"
+    if not artifact.is_dir():
+        artifact = train(recipe, folder, quiet=True)
+    loaded = load_artifact(artifact)
+    torch.set_num_threads(args.threads)
+    reports = measure(loaded, experiment, args.problems)
+    record = {
+        "name": name,
+        "about": experiment.about,
+        "seed": args.seed,
+        "settings": settings[1:],
+        "without": experiment.without,
+        "training": dict(loaded.config.metrics),
+        "machine": f"{os.cpu_count()} x {platform.machine()}, {args.threads} thread(s), torch {torch.__version__}",
+        "seconds": round(time.time() - began),
+        "reports": reports,
+    }
+    target = RECORDS / f"{name}-s{args.seed}.json"
+    RECORDS.mkdir(parents=True, exist_ok=True)
+    write_atomic(target, json.dumps(record, indent=None, separators=(",", ":")) + "\n")
+    return target
+
+
+def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int) -> dict[str, Any]:
+    """The report on held-out problems, and on those of kinds that are never trained on."""
+    caps, contracts = CAPS, ("cap",)
+    if experiment.static:
+        caps = (loaded.config.metrics["static"]["budget"],)
+    if experiment.about.startswith("the paper's own form"):
+        # As the paper runs its gates: open above 0, whatever the budget it is told.
+        loaded.gated.prices, caps, contracts = ((0.0, 0.0), (1.0, 0.0)), MEANS, ("mean",)
+    common = replace(loaded.recipe.evaluation, problems=problems, contracts=contracts, budgets=caps, baselines=())
+    data, seed = DataConfig(), 7  # the same problems for every experiment and seed
+    thinks = () if experiment.static else THINK
+    found = {
+        "capped": _trimmed(
+            evaluate(loaded, replace(common, baselines=experiment.baselines), data=data, seed=seed, think_shares=thinks)
+        )
+    }
+    if experiment.means and contracts == ("cap",):
+        settings = replace(common, budgets=experiment.means, contracts=("mean",))
+        found["mean"] = _trimmed(evaluate(loaded, settings, data=data, seed=seed, think_shares=()))
+    for subset in OUT_OF_DISTRIBUTION if experiment.probes else ():
+        probe: EvalConfig = replace(common, budgets=(0.66, 0.64), contracts=("mean",))
+        report = evaluate(loaded, probe, data=DataConfig(subset=subset), seed=seed, think_shares=())
+        found[subset] = _trimmed(report)
+    return found
+
+
+def _trimmed(report: Report) -> dict[str, Any]:
+    """A report without what only pictures of single runs need."""
+    content = report.to_json()
+    points = [content["dense"], content["dense_short"], *content["points"], *content["think_points"]]
+    for point in [*points, *content["baselines"]]:
+        for key in ("think_histogram", "wall_ms_per_token", "cpu_ms_per_token", "tokens"):
+            (point or {}).pop(key, None)
+    for key in ("by_difficulty", "environment", "model"):
+        content.pop(key)
+    return content
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="train and measure one experiment")
+    one.add_argument("name", choices=sorted(EXPERIMENTS))
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--steps", type=int, default=1500)
+    one.add_argument("--batch-size", type=int, default=16)
+    one.add_argument("--problems", type=int, default=2000)
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--work", type=Path, default=Path.home() / ".cache/l2a_compress/frontier")
+    commands.add_parser("list", help="experiments and records")
+    commands.add_parser("summary", help="frontier.json and pictures of all records")
+    args = parser.parse_args()
+    if args.command == "run":
+        print(run(args.name, args))
+    elif args.command == "list":
+        for name, experiment in EXPERIMENTS.items():
+            seeds = sorted(path.stem.rpartition("-s")[2] for path in RECORDS.glob(f"{name}-s*.json"))
+            print(f"{name:20} seeds {', '.join(seeds) or '-':10} {experiment.about}")
+    else:
+        summarize()
+
+
+if __name__ == "__main__":
+    main()

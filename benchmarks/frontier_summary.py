@@ -1,0 +1,261 @@
+"""What the records of frontier.py say together: paired differences, results/frontier.json and the pictures."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from measure import RESULTS
+
+from l2a_compress.evaluation.statistics import paired, wilson
+from l2a_compress.files import write_atomic
+
+RECORDS = RESULTS / "frontier"
+PICTURES = Path(__file__).parents[1] / "docs" / "images"
+Point = dict[str, Any]
+Record = dict[str, Any]
+EVEN = 0.004  # costs that differ by no more count as equal
+
+
+def records() -> dict[str, list[Record]]:
+    """All records by experiment, by seed."""
+    found: dict[str, list[Record]] = defaultdict(list)
+    for path in sorted(RECORDS.glob("*.json")):
+        record = json.loads(path.read_text())
+        found[record["name"]].append(record)
+    return dict(found)
+
+
+def points(record: Record) -> list[Point]:
+    """Everything the gated model was measured at, under either contract."""
+    reports = record["reports"]
+    return [point for part in ("capped", "mean") for point in reports.get(part, {}).get("points", [])]
+
+
+def compared(pairs: Sequence[tuple[Point, Point]]) -> dict[str, Any]:
+    """The difference first - second over all problems of all pairs (one a seed), and of each seed alone."""
+    ours, theirs = ("".join(point["outcomes"] for point in side) for side in zip(*pairs, strict=True))
+    mean, low, high = paired(ours, theirs)
+    return {
+        "delta": round(mean, 5),
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "by_seed": [round(paired(a["outcomes"], b["outcomes"])[0], 5) for a, b in pairs],
+        "n": len(ours),
+        "cost": [round(fmean(point["cost"] for point in side), 4) for side in zip(*pairs, strict=True)],
+        "accuracy": [round(_accuracy(side), 5) for side in zip(*pairs, strict=True)],
+        "layer_sparsity": round(fmean(ours["layer_sparsity"] for ours, _ in pairs), 4),
+    }
+
+
+def _accuracy(side: Iterable[Point]) -> float:
+    return fmean(point["accuracy"] for point in side)
+
+
+def at_sparsity(record: Record, least: float) -> Point | None:
+    """The point of the ``mean`` contract with the smallest layer sparsity of at least ``least``."""
+    found = [p for p in points(record) if p["contract"] == "mean" and p["layer_sparsity"] >= least]
+    return min(found, key=lambda point: point["layer_sparsity"], default=None)
+
+
+def at_cost(record: Record, most: float, contract: str = "mean") -> Point | None:
+    """The point of that contract with the largest cost of at most ``most``."""
+    found = [p for p in points(record) if p["contract"] == contract and p["cost"] <= most + EVEN]
+    return max(found, key=lambda point: point["cost"], default=None)
+
+
+def against(
+    main: Sequence[Record], others: Sequence[Record], choose: Callable[[Record], Sequence[Point]]
+) -> list[dict[str, Any]]:
+    """Main under ``mean`` against every point of the others at a cost that is not above theirs, by budget."""
+    rows: dict[tuple[str, float], list[tuple[Point, Point]]] = defaultdict(list)
+    for record in others:
+        (ours,) = [one for one in main if one["seed"] == record["seed"]] or [None]
+        if ours is None:
+            continue
+        for point in choose(record):
+            best = at_cost(ours, point["cost"])
+            if best is not None and point["cost"] < 1:
+                name = point["name"] if point["name"] != "l2a" else record["name"]
+                rows[name, round(point["budget"], 2)].append((best, point))
+    return [{"other": name, "budget": budget, **compared(pairs)} for (name, budget), pairs in sorted(rows.items())]
+
+
+def summarize() -> None:
+    """Writes results/frontier.json and the pictures."""
+    found = records()
+    main = found.get("main", [])
+    if not main:
+        raise SystemExit("no record of 'main' yet: python benchmarks/frontier.py run main --seed 0")
+    dense = main[0]["reports"]["capped"]["dense"]
+    tables = {
+        "untrained": against(main, main, lambda record: record["reports"]["capped"]["baselines"]),
+        "fine_tuned": [
+            row
+            for name, group in found.items()
+            if group[0]["settings"] and any(text.startswith("static.method") for text in group[0]["settings"])
+            for row in against(main, group, points)
+        ],
+        "blind": against(main, found.get("blind", []), points),
+        "layers_only": against(
+            main, found.get("layers", []), lambda r: [p for p in points(r) if p["contract"] == "mean"]
+        ),
+    }
+    result = {
+        "summary": _summary(main, tables),
+        "dense": {"accuracy": dense["accuracy"], "interval": list(wilson(dense["outcomes"].count("1"), dense["n"]))},
+        "seeds": [record["seed"] for record in main],
+        "frontier": _frontier(main),
+        "think": _think(main),
+        **tables,
+        "ablations": {name: _frontier(group) for name, group in found.items() if name not in ("main", "blind")},
+        "runs": {
+            f"{name}-s{record['seed']}": {
+                key: record[key] for key in ("about", "settings", "without", "machine", "seconds")
+            }
+            | {"training_seconds": record["training"]["seconds"], "steps": record["training"]["steps"]}
+            for name, group in found.items()
+            for record in group
+        },
+    }
+    write_atomic(RESULTS / "frontier.json", json.dumps(result, indent=1) + "\n")
+    draw(main, found, dense)
+    print(json.dumps(result["summary"], indent=1))
+
+
+def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    reports = [record["reports"] for record in main]
+    summary: dict[str, Any] = {}
+    for name, chosen in (
+        ("gap_at_34", [at_sparsity(record, 0.34) for record in main]),
+        ("gap_at_40_compute", [at_cost(record, 0.6) for record in main]),
+    ):
+        pairs = [(r["capped"]["dense"], point) for r, point in zip(reports, chosen, strict=True) if point]
+        summary[name] = compared(pairs) if pairs else None
+    easy = [at_cost(record, 0.6) for record in main]
+    ratios = [p["by_difficulty"]["easy"]["cost"] / p["by_difficulty"]["hard"]["cost"] for p in easy if p]
+    summary["easy_hard_cost_ratio"] = {"value": round(fmean(ratios), 4), "by_seed": [round(one, 4) for one in ratios]}
+    middle = [row for row in tables["blind"] if row["budget"] == 0.6]
+    summary["gap_input_blind"] = middle[0] if middle else None
+    tuned = sorted(tables["fine_tuned"], key=lambda row: row["delta"])
+    summary["best_static_tuned_delta"] = tuned[0] if tuned else None
+    extra = {}
+    for subset in ("terse", "crowded"):
+        inside, outside = [], []
+        for record in main:
+            point = at_sparsity(record, 0.34)
+            if point is None or subset not in record["reports"]:
+                continue
+            there = record["reports"][subset]
+            (other,) = [p for p in there["points"] if p["budget"] == point["budget"]] or [None]
+            if other is not None:
+                inside.append((record["reports"]["capped"]["dense"], point))
+                outside.append((there["dense"], other))
+        if outside:
+            near, far = compared(inside), compared(outside)
+            extra[subset] = {"value": round(far["delta"] - near["delta"], 5), "out": far, "in": near["delta"]}
+    summary["ood_gap_extra"] = extra
+    return summary
+
+
+def _frontier(group: Sequence[Record]) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, float], list[Point]] = defaultdict(list)
+    for record in group:
+        for point in points(record):
+            rows[point["contract"], point["budget"]].append(point)
+    return [
+        {
+            "contract": contract,
+            "budget": budget,
+            **_pooled(side),
+            "distinct": [point["distinct_allocations"] for point in side],
+            "by_difficulty": {
+                name: {
+                    key: round(fmean(point["by_difficulty"][name][key] for point in side), 4)
+                    for key in ("accuracy", "cost")
+                }
+                for name in side[0]["by_difficulty"]
+            },
+        }
+        for (contract, budget), side in sorted(rows.items(), key=lambda item: (item[0][0], -item[0][1]))
+    ]
+
+
+def _pooled(side: Sequence[Point]) -> dict[str, Any]:
+    hits, trials = sum(point["outcomes"].count("1") for point in side), sum(point["n"] for point in side)
+    means = {
+        key: round(fmean(point[key] for point in side), 4)
+        for key in ("cost", "layer_sparsity", "head_sparsity", "think_tokens")
+    }
+    return {
+        "accuracy": round(hits / trials, 5),
+        "interval": [round(one, 5) for one in wilson(hits, trials)],
+        "by_seed": [round(point["accuracy"], 5) for point in side],
+        "over_budget": sum(point["over_budget"] for point in side),
+        **means,
+    }
+
+
+def _think(main: Sequence[Record]) -> list[dict[str, Any]]:
+    rows: dict[int, list[tuple[Point, Point]]] = defaultdict(list)
+    for record in main:
+        report = record["reports"]["capped"]
+        for point in report["think_points"]:
+            rows[point["think_cap"]].append((point, report["dense"]))
+    return [
+        {
+            "cap": cap,
+            "tokens": round(fmean(a["think_tokens"] / b["think_tokens"] for a, b in pairs), 4),
+            **compared(pairs),
+        }
+        for cap, pairs in sorted(rows.items(), reverse=True)
+    ]
+
+
+def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: Point) -> None:
+    """docs/images/frontier.png: accuracy against realized cost, and against think tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=[2, 1], layout="constrained")
+    lines = [("L2A, mean", [p for p in _frontier(main) if p["contract"] == "mean"], "o-", "#1565c0")]
+    lines.append(("L2A, cap", [p for p in _frontier(main) if p["contract"] == "cap"], "s-", "#64b5f6"))
+    if "blind" in found:
+        lines.append(("the same, gates blind to the input", _frontier(found["blind"]), "d--", "#7b1fa2"))
+    tuned: dict[str, list[Point]] = defaultdict(list)
+    for name, group in found.items():
+        if any(text.startswith("static.method") for text in group[0]["settings"]):
+            tuned[name.rpartition("-")[0]] += _frontier(group)
+    lines += [(f"{name.replace('_', ' ')}, fine-tuned", side, "^:", None) for name, side in tuned.items()]
+    others: dict[str, list[Point]] = defaultdict(list)
+    for point in main[0]["reports"]["capped"]["baselines"]:
+        if point["name"] not in ("think_cap", "fixed_budget"):
+            others[point["name"]].append(point)
+    lines += [(f"{name.replace('_', ' ')}, untrained", side, "x:", None) for name, side in others.items()]
+    for label, side, style, color in lines:
+        side = sorted(side, key=lambda point: point["cost"])
+        costs, accuracies = [p["cost"] for p in side], [100 * p["accuracy"] for p in side]
+        left.plot(costs, accuracies, style, color=color, label=label, markersize=4, linewidth=1.2)
+    left.axhline(100 * dense["accuracy"], color="black", linewidth=0.8, linestyle=":")
+    left.annotate("dense", (0.37, 100 * dense["accuracy"] + 0.6), fontsize=8)
+    left.set(
+        xlabel="realized cost, share of the dense compute", ylabel="exact match, %", ylim=(30, 102), xlim=(0.36, 1.02)
+    )
+    left.legend(fontsize=7, loc="lower right")
+    report = main[0]["reports"]["capped"]
+    for label, side, style in (
+        ("L2A", [*report["think_points"], *[p for p in report["points"] if p["budget"] == 1.0]], "o-"),
+        ("dense, cut off", [*[p for p in report["baselines"] if p["name"] == "think_cap"], dense], "x:"),
+    ):
+        side = sorted(side, key=lambda point: point["think_tokens"])
+        right.plot([p["think_tokens"] for p in side], [100 * p["accuracy"] for p in side], style, label=label)
+    right.set(xlabel="think tokens a problem", ylim=(0, 102))
+    right.legend(fontsize=7, loc="lower right")
+    PICTURES.mkdir(exist_ok=True)
+    figure.savefig(PICTURES / "frontier.png", dpi=130)
