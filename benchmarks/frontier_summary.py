@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -124,7 +124,77 @@ def summarize() -> None:
     }
     write_atomic(RESULTS / "frontier.json", json.dumps(result, indent=1) + "\n")
     draw(main, found, dense)
-    print(json.dumps(result["summary"], indent=1))
+    print("\n\n".join(tables_of(result)))
+
+
+def tables_of(result: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of docs/results.md."""
+    yield _table(
+        [
+            "contract",
+            "budget",
+            "exact match",
+            "by seed",
+            "layers off",
+            "groups off in kept layers",
+            "cost",
+            "allocations",
+        ],
+        [
+            [row["contract"], f"{row['budget']:g}", _share(row), _list(row["by_seed"])]
+            + [f"{100 * row[key]:.1f} %" for key in ("layer_sparsity", "head_sparsity", "cost")]
+            + [", ".join(map(str, row["distinct"]))]
+            for row in result["frontier"]
+        ],
+    )
+    for name in ("untrained", "fine_tuned", "blind", "layers_only"):
+        yield f"{name}:\n\n" + _table(
+            ["method", "its cost", "exact match", "L2A's cost", "exact match", "difference", "by seed"],
+            [
+                [
+                    row["other"],
+                    *(f"{100 * row[key][side]:.2f} %" for side in (1, 0) for key in ("cost", "accuracy")),
+                    _delta(row),
+                    _list(row["by_seed"]),
+                ]
+                for row in result[name]
+            ],
+        )
+    yield _table(
+        ["think cap", "tokens, share of dense", "exact match", "difference to dense"],
+        [
+            [str(row["cap"]), f"{row['tokens']:.3f}", f"{100 * row['accuracy'][0]:.2f} %", _delta(row)]
+            for row in result["think"]
+        ],
+    )
+    yield _table(
+        ["run", "contract", "budget", "exact match", "layers off", "groups off", "cost"],
+        [
+            [name, row["contract"], f"{row['budget']:g}", _share(row)]
+            + [f"{100 * row[key]:.1f} %" for key in ("layer_sparsity", "head_sparsity", "cost")]
+            for name, rows in result["ablations"].items()
+            for row in rows
+        ],
+    )
+    yield json.dumps(result["summary"], indent=1)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+    return "\n".join(lines)
+
+
+def _share(row: Mapping[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{100 * row['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def _delta(row: Mapping[str, Any]) -> str:
+    return f"{100 * row['delta']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:.2f}" for value in values)
 
 
 def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:

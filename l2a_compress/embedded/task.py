@@ -8,8 +8,8 @@ Four families of named quantities, so that inputs differ in the work they need:
 - ``total``: two counts, each with its own short chain, added up.
 
 Every problem has a ``long`` trace (each statement it uses is restated, each operation is written out), a ``short``
-one (only the names on the path and their values) and a ``brief`` one, which leaves to the answer what the answer says
-anyway: the last value of a chain, and the closing line. All walk back from the question to a known count and then
+one (only the names on the path and their values) and a ``brief`` one: the short trace without the name it ends with,
+and with the bare result in the place of the closing line. All walk back from the question to a known count and then
 forward again, so that every step is a lookup or one operation on two small numbers. The base model was trained on the
 first two; the third is for tight think budgets.
 
@@ -153,7 +153,7 @@ def _problem(rng: random.Random, family: str, wording: str, steps: int, distract
         prompt=" ".join([*statements, question]),
         long=" ".join([*(_resolve_long(chain) for chain in chains), *close]),
         short=" ".join([*(_resolve_short(chain) for chain in chains), *close]),
-        brief=" ".join(_resolve_short(chain) for chain in chains) if close else _without_value(chains[0]),
+        brief=" ".join([*(_resolve_brief(chain) for chain in chains), *([answer] if close else [])]),
         answer=answer,
     )
 
@@ -238,9 +238,10 @@ def _resolve_short(chain: list[_Relation]) -> str:
     return " ".join(back + forward)
 
 
-def _without_value(chain: list[_Relation]) -> str:
-    """The short trace up to the value that answers the question."""
-    return _resolve_short(chain).removesuffix(number(chain[-1].value)).rstrip()
+def _resolve_brief(chain: list[_Relation]) -> str:
+    """The short trace without the name that it ends with, which the question has given."""
+    words, value = _resolve_short(chain).split(), number(chain[-1].value).split()
+    return " ".join(words if len(chain) == 1 else [*words[: -len(value) - 1], *value])
 
 
 def vocabulary() -> list[str]:
