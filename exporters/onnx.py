@@ -27,7 +27,8 @@ from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
-from l2a_compress.exporters.graph import if_graph, router_graph, static_graph
+from l2a_compress.exporters.engine_recipes import EngineOptions, write_recipes
+from l2a_compress.exporters.graph import if_graph, router_graph, static_graph, told_graph
 from l2a_compress.exporters.peers import write_configs
 from l2a_compress.exporters.quantize import BITS, BLOCKS, SIZES, quantize, quantize_columns, rounded_columns
 from l2a_compress.exporters.shapes import PHASES, fix, sizes_of
@@ -48,7 +49,7 @@ from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 log = logging.getLogger(__name__)
-IF_NAME, ROUTER_NAME = "if", "router"
+IF_NAME, ROUTER_NAME, TOLD_NAME = "if", "router", "told"
 _PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 _MOST_POSITIONS = 8192
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -75,6 +76,10 @@ class ExportOptions:
             grow at any step; else it may only shrink, and to grow is to start again from the tokens.
         per_budget: most variants of a budget; of more than one, the router graph picks one for each prompt.
         static_shapes: (batch, sequence) pairs that every variant is also exported in, as a prefill and a decode step.
+        head_widths: whether a layer of the ``If`` graph computes only the groups that a row keeps, in more ``If`` nodes;
+            else it computes all and masks what is left out.
+        engines: engines of TensorRT that the bundle is to have; None for none. Brings ``told``, the ``If`` graph whose
+            predicates the host gives.
         calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
             is then left out.
     """
@@ -90,6 +95,8 @@ class ExportOptions:
     whole_cache: bool = True
     per_budget: int = 1
     static_shapes: tuple[tuple[int, int], ...] = ()
+    head_widths: bool = True
+    engines: EngineOptions | None = None
     calibrate: bool = False
 
     def __post_init__(self) -> None:
@@ -102,6 +109,8 @@ class ExportOptions:
                 f"the standard dialect has {', '.join(FLOATS)} and a whole cache; choose such a --precision, or "
                 "--dialect ort"
             )
+        if self.engines is not None and self.dialect != "standard":
+            raise ConfigError(f"dialect {self.dialect!r}: TensorRT knows the dialect standard alone")
         if self.block is not None and (self.precision not in BITS or self.block not in SIZES):
             raise ConfigError(
                 f"block = {self.block} at {self.precision}: choose one of {', '.join(map(str, SIZES))}, with "
@@ -157,6 +166,9 @@ def export(
         if options.if_graph:
             tell(IF_NAME)
             graphs.append(_save(if_graph(spec, gated.cost), folder, IF_NAME, None, None, 1.0))
+        if options.if_graph and options.engines is not None:
+            tell(TOLD_NAME)
+            graphs.append(_save(told_graph(spec), folder, TOLD_NAME, None, None, 1.0))
         for name, budget, allocation in _named(ladder):
             tell(name)
             graph = static_graph(spec, allocation, _told(gated, budget))
@@ -171,6 +183,9 @@ def export(
             tell(ROUTER_NAME)
             variants = [(g.budget, g.allocation) for g in graphs if g.kind == "variant" and g.budget and g.allocation]
             graphs.append(_save(router_graph(spec, gated.cost, variants), folder, ROUTER_NAME, None, None, 1.0))
+        if options.engines is not None:
+            tell("recipes")
+            write_recipes(folder, graphs, options.engines, exact=options.precision == "fp32")
         tell("manifest")
         loaded.tokenizer.save_pretrained(str(folder))
         tags = read_tags(loaded.tokenizer)
@@ -256,7 +271,7 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -
         think_id=read_tags(loaded.tokenizer).think,
         dialect=options.dialect,
         tensors=weights.tensors,
-        widths=widths_of(gated.shape) if gated.gate_config.heads else (gated.shape.num_groups,),
+        widths=widths_of(gated.shape) if options.head_widths and gated.gate_config.heads else (gated.shape.num_groups,),
         bits=BITS.get(options.precision, 0),
         block=_block(options),
         dtype=FLOATS.get(options.precision, "float32"),

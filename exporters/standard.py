@@ -7,6 +7,9 @@ stands outside every ``If``, so a cache is always whole, and no ``If`` stands in
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import onnx_ir as ir
 
 from l2a_compress.exporters.blocks import Blocks, Cache, Present, Rows, Shared
@@ -47,6 +50,13 @@ class StandardBlocks(Blocks):
         last = ops.op("ReduceMax", marked, axis, keepdims=0)
         return Shared(last=last, real=real, parts=(positions, bias))
 
+    def weight(self, ops: Ops, name: str, rows: Rows | None = None) -> ir.Value:
+        """As everywhere; in a branch some rows are sliced from the whole: TensorRT takes no two tensors of one place."""
+        stored = self.spec.tensors[name]
+        if ops.outer is None or rows is None or rows == (0, stored.shape[0]):
+            return super().weight(ops, name, rows)
+        return self.part(ops, super().weight(ops, name), rows[0], sum(rows), 0)
+
     def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
         """By Gemm, which takes a transposed matrix as it stands."""
         outputs, inputs = self.spec.tensors[name].shape
@@ -78,36 +88,65 @@ class StandardBlocks(Blocks):
     def gated_layer(
         self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
     ) -> tuple[ir.Value, Present]:
-        """One ``If`` for each width of the attention, of which one runs at most, and one for the MLP."""
-        ops, groups = self.ops, self.spec.shape.num_groups
+        """As :meth:`told_layer`, with predicates computed in the graph."""
+        ops = self.ops
         width = ops.op("Gather", widest, ops.constant(index, "int64"))
+        runs, below = [], 0
+        for size in self.spec.widths:
+            flag = ops.op("Greater", width, ops.constant(below, "int64"))
+            if size < self.spec.shape.num_groups:
+                flag = ops.op("And", flag, ops.op("LessOrEqual", width, ops.constant(size, "int64")))
+            runs.append(flag)
+            below = size
+        return self.told_layer(index, hidden, cache, shared, runs, heads)
+
+    def told_layer(
+        self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, runs: Sequence[ir.Value], heads: ir.Value
+    ) -> tuple[ir.Value, Present]:
+        """One ``If``; where heads have widths of their own, one for each and one for the MLP.
+
+        Args:
+            index: of the layer.
+            hidden: [batch, sequence, width].
+            cache: past keys and values of all groups.
+            shared: what all layers read.
+            runs: for each width a scalar, bool: whether the layer runs at it. At most one is true.
+            heads: as of :meth:`gated_layer`.
+        """
+        ops, groups = self.ops, self.spec.shape.num_groups
         normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
         present = self._present(ops, index, normed, cache, shared, groups)
         mask = ops.op("Gather", heads, ops.constant([index], "int64"), axis=1)  # [batch, 1, channels]
-        update: ir.Value | None = None
-        below = 0
-        for size in self.spec.widths:
-            runs = ops.op("Greater", width, ops.constant(below, "int64"))
-            if size < groups:
-                runs = ops.op("And", runs, ops.op("LessOrEqual", width, ops.constant(size, "int64")))
+        row = self.part(ops, mask, 0, 1, 2)
 
-            def attend(inner: Ops, size: int = size) -> list[ir.Value]:
-                attended = self._attention(inner, index, normed, present, shared, size, groups)
-                return [self.project(inner, index, self.masked(inner, attended, mask, size), size)]
+        def attend(inner: Ops, size: int) -> ir.Value:
+            attended = self._attention(inner, index, normed, present, shared, size, groups)
+            return self.project(inner, index, self.masked(inner, attended, mask, size), size)
 
-            (found,) = ops.choose(
-                f"layer_{index}_width_{size}", runs, attend, lambda inner: [self._nothing(inner, hidden)], 1
+        def either(
+            name: str, runs: ir.Value, then: Callable[[Ops], ir.Value], other: Callable[[Ops], ir.Value]
+        ) -> ir.Value:
+            (found,) = ops.choose(name, runs, lambda inner: [then(inner)], lambda inner: [other(inner)], 1)
+            return found
+
+        def same(inner: Ops) -> ir.Value:
+            return inner.op("Identity", hidden)
+
+        def whole(inner: Ops) -> ir.Value:
+            return self.mlp(inner, index, attend(inner, groups), hidden, row)
+
+        if len(runs) == 1:
+            return either(f"layer_{index}", runs[0], whole, same), present
+        update, runs_at_all = None, None
+        for size, flag in zip(self.spec.widths, runs, strict=True):
+            found = either(
+                f"layer_{index}_width_{size}", flag, partial(attend, size=size), partial(self._nothing, like=hidden)
             )
             update = found if update is None else ops.op("Add", update, found)
-            below = size
-        assert update is not None
-        row = self.part(ops, mask, 0, 1, 2)
-        (result,) = ops.choose(
-            f"layer_{index}_mlp",
-            ops.op("Greater", width, ops.constant(0, "int64")),
-            lambda inner: [self.mlp(inner, index, update, hidden, row)],
-            lambda inner: [inner.op("Identity", hidden)],
-            1,
+            runs_at_all = flag if runs_at_all is None else ops.op("Or", runs_at_all, flag)
+        assert update is not None and runs_at_all is not None
+        result = either(
+            f"layer_{index}_mlp", runs_at_all, lambda inner: self.mlp(inner, index, update, hidden, row), same
         )
         return result, present
 

@@ -16,6 +16,7 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import WEIGHT_FILE, Bundle, GraphEntry
 from l2a_compress.errors import BundleError
+from l2a_compress.exporters import rules
 from l2a_compress.exporters.weights import alignment
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
 from l2a_compress.modeling.gated import GatedModel
@@ -55,7 +56,7 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
         except (onnx.checker.ValidationError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
             found.append(f"{entry.file}: onnx.checker: {error}")
         model = onnx.load(str(path), load_external_data=False)
-        for tensor in initializers(model.graph):
+        for tensor in rules.initializers(model.graph):
             place = {item.key: item.value for item in tensor.external_data}
             if not place:
                 continue
@@ -63,27 +64,8 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
             if place["location"] != WEIGHT_FILE or int(place["offset"]) % step:
                 found.append(f"{entry.file}: {tensor.name} is not at an aligned place of {WEIGHT_FILE}")
         if bundle.dialect == "standard":
-            found += [
-                f"{entry.file}: {node.name} is of domain {node.domain}" for node in _nodes(model.graph) if node.domain
-            ]
+            found += [f"{entry.file}: {finding}" for finding in rules.check(model)]
     return found
-
-
-def initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """All tensors of a graph and of its branches."""
-    yield from graph.initializer
-    for node in _nodes(graph):
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from attribute.g.initializer
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
 
 
 def parity(

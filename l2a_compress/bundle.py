@@ -26,7 +26,7 @@ WEIGHT_FILE = "weights.bin"
 COSTS_FILE = "costs.json"  # what was measured at export, where it was
 SCHEMA_VERSION = 1
 MOST_VARIANTS = 256
-KINDS = ("if", "variant", "static", "router")
+KINDS = ("if", "told", "variant", "static", "router")
 SIZES = ("batch", "sequence", "total", "past", "present")
 DIALECTS = ("ort", "standard")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
@@ -42,9 +42,9 @@ class GraphEntry:
     """One graph of a bundle.
 
     Attributes:
-        name: What it is called: ``if``, ``router``, or ``b0.7`` for the variant of budget 0.7.
+        name: What it is called: ``if``, ``told``, ``router``, or ``b0.7`` for the variant of budget 0.7.
         file: Its path in the folder.
-        kind: ``if`` (any allocation), ``variant`` (one), ``static`` (a variant in fixed shapes), or ``router`` (what
+        kind: ``if`` (any allocation), ``told`` (any, decided elsewhere), ``variant`` (one), ``static`` (a variant in fixed shapes), or ``router`` (what
             the gates choose, and which variant suits a prompt).
         budget: The compute budget that a variant is for; None for the other kinds.
         allocation: What a variant runs; None for the other kinds.

@@ -27,11 +27,11 @@ from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.ladder import mine
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import BITS, BLOCKS, dequantize, quantize
+from l2a_compress.exporters.rules import initializers
 from l2a_compress.exporters.shapes import parse_shapes
 from l2a_compress.exporters.verify import (
     graph_inputs,
     graph_logits,
-    initializers,
     lint,
     one_more,
     parity,
