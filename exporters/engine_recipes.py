@@ -19,6 +19,7 @@ from l2a_compress.files import sha256_of, write_atomic
 KINDS = ("if", "told", "variants", "static")
 # What TensorRT-RTX builds for by itself: GPUs of the Ampere, Ada and Blackwell generations.
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+_FP8 = 8.9  # the least compute capability that knows 8-bit floats
 _RTX_KNOWN = ("7.5", *RTX_CAPABILITIES, "12.1")
 
 
@@ -63,21 +64,22 @@ class EngineOptions:
             )
 
 
-def write_recipes(folder: Path, graphs: Sequence[GraphEntry], options: EngineOptions, *, exact: bool) -> None:
+def write_recipes(folder: Path, graphs: Sequence[GraphEntry], options: EngineOptions, precision: str) -> None:
     """Writes the recipe of each engine beside the graphs.
 
     Args:
         folder: of graphs and weights.
         graphs: all of them.
         options: which become engines.
-        exact: whether 32 bits are to be computed in 32 bits, not in TF32.
+        precision: of the bundle. 32 bits are computed in 32 bits, not in TF32.
 
     Raises:
+        ConfigError: a GPU does not know the precision.
         EngineError: a graph breaks a rule; says which node and what to do.
     """
     weights = sha256_of(folder / WEIGHT_FILE)
-    flags = {STRONGLY_TYPED: True} | ({"TF32": False} if exact else {})
-    capabilities = options.capabilities or (RTX_CAPABILITIES if options.target == "trt-rtx" else ())
+    flags = {STRONGLY_TYPED: True} | ({"TF32": False} if precision == "fp32" else {})
+    capabilities = _capabilities(options, precision)
     for entry in graphs:
         if not _wanted(entry, options.kinds):
             continue
@@ -95,6 +97,14 @@ def write_recipes(folder: Path, graphs: Sequence[GraphEntry], options: EngineOpt
             weights_sha256=weights,
         )
         write_atomic(folder / recipe.file, recipe.text())
+
+
+def _capabilities(options: EngineOptions, precision: str) -> tuple[str, ...]:
+    able = [each for each in RTX_CAPABILITIES if precision != "fp8" or float(each) >= _FP8]
+    for each in options.capabilities:
+        if precision == "fp8" and float(each) < _FP8:
+            raise ConfigError(f"precision fp8: GPUs of compute capability {each} do not know it; use int8 or int4")
+    return options.capabilities or (tuple(able) if options.target == "trt-rtx" else ())
 
 
 def _wanted(entry: GraphEntry, kinds: Sequence[str]) -> bool:

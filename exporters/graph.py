@@ -88,8 +88,8 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
 def told_graph(spec: GraphSpec) -> ir.Model:
     """As the ``If`` graph, without its gates: the host says what runs, and knows every predicate before the run.
 
-    Beside ``allocation``, whose entries are all at least 0, a scalar ``runs.L.N`` for each gated layer and width: whether
-    the widest row of the layer keeps at most N groups and more than the width below.
+    Beside ``allocation``, whose entries are all at least 0, a scalar ``runs.L.N`` for each gated layer and width:
+    whether the widest row of the layer keeps at most N groups and more than the width below.
     """
     build = StandardBlocks(spec)
     ops, shape, stem = build.ops, spec.shape, spec.gates.stem_layers

@@ -7,6 +7,7 @@ Where the builder takes some graphs of a kind and fails on others, the rule keep
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import onnx
@@ -79,10 +80,8 @@ class _Values:
 
 def check(model: ModelProto) -> list[Finding]:
     """All findings in a model, those of its branches included. External weights need not be loaded."""
-    try:
+    with suppress(onnx.shape_inference.InferenceError):  # then what is known without it is checked
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except onnx.shape_inference.InferenceError:
-        pass  # what is known without it is checked
     values = _Values(inputs={value.name for value in model.graph.input})
     values.learn(model.graph)
     found = list(_places(model.graph))
@@ -161,7 +160,8 @@ def _predicate(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Ite
 def _outputs(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
     if node.op_type != "If":
         return
-    then, otherwise = branches(node)
+    by_name = {attribute.name: attribute.g for attribute in node.attribute}
+    then, otherwise = by_name["then_branch"], by_name["else_branch"]
     for place, (one, other) in enumerate(zip(then.output, otherwise.output, strict=False)):
         rule = f"output {place} of its branches, {one.name} and {other.name}, differs in"
         kinds = {values.types.get(one.name), values.types.get(other.name)} - {None}

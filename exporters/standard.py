@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from l2a_compress.exporters.blocks import Blocks, Cache, Present, Rows, Shared
 from l2a_compress.exporters.ops import Ops
+from l2a_compress.exporters.weights import BY_INPUT
 
 _NEVER = -6e4  # added to a score that must not count; finite in 16 bits too, so that a row of padding has no NaN
 
@@ -51,15 +52,51 @@ class StandardBlocks(Blocks):
         return Shared(last=last, real=real, parts=(positions, bias))
 
     def weight(self, ops: Ops, name: str, rows: Rows | None = None) -> ir.Value:
-        """As everywhere; in a branch some rows are sliced from the whole: TensorRT takes no two tensors of one place."""
-        stored = self.spec.tensors[name]
-        if ops.outer is None or rows is None or rows == (0, stored.shape[0]):
+        """As everywhere. A quantized matrix is told as such, for a runtime that multiplies by it as it stands."""
+        if f"{name}.values" in self.spec.tensors:
+            return self._dequantized(ops, name, rows)
+        return self._rows(ops, name, rows)
+
+    def _rows(self, ops: Ops, name: str, rows: Rows | None) -> ir.Value:
+        """Some rows; sliced from all of them in a branch of one width among several.
+
+        TensorRT takes no two tensors of different lengths that begin at one place.
+        """
+        if ops.outer is None or rows is None or len(self.spec.widths) == 1:
             return super().weight(ops, name, rows)
-        return self.part(ops, super().weight(ops, name), rows[0], sum(rows), 0)
+        whole = (0, self.spec.tensors[name].shape[0])
+        return (
+            super().weight(ops, name)
+            if rows == whole
+            else self.part(ops, super().weight(ops, name), rows[0], sum(rows), 0)
+        )
+
+    def _dequantized(self, ops: Ops, name: str, rows: Rows | None) -> ir.Value:
+        block = self.spec.block
+        by_input = name.rpartition(".")[2] in BY_INPUT
+        values = self._rows(ops, f"{name}.values", rows)
+        if not block:
+            scales = self._rows(ops, f"{name}.scales", None if by_input else rows)
+            return ops.op("DequantizeLinear", values, scales, axis=1 if by_input else 0)
+        if by_input and rows is not None:
+            rows = (rows[0] // block, rows[1] // block)
+        scales = self._rows(ops, f"{name}.scales", rows)
+        return ops.op("DequantizeLinear", values, scales, axis=0 if by_input else 1, block_size=block)
+
+    def project(self, ops: Ops, index: int, attended: ir.Value, width: int) -> ir.Value:
+        """As everywhere. Where groups are not whole blocks of a quantized matrix, it is read whole, against zeros."""
+        shape = self.spec.shape
+        size = shape.heads_per_group * shape.head_dim
+        if f"layers.{index}.o.values" in self.spec.tensors and self.spec.block and width * size % self.spec.block:
+            missing = (shape.num_groups - width) * size
+            attended = ops.op("Pad", attended, ops.constant([0, 0, 0, 0, 0, missing], "int64"))
+            width = shape.num_groups
+        return super().project(ops, index, attended, width)
 
     def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
         """By Gemm, which takes a transposed matrix as it stands."""
-        outputs, inputs = self.spec.tensors[name].shape
+        stored = self.spec.tensors.get(name) or self.spec.tensors[f"{name}.values"]
+        outputs, inputs = stored.shape
         flat = ops.op("Reshape", value, ops.constant([-1, inputs], "int64"))
         found = ops.op("Gemm", flat, self.weight(ops, name, rows), transB=1)
         shape = ops.op(
@@ -144,7 +181,8 @@ class StandardBlocks(Blocks):
             )
             update = found if update is None else ops.op("Add", update, found)
             runs_at_all = flag if runs_at_all is None else ops.op("Or", runs_at_all, flag)
-        assert update is not None and runs_at_all is not None
+        assert update is not None
+        assert runs_at_all is not None
         result = either(
             f"layer_{index}_mlp", runs_at_all, lambda inner: self.mlp(inner, index, update, hidden, row), same
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -17,10 +18,11 @@ from l2a_compress.budget import Budget
 from l2a_compress.bundle import WEIGHT_FILE, Bundle, GraphEntry
 from l2a_compress.errors import BundleError
 from l2a_compress.exporters import rules
+from l2a_compress.exporters.specialize import specialize
 from l2a_compress.exporters.weights import alignment
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.runtime.decoder import Array, GraphDecoder
+from l2a_compress.runtime.decoder import CACHE_TYPES, PAST, Array, GraphDecoder, predicates
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
 
@@ -68,6 +70,49 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
     return found
 
 
+def specialized(folder: Path, bundle: Bundle, *, rows: int = 3, tokens: int = 40) -> dict[str, float]:
+    """Largest difference of a logit between each variant and the ``If`` graph specialised to its allocation.
+
+    Both run in onnxruntime on one thread, on random tokens without ``<think>``, where the graph computes the budget's
+    embedding and the variant has it from PyTorch. 0.0 is equality bit for bit.
+    """
+    entry, found = bundle.if_graph, {}
+    if entry is None:
+        return {}
+    graph = onnx.load(str(folder / entry.file), load_external_data=False)
+    ids = np.random.default_rng(0).choice(
+        sorted({*range(bundle.shape.vocab_size)} - {bundle.tags["think"]}), (rows, tokens)
+    )
+    mask = np.ones_like(ids)
+    mask[0, : tokens // 4] = 0
+    for variant in bundle.variants:
+        kept = [len(groups) for groups in variant.allocation.groups] if variant.allocation else []
+        inputs = {"budget": np.full((rows, 2), [variant.budget, 1.0], dtype=np.float32)}
+        inputs["allocation"] = np.tile(np.array(kept, dtype=np.int64), (rows, 1))
+        one = _logits(specialize(graph, bundle.widths, kept).SerializeToString(), folder, ids, mask, inputs)
+        other = _logits(str(folder / variant.file), folder, ids, mask, {})
+        found[variant.name] = float(np.abs(one - other).max())
+    return found
+
+
+def _logits(graph: bytes | str, folder: Path, ids: Array, mask: Array, inputs: dict[str, Array]) -> Array:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    given = {"input_ids": ids, "attention_mask": mask, **inputs}
+    feed = {}
+    for item in session.get_inputs():
+        past = item.name.startswith(PAST)
+        feed[item.name] = (
+            np.zeros((len(ids), item.shape[1], 0, item.shape[3]), CACHE_TYPES[item.type][0])
+            if past
+            else given[item.name]
+        )
+    found: Array = session.run(["logits"], feed)[0]
+    return found
+
+
 def parity(
     folder: Path,
     artifact: Path,
@@ -91,7 +136,8 @@ def parity(
     if loaded.config.base["digest"] != bundle.base["digest"]:
         raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
     batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)
-    for entry in bundle.decoders:
+    told = [entry for entry in bundle.graphs if entry.kind == "told"]
+    for entry in [*bundle.decoders, *told]:
         decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
         wanted: list[tuple[str, list[float]]] = [(f"{budget:g}", [budget]) for budget in budgets]
         if entry.kind == "variant":
@@ -100,7 +146,7 @@ def parity(
         else:
             wanted.append(("mixed", list(budgets)))
         for name, cycle in wanted:
-            yield _compare(gated, entry, decoder, batches, name, cycle, tokens)
+            yield _compare(gated, entry, decoder, batches, name, cycle, tokens, bundle.widths)
 
 
 def _compare(
@@ -111,6 +157,7 @@ def _compare(
     name: str,
     cycle: Sequence[float],
     tokens: int,
+    widths: Sequence[int],
 ) -> Parity:
     count = equal = 0
     worst, same = 0.0, True
@@ -121,6 +168,10 @@ def _compare(
         expected = torch_logits(gated, ids, mask, given, told, tokens)
         follow = expected.argmax(-1)
         inputs = {} if entry.allocation else graph_inputs(told, gated.shape.num_layers)
+        if entry.kind == "told":
+            chosen = np.array([[len(groups) for groups in allocation.groups] for allocation in given], dtype=np.int64)
+            stem = gated.gate_config.stem_layers
+            inputs = {"budget": inputs["budget"], "allocation": chosen, **predicates(chosen, stem, widths)}
         found, kept = graph_logits(decoder, ids, mask, follow, inputs)
         if kept is not None:
             same &= kept.tolist() == [[len(groups) for groups in allocation.groups] for allocation in given]
@@ -171,7 +222,7 @@ def graph_logits(
     for step in range(steps):
         outputs = decoder.step(tokens, seen, **inputs)
         found.append(outputs["logits"][:, 0])
-        if inputs:
+        if "kept_groups" in outputs:
             kept = outputs["kept_groups"]
             inputs = inputs | {"allocation": kept}
         tokens, seen = follow[:, step : step + 1], one_more(seen, in_place=decoder.in_place)

@@ -29,7 +29,7 @@ MOST_VARIANTS = 256
 KINDS = ("if", "told", "variant", "static", "router")
 SIZES = ("batch", "sequence", "total", "past", "present")
 DIALECTS = ("ort", "standard")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 _BASE = ("name", "family", "digest")
 
 _KIND = listing.Kind(
@@ -44,8 +44,8 @@ class GraphEntry:
     Attributes:
         name: What it is called: ``if``, ``told``, ``router``, or ``b0.7`` for the variant of budget 0.7.
         file: Its path in the folder.
-        kind: ``if`` (any allocation), ``told`` (any, decided elsewhere), ``variant`` (one), ``static`` (a variant in fixed shapes), or ``router`` (what
-            the gates choose, and which variant suits a prompt).
+        kind: ``if`` (any allocation), ``told`` (any, which the host says), ``variant`` (one), ``static`` (a variant in
+            fixed shapes), or ``router`` (what the gates choose, and which variant suits a prompt).
         budget: The compute budget that a variant is for; None for the other kinds.
         allocation: What a variant runs; None for the other kinds.
         cost: A variant's cost as a share of the dense model's; 1.0 for the other kinds.

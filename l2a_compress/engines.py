@@ -1,8 +1,8 @@
 """TensorRT engines of a bundle: what each is built from and for, and whether it may be opened here.
 
-For each engine there is a build recipe ``NAME.TARGET.recipe.json``, written at export, and, once it is built, the engine
-``NAME.TARGET.engine`` with a record of its build, ``NAME.TARGET.built.json``. An engine runs with the version that built
-it, on the GPUs it was built for; the recipe builds it again anywhere.
+For each engine there is a build recipe ``NAME.TARGET.recipe.json``, written at export, and, once it is built, the
+engine ``NAME.TARGET.engine`` with a record of its build, ``NAME.TARGET.built.json``. An engine runs with the version
+that built it, on the GPUs it was built for; the recipe builds it again anywhere.
 """
 
 from __future__ import annotations
@@ -250,4 +250,4 @@ def _capabilities(value: object) -> tuple[str, ...]:
     texts = tuple(value) if isinstance(value, tuple | list) else (value,)
     if not all(isinstance(text, str) and _CAPABILITY.fullmatch(text) for text in texts):
         raise BundleError(f"capabilities must be texts such as '8.9', found {_validate.shown(value)}")
-    return texts  # type: ignore[return-value]  # checked above
+    return texts

@@ -144,7 +144,7 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from l2a_compress.exporters.verify import lint, parity
+    from l2a_compress.exporters.verify import lint, parity, specialized
 
     found = Bundle.load(bundle)
     typer.echo(f"{len(found.files)} files as the manifest lists them")
@@ -152,6 +152,13 @@ def verify(
     if broken:
         raise BundleError("; ".join(broken))
     typer.echo(f"{len(found.graphs)} graphs pass onnx.checker and keep the export rules")
+    if found.dialect == "standard" and found.precision == "fp32" and found.if_graph and found.variants:
+        apart = specialized(bundle, found)
+        typer.echo(
+            f"the If graph specialised to each of {len(apart)} variants differs by at most {max(apart.values()):g}"
+        )
+        if any(apart.values()):
+            raise BundleError(f"{bundle}: the If graph is not its variants bit for bit: {apart}")
     if artifact is None:
         typer.echo("tokens were NOT compared with PyTorch: give --artifact")
         return

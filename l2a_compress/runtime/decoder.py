@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class GraphDecoder:
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
+        if not in_place:  # onnxruntime 1.32 fuses DequantizeLinear of weights in a branch into what is wrong
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._path = path
         try:
             self.session = ort.InferenceSession(str(path), options, providers=list(providers))
@@ -114,6 +116,20 @@ class GraphDecoder:
         for name in presents:
             binding.bind_ortvalue_input(PAST + name.removeprefix(_PRESENT), values.pop(name))
         return {name: value.numpy() for name, value in values.items()}
+
+
+def predicates(allocation: Array, stem: int, widths: Sequence[int]) -> dict[str, Array]:
+    """What the graph ``told`` reads beside an allocation [rows, layers] of kept groups: which of its ``If`` nodes run."""
+    found = {}
+    for layer, widest in enumerate(allocation.max(axis=0).tolist()):
+        if layer < stem:
+            continue
+        below = 0
+        for width in widths:
+            last = width == widths[-1]
+            found[f"runs.{layer}.{width}"] = np.array(below < widest and (last or widest <= width))
+            below = width
+    return found
 
 
 def session_error(path: Path, action: str, error: Exception) -> SessionError:
