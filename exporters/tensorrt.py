@@ -73,7 +73,7 @@ def _build(folder: Path, bundle: Bundle, recipe: BuildRecipe, builder: EngineBui
         version=builder.version,
         capabilities=capabilities,
         sha256=sha256_of(folder / recipe.engine),
-        seconds=round(seconds, 3),
+        seconds=seconds,
     )
     write_atomic(folder / recipe.record, built.text())
     for name in names:

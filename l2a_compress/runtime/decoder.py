@@ -119,7 +119,7 @@ class GraphDecoder:
 
 
 def predicates(allocation: Array, stem: int, widths: Sequence[int]) -> dict[str, Array]:
-    """What the graph ``told`` reads beside an allocation [rows, layers] of kept groups: which of its ``If`` nodes run."""
+    """Which ``If`` nodes of the graph ``told`` run, as its inputs, for an allocation [rows, layers] of kept groups."""
     found = {}
     for layer, widest in enumerate(allocation.max(axis=0).tolist()):
         if layer < stem:
