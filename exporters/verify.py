@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -25,6 +26,18 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.runtime.decoder import CACHE_TYPES, PAST, Array, GraphDecoder, predicates
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
+
+
+class Decoder(Protocol):
+    """What runs a graph: ``GraphDecoder``, or the engine of one."""
+
+    in_place: bool
+
+    def start(self, batch: int, capacity: int) -> None:
+        """Begins anew."""
+
+    def step(self, input_ids: Array, attention_mask: Array, **inputs: Array) -> Mapping[str, Array]:
+        """Runs it once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +135,12 @@ def parity(
     tokens: int = 64,
     budgets: Sequence[float] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
     threads: int = 1,
+    open_decoder: Callable[[GraphEntry], Decoder] | None = None,
 ) -> Iterator[Parity]:
     """Compares greedy tokens of every graph with PyTorch's hard-gated model, on prompts of the calibration split.
 
-    PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it.
+    PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it. What runs a
+    graph is onnxruntime on the processor, or what ``open_decoder`` makes of it.
 
     Raises:
         BundleError: the bundle was not made of this artifact.
@@ -138,7 +153,10 @@ def parity(
     batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)
     told = [entry for entry in bundle.graphs if entry.kind == "told"]
     for entry in [*bundle.decoders, *told]:
-        decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
+        if open_decoder is not None:
+            decoder = open_decoder(entry)
+        else:
+            decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
         wanted: list[tuple[str, list[float]]] = [(f"{budget:g}", [budget]) for budget in budgets]
         if entry.kind == "variant":
             assert entry.budget is not None
@@ -152,7 +170,7 @@ def parity(
 def _compare(
     gated: GatedModel,
     entry: GraphEntry,
-    decoder: GraphDecoder,
+    decoder: Decoder,
     batches: Sequence[tuple[Tensor, Tensor]],
     name: str,
     cycle: Sequence[float],
@@ -212,7 +230,7 @@ def graph_inputs(told: BudgetBatch, num_layers: int) -> dict[str, Array]:
 
 
 def graph_logits(
-    decoder: GraphDecoder, ids: Tensor, mask: Tensor, follow: Array, inputs: dict[str, Array]
+    decoder: Decoder, ids: Tensor, mask: Tensor, follow: Array, inputs: dict[str, Array]
 ) -> tuple[Array, Array | None]:
     """Logits of a graph that is fed the tokens ``follow`` [batch, steps], and what it allocated."""
     tokens, seen = (ids.numpy(), mask.numpy()) if not decoder.in_place else right_padded(ids, mask)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from l2a_compress.errors import OutOfMemoryError, SessionError
+from l2a_compress.errors import L2AError, OutOfMemoryError, SessionError
+from l2a_compress.runtime.providers import Provider, open_session
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # What NumPy and ONNX call the elements of keys and values.
@@ -29,9 +30,13 @@ class GraphDecoder:
         in_place: whether keys and values are written into buffers of a fixed size (dialect ``ort``), or each step gives
             larger ones (dialect ``standard``).
         threads: of one operator; None leaves it to onnxruntime.
-        providers: execution providers in order of preference.
+        provider: what onnxruntime is to run it on.
+
+    Attributes:
+        providers: What it runs on, in order.
 
     Raises:
+        ConfigError: no such provider.
         SessionError: onnxruntime cannot load the graph; OutOfMemoryError where memory is what it lacks.
     """
 
@@ -41,7 +46,7 @@ class GraphDecoder:
         *,
         in_place: bool = True,
         threads: int | None = None,
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        provider: Provider = "cpu",
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -52,9 +57,12 @@ class GraphDecoder:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._path = path
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=list(providers))
+            self.session = open_session(path, options, provider)
+        except L2AError:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no class in common
             raise session_error(path, "load", error) from error
+        self.providers: list[str] = self.session.get_providers()
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.in_place = in_place
         names = [item.name for item in self.session.get_outputs()]

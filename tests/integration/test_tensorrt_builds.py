@@ -77,7 +77,7 @@ def built(model: onnx.ModelProto, folder: Path) -> memoryview:
 
 @pytest.mark.parametrize("name", bad_graphs.GRAPHS)
 def test_the_builder_refuses_every_bad_graph(name: str, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="cannot (parse|build) it: (?!it does not say why)"):
+    with pytest.raises(EngineError, match=r"cannot (parse|build) it: (?!it does not say why)"):
         built(bad_graphs.GRAPHS[name][1](), tmp_path)
 
 
