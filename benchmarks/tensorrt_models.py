@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from fetch_models import fetch
@@ -19,31 +20,33 @@ from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.store import save_artifact
 
 LAYERS = {"smollm2-135m": (30,), "qwen3-4b": (4,), "llama-3-8b": (3, 4)}  # by model: the depths that are measured
-_SHAPES = {
+_SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3-4b": (
         Qwen3ForCausalLM,
-        Qwen3Config(
-            hidden_size=2560,
-            intermediate_size=9728,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            tie_word_embeddings=True,
-            max_position_embeddings=4096,
-        ),
+        Qwen3Config,
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 4096,
+        },
     ),
     "llama-3-8b": (
         LlamaForCausalLM,
-        LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            tie_word_embeddings=False,
-            max_position_embeddings=4096,
-        ),
+        LlamaConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 4096,
+        },
     ),
 }
 
@@ -80,10 +83,9 @@ def nested(artifact: Path, budgets: Sequence[float]) -> tuple[tuple[float, Alloc
 
 
 def _random_base(model: str, layers: int, folder: Path) -> None:
-    kind, config = _SHAPES[model]
-    config.num_hidden_layers = layers
+    kind, config, sizes = _SHAPES[model]
     _, tokenizer = load_base("embedded")
     torch.set_default_dtype(torch.bfloat16)
     torch.manual_seed(0)
-    kind(config).save_pretrained(folder)
+    kind(config(num_hidden_layers=layers, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

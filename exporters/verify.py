@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import WEIGHT_FILE, Bundle, GraphEntry
+from l2a_compress.engines import engines
 from l2a_compress.errors import BundleError
 from l2a_compress.exporters import rules
 from l2a_compress.exporters.specialize import specialize
@@ -152,7 +153,10 @@ def parity(
         raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
     batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)
     told = [entry for entry in bundle.graphs if entry.kind == "told"]
+    known = {each.recipe.graph for each in engines(folder, bundle)} if open_decoder is not None else None
     for entry in [*bundle.decoders, *told]:
+        if known is not None and entry.name not in known:
+            continue
         if open_decoder is not None:
             decoder = open_decoder(entry)
         else:

@@ -190,6 +190,11 @@ class Bundle:
         """The ``If`` graph, where the bundle has one."""
         return next((graph for graph in self.graphs if graph.kind == "if"), None)
 
+    @property
+    def told_graph(self) -> GraphEntry | None:
+        """The ``If`` graph whose predicates the host gives, where the bundle has one."""
+        return next((graph for graph in self.graphs if graph.kind == "told"), None)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal description."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -137,6 +137,9 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)],
     artifact: Annotated[Path | None, typer.Option(help="Compare tokens with this artifact in PyTorch.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where it was moved.")] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Compare the bundle's engines, where they run: trt or trt-rtx.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts to compare.", min=1)] = 64,
     tokens: Annotated[int, typer.Option(help="Greedy tokens of each prompt.", min=1)] = 64,
 ) -> None:
@@ -145,6 +148,7 @@ def verify(
     from rich.table import Table
 
     from l2a_compress.exporters.verify import lint, parity, specialized
+    from l2a_compress.runtime.tensorrt import EngineDecoder
 
     found = Bundle.load(bundle)
     typer.echo(f"{len(found.files)} files as the manifest lists them")
@@ -166,7 +170,8 @@ def verify(
     for name in ("graph", "budget", "tokens", "equal", "largest logit difference", "allocations"):
         table.add_column(name)
     wrong = []
-    for row in parity(bundle, artifact, base=base, prompts=prompts, tokens=tokens):
+    opener = None if engines is None else lambda entry: EngineDecoder(bundle, found, entry.name, engines)
+    for row in parity(bundle, artifact, base=base, prompts=prompts, tokens=tokens, open_decoder=opener):
         verdict = "equal" if row.allocations else "DIFFER"
         table.add_row(row.graph, row.budget, str(row.tokens), str(row.equal), f"{row.difference:.2e}", verdict)
         if row.equal < row.tokens or not row.allocations:

@@ -174,6 +174,12 @@ class EngineDecoder:
         self._fresh = [name for name in self.engine.outputs if not name.startswith(_PRESENT)]
         self._batch = self._length = 0
 
+    @property
+    def token_bytes(self) -> int:
+        """Of the keys and values of one token of one row."""
+        shapes = ((self.engine.shape(name), np.dtype(self.engine.types[name]).itemsize) for name in self._caches)
+        return sum(shape[1] * shape[3] * size for shape, size in shapes)
+
     def start(self, batch: int, capacity: int) -> None:
         """Makes room for ``batch`` sequences of at most ``capacity`` slots; what was there is forgotten."""
         self._batch, self._length = batch, 0

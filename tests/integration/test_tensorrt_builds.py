@@ -21,10 +21,11 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.store import save_artifact
+from toy_models import new_artifact
 
 trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'l2a-compress[trt-rtx]'")
 GPUS = ("8.6", "8.9", "12.0")
-ALL = ("if", "told", "variants", "static")
+ALL = ("if", "told", "variants")
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +98,13 @@ def test_every_engine_of_the_embedded_model_is_built_for_three_gpus(
     precision: str, artifact: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "bundle"
-    export(artifact, folder, options(precision))
+    kinds = ALL if precision == "fp16" else ALL[1:]
+    export(artifact, folder, options(precision, kinds=kinds))
     build_engines(folder)
     bundle = Bundle.load(folder)
     found = engines(folder, bundle)
-    assert [each.recipe.graph for each in found] == ["if", "told", "b1", "b0.85", "b0.7", "b0.55", "b0.4", "router"]
+    names = ["if", "told", "b1", "b0.85", "b0.7", "b0.55", "b0.4", "router"]
+    assert [each.recipe.graph for each in found] == names[names.index(kinds[0]) :]
     version, sizes = TensorRTRTX().version, {}
     for each in found:
         assert each.built is not None
@@ -115,22 +118,25 @@ def test_every_engine_of_the_embedded_model_is_built_for_three_gpus(
         sizes[name] = len(data)
     assert header_diagnostics(b"?" + data[1:]) == int(trt.EngineInvalidityDiagnostics.MALFORMED_ENGINE)
     assert sizes["b1"] > sizes["b0.7"] > sizes["b0.4"] > 0
-    assert sizes["told"] <= sizes["if"] < sum(size for name, size in sizes.items() if name.startswith("b"))
+    assert sizes["b1"] < sizes["told"] < sum(size for name, size in sizes.items() if name.startswith("b"))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int4", "fp8"])
-def test_other_precisions_are_built_inside_of_branches(precision: str, artifact: Path, tmp_path: Path) -> None:
+def test_other_precisions_are_built_inside_of_branches(precision: str, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     gpus = GPUS[1:] if precision == "fp8" else GPUS
-    export(artifact, folder, options(precision, budgets=(0.4,), kinds=("told",), capabilities=gpus))
+    small = new_artifact(tmp_path)
+    export(small, folder, options(precision, budgets=(), kinds=("told",), capabilities=gpus))
     (told,) = build_engines(folder, only="told")
     assert told.built is not None
+    assert told.built.capabilities == gpus
     assert Bundle.load(folder).files["told.trt-rtx.engine"]["size"] > 1e6
 
 
 def test_the_command_builds_for_each_gpu_and_in_fixed_shapes(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     ladder = tmp_path / "ladder.toml"
     ladder.write_text("budgets = [0.4]\n")
     for device, capability in (("rtx-4090", "8.9"), ("rtx-5090", "12.0")):
@@ -138,7 +144,7 @@ def test_the_command_builds_for_each_gpu_and_in_fixed_shapes(
         command = ["compress", "export", "--artifact", str(artifact), "--out", str(folder), "--quiet"]
         command += ["--target", "trt-rtx", "--device", device, "--ladder", str(ladder), "--engines", "static"]
         assert main([*command, "--static-shapes", "batch=2 seq=64", "--no-if-graph"]) == 0
-        assert "b0.4.decode.batch2.seq64" in capsys.readouterr().out.replace("\n", "")
+        assert "b0.4.decode.batch2.seq64" in capsys.readouterr().out
         made = engines(folder, Bundle.load(folder))
         assert [each.recipe.profiles for each in made] == [(), ()]
         assert {each.built.capabilities for each in made if each.built} == {(capability,)}

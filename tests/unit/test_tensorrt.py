@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +292,19 @@ def test_a_build_that_dies_leaves_a_whole_bundle(bundle: Path) -> None:
     assert [each.built is not None for each in engines(bundle, Bundle.load(bundle))] == [True, False, False, False]
     build_engines(bundle, builders=fake())  # type: ignore[arg-type]
     assert all(each.built for each in engines(bundle, Bundle.load(bundle)))
+
+
+def test_engines_are_built_where_there_is_neither_torch_nor_onnx(bundle: Path) -> None:
+    program = """
+import sys
+for name in ("torch", "transformers", "onnx", "onnx_ir", "onnxruntime"):
+    sys.modules[name] = None
+from l2a_compress._cli import main
+sys.exit(main(["compress", "build-engines", sys.argv[1], "--quiet"]))
+"""
+    found = subprocess.run([sys.executable, "-c", program, str(bundle)], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "tensorrt cannot be loaded" in found.stderr
 
 
 def test_records_of_builds_are_checked() -> None:

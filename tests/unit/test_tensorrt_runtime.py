@@ -13,6 +13,7 @@ import pytest
 
 from fake_cuda import FakeCuda
 from fake_tensorrt import FakeTensorRT
+from l2a_compress.budget import Budget
 from l2a_compress.bundle import Bundle
 from l2a_compress.errors import BundleError, ConfigError, EngineError, OutOfMemoryError, SessionError
 from l2a_compress.exporters import builders
@@ -21,7 +22,7 @@ from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.tensorrt import build_engines
 from l2a_compress.exporters.verify import graph_logits, one_more, parity
 from l2a_compress.gpu import capability
-from l2a_compress.runtime import providers
+from l2a_compress.runtime import Limits, Runtime, providers
 from l2a_compress.runtime.cuda import Cuda
 from l2a_compress.runtime.decoder import GraphDecoder
 from l2a_compress.runtime.providers import ORDERS, open_session
@@ -89,6 +90,37 @@ def test_profiles_switch_and_memory_is_freed(made: tuple[Path, Path], host: tupl
     assert context is not None
     del decoder
     assert cuda.live == {}
+
+
+@pytest.mark.parametrize("serve", ["if", "variants"])
+def test_the_runtime_answers_on_engines_as_on_graphs(serve: Any, made: tuple[Path, Path], tmp_path: Path) -> None:
+    allocations = tuple((v.budget, v.allocation) for v in Bundle.load(made[1]).variants if v.budget and v.allocation)
+    export(made[0], tmp_path / "ort", ExportOptions(allocations=allocations))
+    texts = ["how many does Ann have ?", "count of Bob : 3 4 ."]
+    budgets = [Budget(compute=0.6), Budget()]
+    limits = Limits(max_think_tokens=12, max_answer_tokens=6)
+
+    def engine(folder: Path, bundle: Bundle, graph: str) -> EngineDecoder:
+        return opened(folder, graph)[0]
+
+    graphs = Runtime.open(tmp_path / "ort", serve=serve, sources=(), threads=1)
+    runtime = Runtime.open(made[1], serve=serve, sources=(), engines=engine)
+    assert runtime.generate(texts, budgets, limits=limits) == graphs.generate(texts, budgets, limits=limits)
+    assert runtime.engine.runs_on == ("told: told.trt.engine" if serve == "if" else "b1: b1.trt.engine")
+    assert graphs.engine.runs_on.endswith("CPUExecutionProvider")
+    with pytest.raises(ConfigError, match="give a budget"):
+        runtime.generate(texts, ["auto"] * 2)
+    changed = runtime.engine.submit([runtime.encode(texts[0])], [Budget()], limits=limits)[0]
+    for _ in range(3):
+        runtime.engine.step()
+    runtime.engine.set_budget(changed, Budget(compute=0.6))
+    while runtime.engine.busy:
+        runtime.engine.step()
+    assert changed.done
+    assert changed.error is None
+    assert len(changed.written) > 3
+    with pytest.raises(BundleError, match="dialect standard"):
+        Runtime.open(tmp_path / "ort", serve=serve, sources=(), engines=engine)
 
 
 def test_shapes_beyond_the_profiles_are_refused(made: tuple[Path, Path]) -> None:
