@@ -244,6 +244,12 @@ def scatter_that_adds() -> onnx.ModelProto:
     return model([node], [value("x"), value("at", (2, 4), T.INT64), value("more")], [value("y")])
 
 
+@_breaks("plain-scatter")
+def scatter_of_rows_that_adds() -> onnx.ModelProto:
+    node = helper.make_node("ScatterND", ["x", "at", "more"], ["y"], name="scatter", reduction="add")
+    return model([node], [value("x"), value("at", (1, 1), T.INT64), value("more", (1, 4))], [value("y")])
+
+
 @_breaks("cache-is-an-input")
 def cache_written_in_if() -> onnx.ModelProto:
     dims = (1, 8, 16, 64)
@@ -256,6 +262,12 @@ def cache_written_in_if() -> onnx.ModelProto:
 def what_is_not_zero() -> onnx.ModelProto:
     node = helper.make_node("NonZero", ["x"], ["y"], name="nonzero")
     return model([node], [value("x")], [value("y", (2, "found"), T.INT64)])
+
+
+@_breaks("known-sizes")
+def what_is_there_once() -> onnx.ModelProto:
+    node = helper.make_node("Unique", ["x"], ["y"], name="unique")
+    return model([node], [value("x", (8,), T.INT64)], [value("y", ("found",), T.INT64)])
 
 
 @_breaks("one-tensor-at-a-place")
