@@ -242,8 +242,7 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
                 file.add(name, narrowed(name, value, dtype))
                 continue
             if linear:
-                values, scales = quantize_linear(value, options.precision, 0 if by_input else 1, block)
-                scales = narrowed(f"{name}.scales", scales, dtype)
+                values, scales = quantize_linear(value, options.precision, 0 if by_input else 1, block, dtype)
             else:
                 values, scales = quantize(value.T if by_input else value, bits, block)
             file.add(f"{name}.values", values)

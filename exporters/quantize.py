@@ -56,7 +56,9 @@ def dequantize(values: Array, scales: Array, bits: int, columns: int) -> Array:
     return numbers.reshape(len(values), -1)[:, :columns]
 
 
-def quantize_linear(matrix: Array, precision: str, inputs: int, block: int) -> tuple[Array, Array]:
+def quantize_linear(
+    matrix: Array, precision: str, inputs: int, block: int, scale: str = "float16"
+) -> tuple[Array, Array]:
     """Values and scales of a matrix [in, out] or [out, in], float32; a number is value * scale.
 
     Args:
@@ -64,18 +66,20 @@ def quantize_linear(matrix: Array, precision: str, inputs: int, block: int) -> t
         precision: a name of ``LINEAR``.
         inputs: the axis that is summed over.
         block: numbers along it that share a scale; 0: all of them, so one scale an output.
+        scale: type of the scales, by NumPy's name. Values are found for scales that are rounded to it.
 
     Returns:
-        Values of the matrix's shape, in the type of the precision; scales, float32, of [out], or of the matrix's shape
-        with ``inputs`` shortened to the blocks.
+        Values of the matrix's shape, in the type of the precision; scales of [out], or of the matrix's shape with
+        ``inputs`` shortened to the blocks.
     """
     dtype, most = LINEAR[precision]
     parts = matrix.shape[inputs] // block if block else 1
     split = (*matrix.shape[:inputs], parts, -1, *matrix.shape[inputs + 1 :])
     blocks = matrix.reshape(split)
     largest = np.abs(blocks).max(axis=inputs + 1, keepdims=True)
-    scales = np.where(largest == 0, 1, largest / most).astype(np.float32)
-    numbers = blocks / scales
+    scales = (largest / most).astype(scale)
+    scales = np.where(scales == 0, np.ones_like(scales), scales)
+    numbers = np.clip(blocks / scales.astype(np.float32), -most, most)
     values = numbers.astype(dtype) if precision == "fp8" else np.rint(numbers).astype(np.int8).astype(dtype)
     scales = scales.squeeze(inputs + 1)
     return values.reshape(matrix.shape), scales if block else scales.squeeze(inputs)
