@@ -87,7 +87,6 @@ def _plan(bundle: Path, graph: str) -> dict[str, Any]:
     diagnostics = int(trt.Runtime(trt.Logger(trt.Logger.ERROR)).get_engine_validity(data)[1])
     if diagnostics:
         raise SystemExit(f"{graph}: the header of its engine has diagnostics {diagnostics}")
-    (bundle / f"{graph}.trt-rtx.engine").stat()
     return {"bytes": len(data), "diagnostics": diagnostics}
 
 
@@ -131,7 +130,7 @@ def _child(task: Mapping[str, Any]) -> None:
 
 def _words(figures: Mapping[str, float]) -> str:
     size = f"{figures['bytes'] / 1e6:.0f} MB, " if "bytes" in figures else ""
-    return f"{size}{figures['seconds']:.0f} s, peak {figures['peak_bytes'] / 1e9:.1f} GB"
+    return f"{size}{figures['processor_seconds']:.0f} processor s, peak {figures['peak_bytes'] / 1e9:.1f} GB"
 
 
 def _show(model: str, section: Mapping[str, Any]) -> None:
@@ -139,9 +138,9 @@ def _show(model: str, section: Mapping[str, Any]) -> None:
     parts = {name: part for name, part in section.items() if name.endswith("layers")}
     for name, part in parts.items():
         print(f"\n{model}, {name}: weights {part['weight_bytes'] / 1e6:.0f} MB, export {_words(part['export'])}")
-        print("| engine | MB | seconds | peak GB |\n|---|---|---|---|")
+        print("| engine | MB | processor s | peak GB |\n|---|---|---|---|")
         for graph, figures in part["engines"].items():
-            row = (figures["bytes"] / 1e6, figures["seconds"], figures["peak_bytes"] / 1e9)
+            row = (figures["bytes"] / 1e6, figures["processor_seconds"], figures["peak_bytes"] / 1e9)
             print(f"| {graph} | {row[0]:.0f} | {row[1]:.0f} | {row[2]:.1f} |")
         static = sum(figures["bytes"] for graph, figures in part["engines"].items() if graph.startswith("b"))
         whole = part["engines"]["told"]["bytes"] + part["engines"]["router"]["bytes"]
@@ -163,10 +162,10 @@ def _extrapolated(parts: Mapping[str, Any]) -> str:
     for graph in ("told", "b1"):
         size, seconds, peak = (
             deep(lambda part, key=key, graph=graph: part["engines"][graph][key])
-            for key in ("bytes", "seconds", "peak_bytes")
+            for key in ("bytes", "processor_seconds", "peak_bytes")
         )
         words.append(f"{graph} {size / 1e9:.1f} GB in {seconds:.0f} s with a peak of {peak / 1e9:.0f} GB")
-    seconds, peak = (deep(lambda part, key=key: part["export"][key]) for key in ("seconds", "peak_bytes"))
+    seconds, peak = (deep(lambda part, key=key: part["export"][key]) for key in ("processor_seconds", "peak_bytes"))
     words.append(f"export {seconds:.0f} s with a peak of {peak / 1e9:.0f} GB")
     return "; ".join(words)
 

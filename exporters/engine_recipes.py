@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
@@ -34,8 +34,8 @@ class EngineOptions:
         kinds: graphs that become engines: ``if`` (the gates inside), ``told`` (the host gives the predicates; brings
             the router), ``variants``, and ``static``, the variants in fixed shapes, where the bundle has them.
         batch: most rows.
-        prompt: most tokens of a prompt.
-        context: most tokens of a sequence while decoding.
+        prompt: most tokens of a prompt, or as many as the bundle has positions.
+        context: most tokens of a sequence while decoding, likewise.
 
     Raises:
         ConfigError: a value out of range, or a GPU that the target does not know.
@@ -64,7 +64,9 @@ class EngineOptions:
             )
 
 
-def write_recipes(folder: Path, graphs: Sequence[GraphEntry], options: EngineOptions, precision: str) -> None:
+def write_recipes(
+    folder: Path, graphs: Sequence[GraphEntry], options: EngineOptions, precision: str, positions: int
+) -> None:
     """Writes the recipe of each engine beside the graphs.
 
     Args:
@@ -72,17 +74,22 @@ def write_recipes(folder: Path, graphs: Sequence[GraphEntry], options: EngineOpt
         graphs: all of them.
         options: which become engines.
         precision: of the bundle. 32 bits are computed in 32 bits, not in TF32.
+        positions: most tokens of a sequence that the graphs know.
 
     Raises:
-        ConfigError: a GPU does not know the precision.
+        ConfigError: a GPU does not know the precision, or none of the graphs becomes an engine.
         EngineError: a graph breaks a rule; says which node and what to do.
     """
+    wanted = [entry for entry in graphs if _wanted(entry, options.kinds)]
+    if not wanted:
+        raise ConfigError(
+            f"engines {', '.join(options.kinds)}: the export has no such graphs; export them, or choose others"
+        )
+    options = replace(options, prompt=min(options.prompt, positions), context=min(options.context, positions))
     weights = sha256_of(folder / WEIGHT_FILE)
     flags = {STRONGLY_TYPED: True} | ({"TF32": False} if precision == "fp32" else {})
     capabilities = _capabilities(options, precision)
-    for entry in graphs:
-        if not _wanted(entry, options.kinds):
-            continue
+    for entry in wanted:
         model = onnx.load(str(folder / entry.file), load_external_data=False)
         broken = rules.check(model)
         if broken:

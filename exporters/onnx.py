@@ -195,7 +195,7 @@ def export(
             graphs.append(_save(router_graph(spec, gated.cost, variants), folder, ROUTER_NAME, None, None, 1.0))
         if options.engines is not None:
             tell("recipes")
-            write_recipes(folder, graphs, options.engines, options.precision)
+            write_recipes(folder, graphs, options.engines, options.precision, _positions(gated, options))
         tell("manifest")
         loaded.tokenizer.save_pretrained(str(folder))
         tags = read_tags(loaded.tokenizer)

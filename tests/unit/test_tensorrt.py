@@ -236,6 +236,10 @@ def test_engines_are_built_listed_and_opened(bundle: Path) -> None:
     assert [each.recipe.graph for each in engines(bundle, before)] == ["told", "b1", "b0.6", "router"]
     assert [profile.name for profile in engines(bundle, before)[0].recipe.profiles] == ["prefill", "decode"]
     assert [profile.name for profile in engines(bundle, before)[3].recipe.profiles] == ["prefill"]
+    decode = engines(bundle, before)[0].recipe.profiles[1].shapes
+    assert decode["input_ids"] == ((1, 1), (4, 1), (8, 1))
+    assert decode["attention_mask"] == ((1, 2), (4, 257), (8, 512))  # the model has 512 positions, not 1024
+    assert decode["past_key_values.0.key"] == ((1, 2, 1, 16), (4, 2, 256, 16), (8, 2, 511, 16))
     with pytest.raises(EngineError, match=r"not built yet.*l2a compress build-engines"):
         open_engine(bundle, before, "b1", "trt", version="11.4.0.106", capability="9.0")
     told: list[str] = []
@@ -350,6 +354,7 @@ def test_without_tensorrt_the_bundle_is_whole_and_the_exit_code_says_so(
         (["--target", "trt", "--device", "generic-cpu"], "no NVIDIA GPU"),
         (["--target", "trt-rtx", "--device", "a100-80gb", "--precision", "fp8"], "do not know it"),
         (["--precision", "fp8"], "standard dialect"),
+        (["--target", "trt", "--engines", "static"], "the export has no such graphs"),
     ],
 )
 def test_mistakes_of_the_export_are_one_line(
