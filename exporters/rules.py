@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+from l2a_compress.exporters.facts import Values, initializers, nodes
+
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _LEAST_HEADS = 4
 # Inputs that say how large an output is, by operator.
@@ -27,7 +28,6 @@ _SIZES = {
     "Tile": (1,),
     "TopK": (1,),
 }
-_MEASURES = ("Shape", "Size")  # what depends on sizes alone, whatever is in their input
 _UNSIZED = ("Compress", "NonZero", "Unique", "StringNormalizer")
 
 
@@ -53,36 +53,11 @@ class Finding:
         return f"node {self.node} ({self.kind}) breaks the rule {self.rule}: {self.found}; {self.fix}"
 
 
-@dataclass
-class _Values:
-    """What is known of all values of a model, those of branches included."""
-
-    producers: dict[str, NodeProto] = field(default_factory=dict)
-    types: dict[str, int] = field(default_factory=dict)
-    dims: dict[str, list[int | None]] = field(default_factory=dict)
-    inputs: set[str] = field(default_factory=set)  # of the outermost graph
-
-    def learn(self, graph: GraphProto) -> None:
-        for value in (*graph.input, *graph.value_info, *graph.output):
-            tensor = value.type.tensor_type
-            if tensor.elem_type:
-                self.types[value.name] = tensor.elem_type
-            if tensor.HasField("shape"):
-                self.dims[value.name] = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
-        for initializer in graph.initializer:
-            self.types[initializer.name] = initializer.data_type
-            self.dims[initializer.name] = list(initializer.dims)
-        for node in graph.node:
-            self.producers.update(dict.fromkeys(node.output, node))
-            for branch in branches(node):
-                self.learn(branch)
-
-
 def check(model: ModelProto) -> list[Finding]:
     """All findings in a model, those of its branches included. External weights need not be loaded."""
     with suppress(onnx.shape_inference.InferenceError):  # then what is known without it is checked
         model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    values = _Values(inputs={value.name for value in model.graph.input})
+    values = Values(inputs={value.name for value in model.graph.input})
     values.learn(model.graph)
     found = list(_places(model.graph))
     for node, inside in nodes(model.graph):
@@ -91,33 +66,12 @@ def check(model: ModelProto) -> list[Finding]:
     return found
 
 
-def nodes(graph: GraphProto, inside: tuple[str, ...] = ()) -> Iterator[tuple[NodeProto, tuple[str, ...]]]:
-    """All nodes with the kinds of the nodes around them, the outermost first."""
-    for node in graph.node:
-        yield node, inside
-        for branch in branches(node):
-            yield from nodes(branch, (*inside, node.op_type))
-
-
-def branches(node: NodeProto) -> list[GraphProto]:
-    """The graphs within a node."""
-    return [attribute.g for attribute in node.attribute if attribute.type == AttributeProto.GRAPH]
-
-
-def initializers(graph: GraphProto) -> Iterator[TensorProto]:
-    """All tensors of a graph and of its branches."""
-    yield from graph.initializer
-    for node in graph.node:
-        for branch in branches(node):
-            yield from initializers(branch)
-
-
 def _finding(node: NodeProto, rule: str, found: str, fix: str) -> Finding:
     name = node.name or next(iter(node.output), "?")
     return Finding(node=name, kind=node.op_type, rule=rule, found=found, fix=fix)
 
 
-def _standard(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _standard(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     if node.domain not in ("", "ai.onnx"):
         yield _finding(
             node,
@@ -127,7 +81,7 @@ def _standard(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iter
         )
 
 
-def _nested(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _nested(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     if node.op_type in ("If", "Loop", "Scan") and inside:
         yield _finding(
             node,
@@ -137,7 +91,7 @@ def _nested(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterat
         )
 
 
-def _predicate(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _predicate(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     if node.op_type != "If":
         return
     kind, dims = values.types.get(node.input[0]), values.dims.get(node.input[0])
@@ -157,7 +111,7 @@ def _predicate(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Ite
         )
 
 
-def _outputs(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _outputs(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     if node.op_type != "If":
         return
     by_name = {attribute.name: attribute.g for attribute in node.attribute}
@@ -183,7 +137,7 @@ def _outputs(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Itera
             )
 
 
-def _attention(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _attention(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     if node.op_type != "Attention" or node.domain:
         return
     primitive = "write it as MatMul, Softmax and MatMul"
@@ -209,9 +163,9 @@ def _attention(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Ite
         )
 
 
-def _sizes(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _sizes(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     for place in _SIZES.get(node.op_type, ()):
-        if place < len(node.input) and node.input[place] and (name := _float_from_input(node.input[place], values)):
+        if place < len(node.input) and node.input[place] and (name := values.float_from_input(node.input[place])):
             yield _finding(
                 node,
                 "no-float-in-a-shape",
@@ -220,37 +174,7 @@ def _sizes(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterato
             )
 
 
-def _float_from_input(start: str, values: _Values) -> str | None:
-    """A float on the way from the graph's inputs to a size."""
-
-    def fed(name: str) -> bool:
-        """Whether a value depends on what an input holds."""
-        seen, left = set[str](), [name]
-        while left:
-            at = left.pop()
-            if at in values.inputs:
-                return True
-            producer = values.producers.get(at)
-            if at not in seen and producer is not None and producer.op_type not in _MEASURES:
-                left += producer.input
-            seen.add(at)
-        return False
-
-    seen, left = set[str](), [start]
-    while left:
-        at = left.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        if values.types.get(at) in _FLOATS and fed(at):
-            return at
-        producer = values.producers.get(at)
-        if producer is not None and producer.op_type not in _MEASURES:
-            left += producer.input
-    return None
-
-
-def _scatter(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _scatter(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     if node.op_type in ("ScatterElements", "ScatterND"):
         reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
         if reduction != "none":
@@ -266,7 +190,7 @@ def _scatter(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Itera
         )
 
 
-def _unsized(node: NodeProto, inside: tuple[str, ...], values: _Values) -> Iterator[Finding]:
+def _unsized(node: NodeProto, inside: tuple[str, ...], values: Values) -> Iterator[Finding]:
     if node.op_type in _UNSIZED:
         yield _finding(
             node, "known-sizes", "how large its output is depends on the values of its input", "use a mask and Where"
@@ -292,7 +216,7 @@ def _places(graph: GraphProto) -> Iterator[Finding]:
             )
 
 
-_RULES: tuple[Callable[[NodeProto, tuple[str, ...], _Values], Iterator[Finding]], ...] = (
+_RULES: tuple[Callable[[NodeProto, tuple[str, ...], Values], Iterator[Finding]], ...] = (
     _standard,
     _nested,
     _predicate,

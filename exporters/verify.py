@@ -20,6 +20,7 @@ from l2a_compress.bundle import WEIGHT_FILE, Bundle, GraphEntry
 from l2a_compress.engines import engines
 from l2a_compress.errors import BundleError
 from l2a_compress.exporters import rules
+from l2a_compress.exporters.facts import initializers
 from l2a_compress.exporters.specialize import specialize
 from l2a_compress.exporters.weights import alignment
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
@@ -72,7 +73,7 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
         except (onnx.checker.ValidationError, onnx.onnx_cpp2py_export.checker.ValidationError) as error:
             found.append(f"{entry.file}: onnx.checker: {error}")
         model = onnx.load(str(path), load_external_data=False)
-        for tensor in rules.initializers(model.graph):
+        for tensor in initializers(model.graph):
             place = {item.key: item.value for item in tensor.external_data}
             if not place:
                 continue

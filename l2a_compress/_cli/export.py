@@ -35,7 +35,9 @@ def export(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="fp32, fp16 or bf16; int8 or int4 of the matrices. Default: fp32; of engines: fp16."),
+        typer.Option(
+            help="fp32, fp16 or bf16; int8, int4 or (standard) fp8 of the matrices. Default: fp32; engines: fp16."
+        ),
     ] = None,
     block: Annotated[
         int | None, typer.Option(help="Numbers that share a scale: 32, 64 or 128. Default: 128 at int8, 32 at int4.")

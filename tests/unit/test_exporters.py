@@ -24,10 +24,10 @@ from l2a_compress.budget import Budget, budgets_of
 from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
 from l2a_compress.exporters.calibrate import not_faster
+from l2a_compress.exporters.facts import initializers
 from l2a_compress.exporters.ladder import mine
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import BITS, BLOCKS, dequantize, quantize
-from l2a_compress.exporters.rules import initializers
 from l2a_compress.exporters.shapes import parse_shapes
 from l2a_compress.exporters.verify import (
     graph_inputs,

@@ -21,6 +21,7 @@ from l2a_compress.engines import BuildRecipe, Built, Profile, engines, open_engi
 from l2a_compress.errors import BundleError, ConfigError, EngineError
 from l2a_compress.exporters import builders
 from l2a_compress.exporters.engine_recipes import EngineOptions
+from l2a_compress.exporters.facts import nodes
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import LINEAR, quantize_linear
 from l2a_compress.exporters.rules import check
@@ -65,17 +66,11 @@ def test_a_bad_graph_breaks_its_rule_and_no_other(name: str) -> None:
     model = make()
     found = check(model)
     assert {finding.rule for finding in found} == {rule}
-    names = {node.name or node.output[0] for node, _ in _all_nodes(model)} | {w.name for w in model.graph.initializer}
+    names = {node.name or node.output[0] for node, _ in nodes(model.graph)} | {w.name for w in model.graph.initializer}
     for finding in found:
         assert finding.node in names
         assert finding.node in str(finding)
         assert finding.fix in str(finding)
-
-
-def _all_nodes(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, object]]:
-    from l2a_compress.exporters.rules import nodes
-
-    return list(nodes(model.graph))
 
 
 @pytest.mark.parametrize("make", [bad_graphs.good, bad_graphs.if_after_if, bad_graphs.branches_of_one_width])

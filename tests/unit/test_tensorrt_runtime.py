@@ -26,7 +26,8 @@ from l2a_compress.runtime import Limits, Runtime, providers
 from l2a_compress.runtime.cuda import Cuda
 from l2a_compress.runtime.decoder import GraphDecoder
 from l2a_compress.runtime.providers import ORDERS, open_session
-from l2a_compress.runtime.tensorrt import EngineDecoder, FixedDecoder
+from l2a_compress.runtime.tensorrt import EngineDecoder
+from l2a_compress.runtime.tensorrt_fixed import FixedDecoder
 from toy_models import new_artifact, prompts
 
 SEQUENCE = 32
