@@ -58,30 +58,21 @@ class Values:
                 self.learn(branch)
 
     def float_from_input(self, start: str) -> str | None:
-        """A float on the way from the graph's inputs to a size."""
+        """A float on the way from what the graph's inputs hold to a size."""
+        for name in self._behind(start):
+            if self.types.get(name) in _FLOATS and not self.inputs.isdisjoint(self._behind(name)):
+                return name
+        return None
 
-        def fed(name: str) -> bool:
-            """Whether a value depends on what an input holds."""
-            seen, left = set[str](), [name]
-            while left:
-                at = left.pop()
-                if at in self.inputs:
-                    return True
-                producer = self.producers.get(at)
-                if at not in seen and producer is not None and producer.op_type not in _MEASURES:
-                    left += producer.input
-                seen.add(at)
-            return False
-
+    def _behind(self, start: str) -> Iterator[str]:
+        """A value and all that it depends on, but for what only the size of matters."""
         seen, left = set[str](), [start]
         while left:
-            at = left.pop()
-            if at in seen:
+            name = left.pop()
+            if name in seen:
                 continue
-            seen.add(at)
-            if self.types.get(at) in _FLOATS and fed(at):
-                return at
-            producer = self.producers.get(at)
+            seen.add(name)
+            yield name
+            producer = self.producers.get(name)
             if producer is not None and producer.op_type not in _MEASURES:
                 left += producer.input
-        return None
