@@ -111,11 +111,13 @@ def _child(task: Mapping[str, Any]) -> None:
     if task["do"] == "artifact":
         make_artifact(task["model"], task["layers"], folder)
     elif task["do"] == "export":
+        first = task["layers"] == LAYERS[task["model"]][0]
+        budgets = BUDGETS if first else BUDGETS[:1]  # a second depth is there for the slope alone
         export(
             folder / "artifact",
             folder / "bundle",
             ExportOptions(
-                allocations=nested(folder / "artifact", BUDGETS),
+                allocations=nested(folder / "artifact", budgets),
                 dialect="standard",
                 precision="fp16",
                 head_widths=False,
