@@ -31,8 +31,9 @@ class EngineOptions:
         target: ``trt`` or ``trt-rtx``.
         capabilities: compute capabilities to build for; none: for ``trt`` that of the GPU it is built on, for
             ``trt-rtx`` those it builds for by itself.
-        kinds: graphs that become engines: ``if`` (the gates inside), ``told`` (the host gives the predicates; brings
-            the router), ``variants``, and ``static``, the variants in fixed shapes, where the bundle has them.
+        kinds: graphs that become engines: ``if`` (the gates inside), ``told`` (the host gives the predicates),
+            ``variants``, and ``static``, the variants in fixed shapes. ``told`` and ``variants`` bring the router, where
+            the bundle has one.
         batch: most rows.
         prompt: most tokens of a prompt, or as many as the bundle has positions.
         context: most tokens of a sequence while decoding, likewise.
@@ -115,8 +116,9 @@ def _capabilities(options: EngineOptions, precision: str) -> tuple[str, ...]:
 
 
 def _wanted(entry: GraphEntry, kinds: Sequence[str]) -> bool:
-    kind = {"variant": "variants", "router": "told"}.get(entry.kind, entry.kind)
-    return kind in kinds
+    if entry.kind == "router":  # what runs on the graph told, and which of several variants of a budget
+        return not {"told", "variants"}.isdisjoint(kinds)
+    return {"variant": "variants"}.get(entry.kind, entry.kind) in kinds
 
 
 def _profiles(model: onnx.ModelProto, options: EngineOptions) -> tuple[Profile, ...]:

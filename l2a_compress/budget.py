@@ -76,6 +76,8 @@ def budgets_of(table: dict[str, Any]) -> tuple[float, ...]:
     unknown = sorted(set(table) - {"budgets", "static_shapes"})
     if unknown or not isinstance(table.get("budgets"), list) or not table["budgets"]:
         raise ConfigError(f"a ladder holds `budgets = [...]` and maybe `static_shapes`, found {sorted(table)}")
+    if not isinstance(table.get("static_shapes", ""), str):
+        raise ConfigError(f"a ladder's static_shapes is a text as of --static-shapes, found {table['static_shapes']!r}")
     budgets = tuple(Budget(compute=value).compute for value in table["budgets"])
     if list(budgets) != sorted(set(budgets), reverse=True):
         raise ConfigError(f"a ladder's budgets must fall from one to the next, found {list(budgets)}")

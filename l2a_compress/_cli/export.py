@@ -75,7 +75,7 @@ def export(
     force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
-    """Turn an artifact into ONNX graphs for every budget, all over one weight file."""
+    """Turn an artifact into ONNX graphs for every budget, all over one weight file, and into TensorRT engines."""
     from l2a_compress.exporters.engine_recipes import EngineOptions
     from l2a_compress.exporters.onnx import ExportOptions
     from l2a_compress.exporters.onnx import export as run_export
@@ -87,8 +87,9 @@ def export(
     onnx, rungs = target == "onnx", load_ladder(ladder)
     budgets = budgets_of(rungs) if variants else ()
     static_shapes = static_shapes or (rungs.get("static_shapes") if variants else None)
-    made = (
-        EngineOptions(
+    made = None
+    if not onnx:
+        made = EngineOptions(
             target=target,
             capabilities=_capabilities(device),
             kinds=tuple(engines.split(",")),
@@ -96,9 +97,6 @@ def export(
             prompt=max_prompt,
             context=max_context,
         )
-        if not onnx
-        else None
-    )
     options = ExportOptions(
         budgets=budgets,
         dialect=dialect or ("ort" if onnx else "standard"),

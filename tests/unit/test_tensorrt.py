@@ -364,6 +364,9 @@ def test_a_ladder_may_bring_fixed_shapes(made: tuple[Path, Path], tmp_path: Path
     ladder = tmp_path / "ladder.toml"
     ladder.write_text('budgets = [1.0]\nstatic_shapes = "batch=1,2 seq=16"\n')
     command = ["compress", "export", "--artifact", str(made[0]), "--out", str(tmp_path / "out"), "--quiet"]
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text("budgets = [1.0]\nstatic_shapes = [1, 2]\n")
+    assert main([*command, "--ladder", str(wrong)]) == 2
     assert main([*command, "--target", "trt", "--ladder", str(ladder), "--defer-build"]) == 0
     found = engines(tmp_path / "out", Bundle.load(tmp_path / "out"))
     fixed = [each.recipe.graph for each in found if not each.recipe.profiles]
