@@ -32,8 +32,8 @@ class EngineOptions:
         capabilities: compute capabilities to build for; none: for ``trt`` that of the GPU it is built on, for
             ``trt-rtx`` those it builds for by itself.
         kinds: graphs that become engines: ``if`` (the gates inside), ``told`` (the host gives the predicates),
-            ``variants``, and ``static``, the variants in fixed shapes. ``told`` and ``variants`` bring the router, where
-            the bundle has one.
+            ``variants``, and ``static``, the variants in fixed shapes. ``told`` and ``variants`` bring the router,
+            where the bundle has one.
         batch: most rows.
         prompt: most tokens of a prompt, or as many as the bundle has positions.
         context: most tokens of a sequence while decoding, likewise.
