@@ -71,19 +71,19 @@ def _measured(model: str, layers: int, work: Path | None) -> dict[str, Any]:
         names = [each.recipe.graph for each in engines(bundle, Bundle.load(bundle))]
         found["weight_bytes"] = (bundle / WEIGHT_FILE).stat().st_size
         found["engines"] = {graph: _run(task | {"do": "build", "graph": graph}) for graph in names}
+        whole = Bundle.load(bundle)
         for graph, figures in found["engines"].items():
-            figures |= _plan(bundle, graph)
+            figures |= _plan(bundle, whole, graph)
             print(f"{model} {layers} layers, {graph}: {_words(figures)}", flush=True)
         return found
 
 
-def _plan(bundle: Path, graph: str) -> dict[str, Any]:
+def _plan(folder: Path, bundle: Bundle, graph: str) -> dict[str, Any]:
     """Bytes of an engine, and what TensorRT-RTX says of its header."""
     import tensorrt_rtx as trt
 
-    _, data = open_engine(
-        bundle, Bundle.load(bundle), graph, "trt-rtx", version=TensorRTRTX().version, capability=GPUS[0]
-    )
+    version = TensorRTRTX().version
+    _, data = open_engine(folder, bundle, graph, "trt-rtx", version=version, capability=GPUS[0])
     diagnostics = int(trt.Runtime(trt.Logger(trt.Logger.ERROR)).get_engine_validity(data)[1])
     if diagnostics:
         raise SystemExit(f"{graph}: the header of its engine has diagnostics {diagnostics}")
