@@ -116,6 +116,12 @@ class Engine:
         """Address of an output."""
         self._check(self._context.set_tensor_address(name, pointer), f"take an address for {name}")
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step may be recorded as a CUDA graph; TensorRT-RTX cannot always, and says so."""
+        check = getattr(self._context, "is_stream_capturable", None)
+        return check is None or bool(check(self.cuda.stream))
+
     def run(self) -> None:
         """Asks the stream for one step."""
         self._check(self._context.execute_async_v3(self.cuda.stream), "run")

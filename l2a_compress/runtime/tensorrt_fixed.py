@@ -87,7 +87,7 @@ class FixedDecoder:
         else:
             engine.run()  # once as it is: TensorRT puts some of its work off to the first run
             self._cuda.wait()
-            self._replay = self._cuda.capture(engine.run)
+            self._replay = self._cuda.capture(engine.run) if engine.capturable else engine.run
         return {"logits": self._finish("decode", self._used)}
 
     def _prefill(self, ids: Array, mask: Array) -> Array:

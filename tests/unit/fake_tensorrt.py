@@ -28,9 +28,9 @@ _TYPES = {
 class FakeEngine:
     """An engine; with ``host``, the inputs that are wanted in the memory of the host."""
 
-    def __init__(self, data: bytes, cuda: FakeCuda, host: tuple[str, ...] = ()) -> None:
+    def __init__(self, data: bytes, cuda: FakeCuda, host: tuple[str, ...] = (), *, capturable: bool = True) -> None:
         found = json.loads(data)
-        self.cuda, self.host, self.profiles = cuda, host, found["profiles"]
+        self.cuda, self.host, self.profiles, self.capturable = cuda, host, found["profiles"], capturable
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = onnxruntime.InferenceSession(found["graph"], options, providers=["CPUExecutionProvider"])
@@ -91,6 +91,9 @@ class FakeContext:
             known["present"] = known.get("past", 0) + known["sequence"]
         return tuple(known.get(dim, -1) if isinstance(dim, str) else dim for dim in self.engine.items[name].shape)
 
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.capturable
+
     def execute_async_v3(self, stream: int) -> bool:
         addresses = dict(self.addresses)
         self.engine.cuda.later(lambda: self._run(addresses))
@@ -127,6 +130,7 @@ class FakeTensorRT(SimpleNamespace):
         cuda: whose memory the runtime uses.
         host: inputs that the runtime wants in the memory of the host.
         opens: whether the runtime opens engines.
+        capturable: whether its steps can be recorded.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class FakeTensorRT(SimpleNamespace):
         cuda: FakeCuda | None = None,
         host: tuple[str, ...] = (),
         opens: bool = True,
+        capturable: bool = True,
     ) -> None:
         calls: list[Any] = []
         opened: list[FakeEngine] = []
@@ -150,7 +155,7 @@ class FakeTensorRT(SimpleNamespace):
             def deserialize_cuda_engine(self, data: bytes) -> FakeEngine | None:
                 if not opens or cuda is None:
                     return None
-                opened.append(FakeEngine(data, cuda, host))
+                opened.append(FakeEngine(data, cuda, host, capturable=capturable))
                 return opened[-1]
 
         class ILogger:
