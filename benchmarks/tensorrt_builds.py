@@ -5,7 +5,7 @@
 
 `smollm2-135m` has its real weights (``fetch_models.py``); the others are full in width, with random weights and fewer
 layers. `llama-3-8b` is made with one and with two gated layers beside its two always-on ones, from which 32 layers are
-extrapolated as base + slope x layers. Gates are not trained: what they choose does not change what is built. Each
+extrapolated. Gates are not trained: what they choose does not change what is built. Each
 export and each build runs alone in a process of its own, whose peak of resident memory is read when it ends. Every plan
 is checked for a clean header. Figures go to benchmarks/results/tensorrt_builds.json.
 """
@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -153,23 +153,26 @@ def _show(model: str, section: Mapping[str, Any]) -> None:
 
 
 def _extrapolated(parts: Mapping[str, Any]) -> str:
-    """Base + slope x layers, through the two depths that were measured."""
+    """Size and seconds by a line through both depths; the peak by its largest share of a plan, since it varies more."""
     (few, less), (many, more) = sorted((int(name.split()[0]), part) for name, part in parts.items())
 
-    def deep(pick: Any) -> float:
-        slope = (pick(more) - pick(less)) / (many - few)
-        return float(pick(less) + slope * (_DEEP - few))
+    def deep(pick: Callable[[Any], float]) -> float:
+        return pick(less) + (pick(more) - pick(less)) / (many - few) * (_DEEP - few)
 
     words = []
     for graph in ("told", "b1"):
-        size, seconds, peak = (
-            deep(lambda part, key=key, graph=graph: part["engines"][graph][key])
-            for key in ("bytes", "processor_seconds", "peak_bytes")
+        size, seconds = (
+            deep(lambda part, key=key, graph=graph: float(part["engines"][graph][key]))
+            for key in ("bytes", "processor_seconds")
         )
-        words.append(f"{graph} {size / 1e9:.1f} GB in {seconds:.0f} s with a peak of {peak / 1e9:.0f} GB")
-    seconds, peak = (deep(lambda part, key=key: part["export"][key]) for key in ("processor_seconds", "peak_bytes"))
-    words.append(f"export {seconds:.0f} s with a peak of {peak / 1e9:.0f} GB")
-    return "; ".join(words)
+        share = max(part["engines"][graph]["peak_bytes"] / part["engines"][graph]["bytes"] for part in (less, more))
+        words.append(
+            f"{graph} {size / 1e9:.1f} GB, {seconds:.0f} processor s, peak {share:.2f} x = {share * size / 1e9:.0f} GB"
+        )
+    seconds, peak = (
+        deep(lambda part, key=key: float(part["export"][key])) for key in ("processor_seconds", "peak_bytes")
+    )
+    return "; ".join([*words, f"export {seconds:.0f} processor s, peak {peak / 1e9:.0f} GB"])
 
 
 if __name__ == "__main__":
