@@ -22,7 +22,7 @@ import onnx
 from measure import RESULTS, Results, verdict
 
 from l2a_compress.bundle import WEIGHT_FILE, Bundle
-from l2a_compress.exporters.verify import initializers
+from l2a_compress.exporters.facts import initializers
 
 PRECISIONS = ("fp32", "int8", "int4")
 

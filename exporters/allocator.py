@@ -173,12 +173,20 @@ def _project(
     fits = ops.op("And", fits, ops.op("LessOrEqual", sums(items), most_heads))
     fits = ops.op("And", fits, ops.op("Or", ops.op("Not", is_layer), room))
     taken = ops.op("Equal", sums(number(ops.op("Not", fits))), whole(0))
-    zeros = ops.op("Cast", ops.op("Mul", layers, ops.constant(0.0, "float32")), to=ir.DataType.INT64)
-    kept = ops.op("ScatterElements", zeros, owner, number(ops.op("And", taken, is_layer)), axis=1, reduction="add")
+    # By comparison and sum: TensorRT does not know a ScatterElements that adds.
+    owned_by = ops.op("Equal", build.unsqueeze(ops, owner, 2), whole(list(range(gated))))  # [batch, items, gated]
+
+    def by_layer(value: ir.Value) -> ir.Value:
+        """Sums of [batch, items] over the items of each layer."""
+        return ops.op(
+            "ReduceSum", ops.op("Where", owned_by, build.unsqueeze(ops, value, 2), whole(0)), whole([1]), keepdims=0
+        )
+
+    kept = by_layer(number(ops.op("And", taken, is_layer)))
     owned = ops.op("Greater", ops.op("GatherElements", kept, owner, axis=1), whole(0))
     more = ops.op("And", ops.op("And", owned, wanted), ops.op("Not", is_layer))
     asked = ops.op("Or", taken, more)
     within = ops.op("LessOrEqual", sums(ops.op("Mul", costs, number(asked))), units)
     heads_fit = ops.op("LessOrEqual", sums(ops.op("Mul", items, number(asked))), most_heads)
     taken = ops.op("And", ops.op("And", asked, within), heads_fit)
-    return ops.op("ScatterElements", zeros, owner, ops.op("Mul", items, number(taken)), axis=1, reduction="add")
+    return by_layer(ops.op("Mul", items, number(taken)))

@@ -71,11 +71,7 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
         1,
     )
     widest = ops.op("ReduceMax", allocation, ops.constant([0], "int64"), keepdims=0)  # [layers]
-    kept = build.unsqueeze(ops, allocation, 2)
-    size = shape.heads_per_group * shape.head_dim
-    owners = [channel // size for channel in range(shape.num_groups * size)]
-    heads = ops.op("Greater", kept, ops.constant(owners, "int64"))  # [batch, layers, channels]
-    heads = ops.op("Cast", heads, to=TYPES[spec.dtype])
+    heads = _head_masks(build, allocation)
     for index in range(stem, shape.num_layers):
         hidden, presents[index] = build.gated_layer(index, hidden, caches[index], shared, widest, heads)
 
@@ -87,6 +83,49 @@ def if_graph(spec: GraphSpec, cost: CostModel) -> ir.Model:
     outputs += build.presents(presents, [shape.num_groups] * shape.num_layers)
     inputs = [*inputs, *decision, given, *(value for pair in caches for value in pair)]
     return model_of(ops, inputs, outputs, name="if_graph")
+
+
+def told_graph(spec: GraphSpec) -> ir.Model:
+    """As the ``If`` graph, without its gates: the host says what runs, and knows every predicate before the run.
+
+    Beside ``allocation``, whose entries are all at least 0, a scalar ``runs.L.N`` for each gated layer and width:
+    whether the widest row of the layer keeps at most N groups and more than the width below.
+    """
+    build = StandardBlocks(spec)
+    ops, shape, stem = build.ops, spec.shape, spec.gates.stem_layers
+    inputs = build.common_inputs()
+    told = graph_input("budget", "float32", [BATCH, 2])
+    given = graph_input("allocation", "int64", [BATCH, shape.num_layers])
+    caches = [build.cache(index, shape.num_groups) for index in range(shape.num_layers)]
+    shared = build.shared(*inputs)
+    hidden = build.embed_told(inputs[0], told)
+    heads = _head_masks(build, given)
+    presents: dict[int, Present] = {}
+    flags: list[ir.Value] = []
+    for index in range(shape.num_layers):
+        if index < stem:
+            hidden, presents[index] = build.layer(ops, index, hidden, caches[index], shared, shape.num_groups)
+            continue
+        runs = [graph_input(f"runs.{index}.{width}", "bool", []) for width in spec.widths]
+        flags += runs
+        hidden, presents[index] = build.told_layer(index, hidden, caches[index], shared, runs, heads)
+    last = build.last(hidden, shared)
+    outputs = [graph_output(build.head(last), "logits", "float32", [BATCH, 1, shape.vocab_size])]
+    if spec.gates.tokens:
+        outputs.append(graph_output(build.tau(last, told), "tau", "float32", [BATCH]))
+        inputs.append(told)
+    outputs += build.presents(presents, [shape.num_groups] * shape.num_layers)
+    inputs += [given, *flags, *(value for pair in caches for value in pair)]
+    return model_of(ops, inputs, outputs, name="told_graph")
+
+
+def _head_masks(build: Blocks, allocation: ir.Value) -> ir.Value:
+    """1 where a row keeps the group of a channel. [batch, layers, channels of all heads]."""
+    ops, shape = build.ops, build.spec.shape
+    size = shape.heads_per_group * shape.head_dim
+    owners = [channel // size for channel in range(shape.num_groups * size)]
+    heads = ops.op("Greater", build.unsqueeze(ops, allocation, 2), ops.constant(owners, "int64"))
+    return ops.op("Cast", heads, to=TYPES[build.spec.dtype])
 
 
 def router_graph(spec: GraphSpec, cost: CostModel, variants: Sequence[tuple[float, Allocation]]) -> ir.Model:

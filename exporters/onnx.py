@@ -27,9 +27,19 @@ from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
-from l2a_compress.exporters.graph import if_graph, router_graph, static_graph
+from l2a_compress.exporters.engine_recipes import EngineOptions, write_recipes
+from l2a_compress.exporters.graph import if_graph, router_graph, static_graph, told_graph
 from l2a_compress.exporters.peers import write_configs
-from l2a_compress.exporters.quantize import BITS, BLOCKS, SIZES, quantize, quantize_columns, rounded_columns
+from l2a_compress.exporters.quantize import (
+    BITS,
+    BLOCKS,
+    LINEAR,
+    SIZES,
+    quantize,
+    quantize_columns,
+    quantize_linear,
+    rounded_columns,
+)
 from l2a_compress.exporters.shapes import PHASES, fix, sizes_of
 from l2a_compress.exporters.spec import GraphSpec, widths_of
 from l2a_compress.exporters.weights import (
@@ -48,7 +58,7 @@ from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 log = logging.getLogger(__name__)
-IF_NAME, ROUTER_NAME = "if", "router"
+IF_NAME, ROUTER_NAME, TOLD_NAME = "if", "router", "told"
 _PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 _MOST_POSITIONS = 8192
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -67,14 +77,19 @@ class ExportOptions:
         calibration: prompts that the ladder is mined from.
         positions: most tokens of a sequence; None: the model's own limit, at most 8192.
         precision: fp32, fp16 or bf16 of weights, activations and caches (gates and logits are computed in 32 bits);
-            int8 or int4 of the matrices, in blocks, and 32 bits of the rest. The matrices of gates are stored in 16
-            bits beside 16-bit weights, in 8 bits beside quantized ones.
-        block: numbers of an int8 or int4 matrix that share a scale: 32, 64 or 128; larger is faster and coarser.
-            None: 128 at int8, 32 at int4.
+            int8, int4 or, in the dialect ``standard``, fp8 of the matrices. Beside them the dialect ``ort`` has 32 bits
+            of the rest, gates of 8 bits and blocks of both; ``standard`` has fp16 of the rest and of the embedding,
+            and blocks of int4 alone. The matrices of gates are stored in 16 bits beside 16-bit weights.
+        block: numbers of a matrix that share a scale: 32, 64 or 128; larger is faster and coarser. None: in the
+            dialect ``ort`` 128 at int8, 32 at int4; in ``standard`` the largest that divides all matrices.
         whole_cache: whether layers that the ``If`` graph skips still write keys and values, so that an allocation may
             grow at any step; else it may only shrink, and to grow is to start again from the tokens.
         per_budget: most variants of a budget; of more than one, the router graph picks one for each prompt.
         static_shapes: (batch, sequence) pairs that every variant is also exported in, as a prefill and a decode step.
+        head_widths: whether a layer of the ``If`` graph computes only the groups that are kept, in more ``If`` nodes;
+            else it computes all and masks what is left out.
+        engines: engines of TensorRT that the bundle is to have; None for none. Brings ``told``, the ``If`` graph whose
+            predicates the host gives.
         calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
             is then left out.
     """
@@ -90,6 +105,8 @@ class ExportOptions:
     whole_cache: bool = True
     per_budget: int = 1
     static_shapes: tuple[tuple[int, int], ...] = ()
+    head_widths: bool = True
+    engines: EngineOptions | None = None
     calibrate: bool = False
 
     def __post_init__(self) -> None:
@@ -97,15 +114,17 @@ class ExportOptions:
             raise ConfigError(f"precision {self.precision!r}: choose one of {', '.join(PRECISIONS)}")
         if self.dialect not in DIALECTS:
             raise ConfigError(f"dialect {self.dialect!r}: choose one of {', '.join(DIALECTS)}")
-        if self.dialect == "standard" and (self.precision in BITS or not self.whole_cache):
-            raise ConfigError(
-                f"the standard dialect has {', '.join(FLOATS)} and a whole cache; choose such a --precision, or "
-                "--dialect ort"
-            )
-        if self.block is not None and (self.precision not in BITS or self.block not in SIZES):
+        if self.dialect == "standard" and not self.whole_cache:
+            raise ConfigError("the standard dialect has a whole cache; leave --whole-cache on, or use --dialect ort")
+        if self.dialect == "ort" and self.precision == "fp8":
+            raise ConfigError("precision fp8 is of the standard dialect; use --dialect standard, or int8")
+        if self.engines is not None and self.dialect != "standard":
+            raise ConfigError(f"dialect {self.dialect!r}: TensorRT knows the dialect standard alone")
+        blocks = ("int4",) if self.dialect == "standard" else tuple(BITS)
+        if self.block is not None and (self.precision not in blocks or self.block not in SIZES):
             raise ConfigError(
                 f"block = {self.block} at {self.precision}: choose one of {', '.join(map(str, SIZES))}, with "
-                f"precision {' or '.join(BITS)}"
+                f"precision {' or '.join(blocks)}"
             )
         if self.per_budget < 1:
             raise ConfigError(f"per_budget = {self.per_budget}: must be at least 1")
@@ -148,7 +167,7 @@ def export(
         gated = loaded.gated
         _refuse(gated, options)
         if options.precision != "fp32":  # first, so that the ladder is what the graphs' own gates choose
-            round_gates(gated, rounded_columns if options.precision in BITS else lambda value: value.astype(np.float16))
+            round_gates(gated, rounded_columns if _bits(options) else lambda value: value.astype(np.float16))
         tell("ladder")
         ladder = _ladder(loaded, options)
         tell("weights")
@@ -157,6 +176,9 @@ def export(
         if options.if_graph:
             tell(IF_NAME)
             graphs.append(_save(if_graph(spec, gated.cost), folder, IF_NAME, None, None, 1.0))
+        if options.if_graph and options.engines is not None:
+            tell(TOLD_NAME)
+            graphs.append(_save(told_graph(spec), folder, TOLD_NAME, None, None, 1.0))
         for name, budget, allocation in _named(ladder):
             tell(name)
             graph = static_graph(spec, allocation, _told(gated, budget))
@@ -171,6 +193,9 @@ def export(
             tell(ROUTER_NAME)
             variants = [(g.budget, g.allocation) for g in graphs if g.kind == "variant" and g.budget and g.allocation]
             graphs.append(_save(router_graph(spec, gated.cost, variants), folder, ROUTER_NAME, None, None, 1.0))
+        if options.engines is not None:
+            tell("recipes")
+            write_recipes(folder, graphs, options.engines, options.precision, _positions(gated, options))
         tell("manifest")
         loaded.tokenizer.save_pretrained(str(folder))
         tags = read_tags(loaded.tokenizer)
@@ -208,20 +233,24 @@ def export(
 
 
 def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> WeightFile:
-    bits, dtype = BITS.get(options.precision), FLOATS.get(options.precision, "float32")
+    bits, dtype, block = _bits(options), _dtype(options), _block(options, gated.shape)
+    linear = options.dialect == "standard" and options.precision in LINEAR
     with WeightFile(folder) as file, torch.no_grad():
         for name, value in model_tensors(gated):
-            if bits is None or value.ndim < 2:
+            by_input = name.rpartition(".")[2] in BY_INPUT
+            if value.ndim < 2 or not (bits or (linear and name.startswith("layers."))):
                 file.add(name, narrowed(name, value, dtype))
                 continue
-            by_input = name.rpartition(".")[2] in BY_INPUT
-            values, scales = quantize(value.T if by_input else value, bits, _block(options))
+            if linear:
+                values, scales = quantize_linear(value, options.precision, 0 if by_input else 1, block, dtype)
+            else:
+                values, scales = quantize(value.T if by_input else value, bits, block)
             file.add(f"{name}.values", values)
             file.add(f"{name}.scales", scales)
         for name, value in gate_tensors(gated):
             if value.ndim != 2 or "bias" in name or options.precision == "fp32":
                 file.add(name, value)
-            elif bits is None:
+            elif not bits:
                 file.add(name, narrowed(name, value, "float16"))
             else:
                 values, scales = quantize_columns(value)
@@ -231,8 +260,25 @@ def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> W
     return file
 
 
-def _block(options: ExportOptions) -> int:
-    return options.block or BLOCKS.get(options.precision, 0)
+def _bits(options: ExportOptions) -> int:
+    """Of onnxruntime's quantized matrices, 0 for none."""
+    return BITS.get(options.precision, 0) if options.dialect == "ort" else 0
+
+
+def _dtype(options: ExportOptions) -> str:
+    return FLOATS.get(options.precision, "float32" if options.dialect == "ort" else "float16")
+
+
+def _block(options: ExportOptions, shape: ModelShape) -> int:
+    if options.dialect == "ort":
+        return options.block or BLOCKS.get(options.precision, 0)
+    if options.precision != "int4":
+        return 0
+    inputs = (shape.hidden_size, shape.intermediate_size, shape.num_heads * shape.head_dim)
+    for block in (options.block,) if options.block else sorted(SIZES, reverse=True):
+        if not any(size % block for size in inputs):
+            return block
+    raise ConfigError(f"block = {options.block}: int4 of matrices with {inputs} inputs has no whole blocks; use int8")
 
 
 def _refuse(gated: GatedModel, options: ExportOptions) -> None:
@@ -256,10 +302,10 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -
         think_id=read_tags(loaded.tokenizer).think,
         dialect=options.dialect,
         tensors=weights.tensors,
-        widths=widths_of(gated.shape) if gated.gate_config.heads else (gated.shape.num_groups,),
-        bits=BITS.get(options.precision, 0),
-        block=_block(options),
-        dtype=FLOATS.get(options.precision, "float32"),
+        widths=widths_of(gated.shape) if options.head_widths and gated.gate_config.heads else (gated.shape.num_groups,),
+        bits=_bits(options),
+        block=_block(options, gated.shape),
+        dtype=_dtype(options),
         whole_cache=options.whole_cache,
         positions=_positions(gated, options),
         rotary_scale=rotary_of(gated)[1],

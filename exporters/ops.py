@@ -21,6 +21,8 @@ TYPES = {
     "int64": ir.DataType.INT64,
     "int32": ir.DataType.INT32,
     "int8": ir.DataType.INT8,
+    "int4": ir.DataType.INT4,
+    "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN,
     "uint8": ir.DataType.UINT8,
     "bool": ir.DataType.BOOL,
 }

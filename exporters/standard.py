@@ -7,10 +7,14 @@ stands outside every ``If``, so a cache is always whole, and no ``If`` stands in
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import onnx_ir as ir
 
 from l2a_compress.exporters.blocks import Blocks, Cache, Present, Rows, Shared
 from l2a_compress.exporters.ops import Ops
+from l2a_compress.exporters.weights import BY_INPUT
 
 _NEVER = -6e4  # added to a score that must not count; finite in 16 bits too, so that a row of padding has no NaN
 
@@ -47,9 +51,52 @@ class StandardBlocks(Blocks):
         last = ops.op("ReduceMax", marked, axis, keepdims=0)
         return Shared(last=last, real=real, parts=(positions, bias))
 
+    def weight(self, ops: Ops, name: str, rows: Rows | None = None) -> ir.Value:
+        """As everywhere. A quantized matrix is told as such, for a runtime that multiplies by it as it stands."""
+        if f"{name}.values" in self.spec.tensors:
+            return self._dequantized(ops, name, rows)
+        return self._rows(ops, name, rows)
+
+    def _rows(self, ops: Ops, name: str, rows: Rows | None) -> ir.Value:
+        """Some rows; sliced from all of them in a branch of one width among several.
+
+        TensorRT takes no two tensors of different lengths that begin at one place.
+        """
+        if ops.outer is None or rows is None or len(self.spec.widths) == 1:
+            return super().weight(ops, name, rows)
+        whole = (0, self.spec.tensors[name].shape[0])
+        return (
+            super().weight(ops, name)
+            if rows == whole
+            else self.part(ops, super().weight(ops, name), rows[0], sum(rows), 0)
+        )
+
+    def _dequantized(self, ops: Ops, name: str, rows: Rows | None) -> ir.Value:
+        block = self.spec.block
+        by_input = name.rpartition(".")[2] in BY_INPUT
+        values = self._rows(ops, f"{name}.values", rows)
+        if not block:
+            scales = self._rows(ops, f"{name}.scales", None if by_input else rows)
+            return ops.op("DequantizeLinear", values, scales, axis=1 if by_input else 0)
+        if by_input and rows is not None:
+            rows = (rows[0] // block, rows[1] // block)
+        scales = self._rows(ops, f"{name}.scales", rows)
+        return ops.op("DequantizeLinear", values, scales, axis=0 if by_input else 1, block_size=block)
+
+    def project(self, ops: Ops, index: int, attended: ir.Value, width: int) -> ir.Value:
+        """As everywhere. Where groups are not whole blocks of a quantized matrix, it is read whole, against zeros."""
+        shape = self.spec.shape
+        size = shape.heads_per_group * shape.head_dim
+        if f"layers.{index}.o.values" in self.spec.tensors and self.spec.block and width * size % self.spec.block:
+            missing = (shape.num_groups - width) * size
+            attended = ops.op("Pad", attended, ops.constant([0, 0, 0, 0, 0, missing], "int64"))
+            width = shape.num_groups
+        return super().project(ops, index, attended, width)
+
     def matmul_t(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
         """By Gemm, which takes a transposed matrix as it stands."""
-        outputs, inputs = self.spec.tensors[name].shape
+        stored = self.spec.tensors.get(name) or self.spec.tensors[f"{name}.values"]
+        outputs, inputs = stored.shape
         flat = ops.op("Reshape", value, ops.constant([-1, inputs], "int64"))
         found = ops.op("Gemm", flat, self.weight(ops, name, rows), transB=1)
         shape = ops.op(
@@ -78,36 +125,66 @@ class StandardBlocks(Blocks):
     def gated_layer(
         self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, widest: ir.Value, heads: ir.Value
     ) -> tuple[ir.Value, Present]:
-        """One ``If`` for each width of the attention, of which one runs at most, and one for the MLP."""
-        ops, groups = self.ops, self.spec.shape.num_groups
+        """As :meth:`told_layer`, with predicates computed in the graph."""
+        ops = self.ops
         width = ops.op("Gather", widest, ops.constant(index, "int64"))
+        runs, below = [], 0
+        for size in self.spec.widths:
+            flag = ops.op("Greater", width, ops.constant(below, "int64"))
+            if size < self.spec.shape.num_groups:
+                flag = ops.op("And", flag, ops.op("LessOrEqual", width, ops.constant(size, "int64")))
+            runs.append(flag)
+            below = size
+        return self.told_layer(index, hidden, cache, shared, runs, heads)
+
+    def told_layer(
+        self, index: int, hidden: ir.Value, cache: Cache, shared: Shared, runs: Sequence[ir.Value], heads: ir.Value
+    ) -> tuple[ir.Value, Present]:
+        """One ``If``; where heads have widths of their own, one for each and one for the MLP.
+
+        Args:
+            index: of the layer.
+            hidden: [batch, sequence, width].
+            cache: past keys and values of all groups.
+            shared: what all layers read.
+            runs: for each width a scalar, bool: whether the layer runs at it. At most one is true.
+            heads: as of :meth:`gated_layer`.
+        """
+        ops, groups = self.ops, self.spec.shape.num_groups
         normed = self.norm(ops, hidden, f"layers.{index}.input_norm")
         present = self._present(ops, index, normed, cache, shared, groups)
         mask = ops.op("Gather", heads, ops.constant([index], "int64"), axis=1)  # [batch, 1, channels]
-        update: ir.Value | None = None
-        below = 0
-        for size in self.spec.widths:
-            runs = ops.op("Greater", width, ops.constant(below, "int64"))
-            if size < groups:
-                runs = ops.op("And", runs, ops.op("LessOrEqual", width, ops.constant(size, "int64")))
+        row = self.part(ops, mask, 0, 1, 2)
 
-            def attend(inner: Ops, size: int = size) -> list[ir.Value]:
-                attended = self._attention(inner, index, normed, present, shared, size, groups)
-                return [self.project(inner, index, self.masked(inner, attended, mask, size), size)]
+        def attend(inner: Ops, size: int) -> ir.Value:
+            attended = self._attention(inner, index, normed, present, shared, size, groups)
+            return self.project(inner, index, self.masked(inner, attended, mask, size), size)
 
-            (found,) = ops.choose(
-                f"layer_{index}_width_{size}", runs, attend, lambda inner: [self._nothing(inner, hidden)], 1
+        def either(
+            name: str, runs: ir.Value, then: Callable[[Ops], ir.Value], other: Callable[[Ops], ir.Value]
+        ) -> ir.Value:
+            (found,) = ops.choose(name, runs, lambda inner: [then(inner)], lambda inner: [other(inner)], 1)
+            return found
+
+        def same(inner: Ops) -> ir.Value:
+            return inner.op("Identity", hidden)
+
+        def whole(inner: Ops) -> ir.Value:
+            return self.mlp(inner, index, attend(inner, groups), hidden, row)
+
+        if len(runs) == 1:
+            return either(f"layer_{index}", runs[0], whole, same), present
+        update, runs_at_all = None, None
+        for size, flag in zip(self.spec.widths, runs, strict=True):
+            found = either(
+                f"layer_{index}_width_{size}", flag, partial(attend, size=size), partial(self._nothing, like=hidden)
             )
             update = found if update is None else ops.op("Add", update, found)
-            below = size
+            runs_at_all = flag if runs_at_all is None else ops.op("Or", runs_at_all, flag)
         assert update is not None
-        row = self.part(ops, mask, 0, 1, 2)
-        (result,) = ops.choose(
-            f"layer_{index}_mlp",
-            ops.op("Greater", width, ops.constant(0, "int64")),
-            lambda inner: [self.mlp(inner, index, update, hidden, row)],
-            lambda inner: [inner.op("Identity", hidden)],
-            1,
+        assert runs_at_all is not None
+        result = either(
+            f"layer_{index}_mlp", runs_at_all, lambda inner: self.mlp(inner, index, update, hidden, row), same
         )
         return result, present
 

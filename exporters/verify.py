@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -15,13 +17,29 @@ from transformers import DynamicCache
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import WEIGHT_FILE, Bundle, GraphEntry
+from l2a_compress.engines import engines
 from l2a_compress.errors import BundleError
+from l2a_compress.exporters import rules
+from l2a_compress.exporters.facts import initializers
+from l2a_compress.exporters.specialize import specialize
 from l2a_compress.exporters.weights import alignment
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.runtime.decoder import Array, GraphDecoder
+from l2a_compress.runtime.decoder import CACHE_TYPES, PAST, Array, GraphDecoder, predicates
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
+
+
+class Decoder(Protocol):
+    """What runs a graph: ``GraphDecoder``, or the engine of one."""
+
+    in_place: bool
+
+    def start(self, batch: int, capacity: int) -> None:
+        """Begins anew."""
+
+    def step(self, input_ids: Array, attention_mask: Array, **inputs: Array) -> Mapping[str, Array]:
+        """Runs it once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +81,51 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
             if place["location"] != WEIGHT_FILE or int(place["offset"]) % step:
                 found.append(f"{entry.file}: {tensor.name} is not at an aligned place of {WEIGHT_FILE}")
         if bundle.dialect == "standard":
-            found += [
-                f"{entry.file}: {node.name} is of domain {node.domain}" for node in _nodes(model.graph) if node.domain
-            ]
+            found += [f"{entry.file}: {finding}" for finding in rules.check(model)]
     return found
 
 
-def initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    """All tensors of a graph and of its branches."""
-    yield from graph.initializer
-    for node in _nodes(graph):
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from attribute.g.initializer
+def specialized(folder: Path, bundle: Bundle, *, rows: int = 3, tokens: int = 40) -> dict[str, float]:
+    """Largest difference of a logit between each variant and the ``If`` graph specialised to its allocation.
+
+    Both run in onnxruntime on one thread, on random tokens without ``<think>``, where the graph computes the budget's
+    embedding and the variant has it from PyTorch. 0.0 is equality bit for bit.
+    """
+    entry, found = bundle.if_graph, {}
+    if entry is None:
+        return {}
+    graph = onnx.load(str(folder / entry.file), load_external_data=False)
+    ids = np.random.default_rng(0).choice(
+        sorted({*range(bundle.shape.vocab_size)} - {bundle.tags["think"]}), (rows, tokens)
+    )
+    mask = np.ones_like(ids)
+    mask[0, : tokens // 4] = 0
+    for variant in bundle.variants:
+        kept = [len(groups) for groups in variant.allocation.groups] if variant.allocation else []
+        inputs = {"budget": np.full((rows, 2), [variant.budget, 1.0], dtype=np.float32)}
+        inputs["allocation"] = np.tile(np.array(kept, dtype=np.int64), (rows, 1))
+        one = _logits(specialize(graph, bundle.widths, kept).SerializeToString(), folder, ids, mask, inputs)
+        other = _logits(str(folder / variant.file), folder, ids, mask, {})
+        found[variant.name] = float(np.abs(one - other).max())
+    return found
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
+def _logits(graph: bytes | str, folder: Path, ids: Array, mask: Array, inputs: dict[str, Array]) -> Array:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    given = {"input_ids": ids, "attention_mask": mask, **inputs}
+    feed = {}
+    for item in session.get_inputs():
+        past = item.name.startswith(PAST)
+        feed[item.name] = (
+            np.zeros((len(ids), item.shape[1], 0, item.shape[3]), CACHE_TYPES[item.type][0])
+            if past
+            else given[item.name]
+        )
+    found: Array = session.run(["logits"], feed)[0]
+    return found
 
 
 def parity(
@@ -95,10 +137,12 @@ def parity(
     tokens: int = 64,
     budgets: Sequence[float] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
     threads: int = 1,
+    open_decoder: Callable[[GraphEntry], Decoder] | None = None,
 ) -> Iterator[Parity]:
     """Compares greedy tokens of every graph with PyTorch's hard-gated model, on prompts of the calibration split.
 
-    PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it.
+    PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it. What runs a
+    graph is onnxruntime on the processor, or what ``open_decoder`` makes of it.
 
     Raises:
         BundleError: the bundle was not made of this artifact.
@@ -109,8 +153,15 @@ def parity(
     if loaded.config.base["digest"] != bundle.base["digest"]:
         raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
     batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)
-    for entry in bundle.decoders:
-        decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
+    told = [entry for entry in bundle.graphs if entry.kind == "told"]
+    known = {each.recipe.graph for each in engines(folder, bundle)} if open_decoder is not None else None
+    for entry in [*bundle.decoders, *told]:
+        if known is not None and entry.name not in known:
+            continue
+        if open_decoder is not None:
+            decoder = open_decoder(entry)
+        else:
+            decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
         wanted: list[tuple[str, list[float]]] = [(f"{budget:g}", [budget]) for budget in budgets]
         if entry.kind == "variant":
             assert entry.budget is not None
@@ -118,17 +169,18 @@ def parity(
         else:
             wanted.append(("mixed", list(budgets)))
         for name, cycle in wanted:
-            yield _compare(gated, entry, decoder, batches, name, cycle, tokens)
+            yield _compare(gated, entry, decoder, batches, name, cycle, tokens, bundle.widths)
 
 
 def _compare(
     gated: GatedModel,
     entry: GraphEntry,
-    decoder: GraphDecoder,
+    decoder: Decoder,
     batches: Sequence[tuple[Tensor, Tensor]],
     name: str,
     cycle: Sequence[float],
     tokens: int,
+    widths: Sequence[int],
 ) -> Parity:
     count = equal = 0
     worst, same = 0.0, True
@@ -139,6 +191,10 @@ def _compare(
         expected = torch_logits(gated, ids, mask, given, told, tokens)
         follow = expected.argmax(-1)
         inputs = {} if entry.allocation else graph_inputs(told, gated.shape.num_layers)
+        if entry.kind == "told":
+            chosen = np.array([[len(groups) for groups in allocation.groups] for allocation in given], dtype=np.int64)
+            stem = gated.gate_config.stem_layers
+            inputs = {"budget": inputs["budget"], "allocation": chosen, **predicates(chosen, stem, widths)}
         found, kept = graph_logits(decoder, ids, mask, follow, inputs)
         if kept is not None:
             same &= kept.tolist() == [[len(groups) for groups in allocation.groups] for allocation in given]
@@ -179,7 +235,7 @@ def graph_inputs(told: BudgetBatch, num_layers: int) -> dict[str, Array]:
 
 
 def graph_logits(
-    decoder: GraphDecoder, ids: Tensor, mask: Tensor, follow: Array, inputs: dict[str, Array]
+    decoder: Decoder, ids: Tensor, mask: Tensor, follow: Array, inputs: dict[str, Array]
 ) -> tuple[Array, Array | None]:
     """Logits of a graph that is fed the tokens ``follow`` [batch, steps], and what it allocated."""
     tokens, seen = (ids.numpy(), mask.numpy()) if not decoder.in_place else right_padded(ids, mask)
@@ -189,7 +245,7 @@ def graph_logits(
     for step in range(steps):
         outputs = decoder.step(tokens, seen, **inputs)
         found.append(outputs["logits"][:, 0])
-        if inputs:
+        if "kept_groups" in outputs:
             kept = outputs["kept_groups"]
             inputs = inputs | {"allocation": kept}
         tokens, seen = follow[:, step : step + 1], one_more(seen, in_place=decoder.in_place)

@@ -49,7 +49,8 @@ class Stored:
     @property
     def length(self) -> int:
         """Bytes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return count // 2 if self.dtype == "int4" else count * np.dtype(self.dtype).itemsize
 
     def rows(self, start: int, count: int) -> Stored:
         """``count`` rows of the first axis."""
@@ -82,13 +83,16 @@ class WeightFile:
         self._file.close()
 
     def add(self, name: str, value: Array) -> None:
-        """Appends one tensor."""
+        """Appends one tensor; two numbers of 4 bits share a byte, the first in its lower half."""
         assert self._file is not None
-        value = np.ascontiguousarray(value)
-        end, step = self._file.tell(), alignment(value.nbytes)
+        stored = np.ascontiguousarray(value).reshape(-1)
+        if value.dtype.name == "int4":
+            pairs = stored.astype(np.int8).view(np.uint8) & 15
+            stored = pairs[0::2] | (pairs[1::2] << 4)
+        end, step = self._file.tell(), alignment(stored.nbytes)
         offset = -(-end // step) * step
         self._file.write(b"\0" * (offset - end))
-        self._file.write(value.reshape(-1).view(np.uint8).data)
+        self._file.write(stored.view(np.uint8).data)
         self.tensors[name] = Stored(offset, value.shape, value.dtype.name)
 
 

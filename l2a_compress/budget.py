@@ -67,13 +67,17 @@ class Budget:
 def budgets_of(table: dict[str, Any]) -> tuple[float, ...]:
     """Return the budgets of a ladder file, checked: falling, within (0, 1].
 
+    A ladder may also name ``static_shapes``, as the option of export does.
+
     Raises:
         ConfigError: There is another key, or the budgets are not a falling list.
         BudgetError: A budget is out of range.
     """
-    unknown = sorted(set(table) - {"budgets"})
+    unknown = sorted(set(table) - {"budgets", "static_shapes"})
     if unknown or not isinstance(table.get("budgets"), list) or not table["budgets"]:
-        raise ConfigError(f"a ladder holds `budgets = [...]` and nothing else, found {sorted(table)}")
+        raise ConfigError(f"a ladder holds `budgets = [...]` and maybe `static_shapes`, found {sorted(table)}")
+    if not isinstance(table.get("static_shapes", ""), str):
+        raise ConfigError(f"a ladder's static_shapes is a text as of --static-shapes, found {table['static_shapes']!r}")
     budgets = tuple(Budget(compute=value).compute for value in table["budgets"])
     if list(budgets) != sorted(set(budgets), reverse=True):
         raise ConfigError(f"a ladder's budgets must fall from one to the next, found {list(budgets)}")

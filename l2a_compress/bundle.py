@@ -26,10 +26,10 @@ WEIGHT_FILE = "weights.bin"
 COSTS_FILE = "costs.json"  # what was measured at export, where it was
 SCHEMA_VERSION = 1
 MOST_VARIANTS = 256
-KINDS = ("if", "variant", "static", "router")
+KINDS = ("if", "told", "variant", "static", "router")
 SIZES = ("batch", "sequence", "total", "past", "present")
 DIALECTS = ("ort", "standard")
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "int4")
 _BASE = ("name", "family", "digest")
 
 _KIND = listing.Kind(
@@ -42,10 +42,10 @@ class GraphEntry:
     """One graph of a bundle.
 
     Attributes:
-        name: What it is called: ``if``, ``router``, or ``b0.7`` for the variant of budget 0.7.
+        name: What it is called: ``if``, ``told``, ``router``, or ``b0.7`` for the variant of budget 0.7.
         file: Its path in the folder.
-        kind: ``if`` (any allocation), ``variant`` (one), ``static`` (a variant in fixed shapes), or ``router`` (what
-            the gates choose, and which variant suits a prompt).
+        kind: ``if`` (any allocation), ``told`` (any, which the host says), ``variant`` (one), ``static`` (a variant in
+            fixed shapes), or ``router`` (what the gates choose, and which variant suits a prompt).
         budget: The compute budget that a variant is for; None for the other kinds.
         allocation: What a variant runs; None for the other kinds.
         cost: A variant's cost as a share of the dense model's; 1.0 for the other kinds.
@@ -189,6 +189,11 @@ class Bundle:
     def if_graph(self) -> GraphEntry | None:
         """The ``If`` graph, where the bundle has one."""
         return next((graph for graph in self.graphs if graph.kind == "if"), None)
+
+    @property
+    def told_graph(self) -> GraphEntry | None:
+        """The ``If`` graph whose predicates the host gives, where the bundle has one."""
+        return next((graph for graph in self.graphs if graph.kind == "told"), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal description."""

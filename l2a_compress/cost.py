@@ -32,6 +32,7 @@ PRECISIONS = {
     "fp16": Precision(2.0, 2),
     "bf16": Precision(2.0, 2),
     "int8": Precision(1.0 + 4 / 128, 4),
+    "fp8": Precision(1.0, 2),  # of engines alone: a scale an output, and caches of 16 bits
     "int4": Precision(0.5 + 4 / 32, 4),
 }
 

@@ -13,6 +13,7 @@ Tree:
     ├── BundleError            (ValueError)    a bundle folder that is missing, corrupt or foreign
     ├── StorageError           (OSError)       a full disk, a folder that is not writable
     ├── TrainingError          (RuntimeError)  a loss that is not finite, a run that cannot go on
+    ├── EngineError            (RuntimeError)  a TensorRT engine that cannot be built, or is not for this machine
     └── SessionError           (RuntimeError)  a graph that cannot be loaded or run
         └── OutOfMemoryError   (MemoryError)   not enough memory for it
 
@@ -29,6 +30,7 @@ __all__ = [
     "BundleError",
     "ConfigError",
     "DataError",
+    "EngineError",
     "L2AError",
     "OutOfMemoryError",
     "SessionError",
@@ -81,6 +83,10 @@ class StorageError(L2AError, OSError):
 
 class TrainingError(L2AError, RuntimeError):
     """Training cannot go on, for example because the loss is not finite."""
+
+
+class EngineError(L2AError, RuntimeError):
+    """A TensorRT engine cannot be built here, or was not built for what is here."""
 
 
 class SessionError(L2AError, RuntimeError):

@@ -51,7 +51,7 @@ def sha256_of(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
+def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
     """Write a file so that a reader, even after a crash, sees the old content or the new; text is UTF-8.
 
     Raises:

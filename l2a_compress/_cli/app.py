@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from l2a_compress import __version__
+from l2a_compress._cli.engines import build_engines
 from l2a_compress._cli.estimate import estimate
 from l2a_compress._cli.evaluate import evaluate
 from l2a_compress._cli.export import export, verify
@@ -26,6 +27,7 @@ compress.command()(train)
 compress.command()(evaluate)
 compress.command()(estimate)
 compress.command()(export)
+compress.command()(build_engines)
 compress.command()(verify)
 compress.command()(inspect)
 app.command()(run)

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from l2a_compress import _validate
+from l2a_compress._cli.engines import finish, spinner
 from l2a_compress.budget import budgets_of
 from l2a_compress.bundle import COSTS_FILE, WEIGHT_FILE, Bundle
-from l2a_compress.errors import BundleError
+from l2a_compress.device import DeviceProfile
+from l2a_compress.engines import TARGETS
+from l2a_compress.errors import BundleError, ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,8 +24,21 @@ def export(
     artifact: Annotated[Path, typer.Option(help="The artifact folder that training wrote.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The bundle's folder.", show_default=False)],
     base: Annotated[str | None, typer.Option(help="The base model, where it was moved.")] = None,
-    dialect: Annotated[str, typer.Option(help="ort: onnxruntime's own operators. standard: opset 23 alone.")] = "ort",
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16; int8 or int4 of the matrices.")] = "fp32",
+    target: Annotated[
+        str, typer.Option(help="onnx; trt or trt-rtx: also engines of TensorRT, or of TensorRT-RTX.")
+    ] = "onnx",
+    dialect: Annotated[
+        str | None,
+        typer.Option(
+            help="ort: onnxruntime's own operators. standard: opset 23 alone. Default: ort; engines: standard."
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, fp16 or bf16; int8, int4 or (standard) fp8 of the matrices. Default: fp32; engines: fp16."
+        ),
+    ] = None,
     block: Annotated[
         int | None, typer.Option(help="Numbers that share a scale: 32, 64 or 128. Default: 128 at int8, 32 at int4.")
     ] = None,
@@ -36,6 +52,22 @@ def export(
     static_shapes: Annotated[
         str | None, typer.Option(help="Also fixed shapes of each variant: 'batch=1,4 seq=512'.", show_default=False)
     ] = None,
+    head_widths: Annotated[
+        bool | None,
+        typer.Option(help="The If graph computes only the groups kept, in more If nodes. Default: on; engines: off."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="GPUs that engines are for: device profiles, by comma.", show_default=False)
+    ] = None,
+    engines: Annotated[
+        str, typer.Option(help="Graphs that become engines: some of if,told,variants,static.")
+    ] = "told,variants,static",
+    max_batch: Annotated[int, typer.Option(help="Most rows of an engine.")] = 8,
+    max_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt of an engine.")] = 512,
+    max_context: Annotated[int, typer.Option(help="Most tokens of a sequence of an engine.")] = 1024,
+    defer_build: Annotated[
+        bool, typer.Option(help="Build no engine now: `l2a compress build-engines` does it where they will run.")
+    ] = False,
     calibrate: Annotated[
         bool, typer.Option(help="Measure every graph on this machine; leave out variants that are not faster.")
     ] = False,
@@ -43,48 +75,71 @@ def export(
     force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
-    """Turn an artifact into ONNX graphs for every budget, all over one weight file."""
+    """Turn an artifact into ONNX graphs for every budget, all over one weight file, and into TensorRT engines."""
+    from l2a_compress.exporters.engine_recipes import EngineOptions
     from l2a_compress.exporters.onnx import ExportOptions
     from l2a_compress.exporters.onnx import export as run_export
     from l2a_compress.exporters.shapes import parse_shapes
     from l2a_compress.profiles import load_ladder
 
-    budgets = budgets_of(load_ladder(ladder)) if variants else ()
+    if target not in ("onnx", *TARGETS):
+        raise ConfigError(f"--target must be one of onnx, {', '.join(TARGETS)}, found {target!r}")
+    onnx, rungs = target == "onnx", load_ladder(ladder)
+    budgets = budgets_of(rungs) if variants else ()
+    static_shapes = static_shapes or (rungs.get("static_shapes") if variants else None)
+    made = None
+    if not onnx:
+        made = EngineOptions(
+            target=target,
+            capabilities=_capabilities(device),
+            kinds=tuple(engines.split(",")),
+            batch=max_batch,
+            prompt=max_prompt,
+            context=max_context,
+        )
     options = ExportOptions(
         budgets=budgets,
-        dialect=dialect,
+        dialect=dialect or ("ort" if onnx else "standard"),
         if_graph=if_graph,
         positions=positions,
-        precision=precision,
+        precision=precision or ("fp32" if onnx else "fp16"),
         block=block,
         whole_cache=whole_cache,
         per_budget=per_budget,
         static_shapes=parse_shapes(static_shapes) if static_shapes else (),
+        head_widths=onnx if head_widths is None else head_widths,
+        engines=made,
         calibrate=calibrate,
     )
 
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, disable=quiet, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task("export")
-        bundle = run_export(
-            artifact,
-            out,
-            options,
-            base=base,
-            force=force,
-            progress=lambda part: bar.update(task, description=f"export: {part}"),
-        )
+    with spinner("export", quiet=quiet) as tell:
+        bundle = run_export(artifact, out, options, base=base, force=force, progress=tell)
     Console().print(bundle_table(bundle, out))
     typer.echo(f"bundle: {out}")
+    if made is not None:
+        finish(out, target, defer=defer_build, quiet=quiet)
+
+
+def _capabilities(devices: str | None) -> tuple[str, ...]:
+    """Compute capabilities of device profiles."""
+    found = []
+    for name in devices.split(",") if devices else ():
+        profile = DeviceProfile.from_toml(name) if name.endswith(".toml") else DeviceProfile.named(name)
+        if profile.compute_capability is None:
+            raise ConfigError(f"--device {name}: no NVIDIA GPU, so no engine runs on it")
+        found.append(profile.compute_capability)
+    return tuple(dict.fromkeys(found))
 
 
 def verify(
     bundle: Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)],
     artifact: Annotated[Path | None, typer.Option(help="Compare tokens with this artifact in PyTorch.")] = None,
     base: Annotated[str | None, typer.Option(help="The base model, where it was moved.")] = None,
+    engines: Annotated[
+        str | None, typer.Option(help="Compare the bundle's engines, where they run: trt or trt-rtx.")
+    ] = None,
     prompts: Annotated[int, typer.Option(help="Prompts to compare.", min=1)] = 64,
     tokens: Annotated[int, typer.Option(help="Greedy tokens of each prompt.", min=1)] = 64,
 ) -> None:
@@ -92,7 +147,8 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from l2a_compress.exporters.verify import lint, parity
+    from l2a_compress.exporters.verify import lint, parity, specialized
+    from l2a_compress.runtime.tensorrt import EngineDecoder
 
     found = Bundle.load(bundle)
     typer.echo(f"{len(found.files)} files as the manifest lists them")
@@ -100,6 +156,13 @@ def verify(
     if broken:
         raise BundleError("; ".join(broken))
     typer.echo(f"{len(found.graphs)} graphs pass onnx.checker and keep the export rules")
+    if found.dialect == "standard" and found.precision == "fp32" and found.if_graph and found.variants:
+        apart = specialized(bundle, found)
+        typer.echo(
+            f"the If graph specialised to each of {len(apart)} variants differs by at most {max(apart.values()):g}"
+        )
+        if any(apart.values()):
+            raise BundleError(f"{bundle}: the If graph is not its variants bit for bit: {apart}")
     if artifact is None:
         typer.echo("tokens were NOT compared with PyTorch: give --artifact")
         return
@@ -107,7 +170,8 @@ def verify(
     for name in ("graph", "budget", "tokens", "equal", "largest logit difference", "allocations"):
         table.add_column(name)
     wrong = []
-    for row in parity(bundle, artifact, base=base, prompts=prompts, tokens=tokens):
+    opener = None if engines is None else lambda entry: EngineDecoder(bundle, found, entry.name, engines)
+    for row in parity(bundle, artifact, base=base, prompts=prompts, tokens=tokens, open_decoder=opener):
         verdict = "equal" if row.allocations else "DIFFER"
         table.add_row(row.graph, row.budget, str(row.tokens), str(row.equal), f"{row.difference:.2e}", verdict)
         if row.equal < row.tokens or not row.allocations:
@@ -132,7 +196,7 @@ def bundle_table(bundle: Bundle, folder: Path) -> Table:
         kept = graph.allocation
         table.add_row(
             Text(graph.name),
-            {"if": "any", "router": "-"}.get(graph.kind) or f"{graph.budget:g}",
+            {"if": "any", "told": "any", "router": "-"}.get(graph.kind) or f"{graph.budget:g}",
             "-" if kept is None else f"{graph.cost:.3f}",
             str(bundle.shape.num_layers) if kept is None else str(len(kept.layers)),
             str(bundle.shape.num_layers * bundle.shape.num_groups) if kept is None else str(kept.num_kept_groups),

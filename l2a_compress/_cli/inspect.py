@@ -11,6 +11,7 @@ import typer
 
 from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.bundle import MANIFEST_FILE, Bundle
+from l2a_compress.engines import engines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +37,7 @@ def inspect(
 
 
 def _bundle_tables(bundle: Bundle, folder: Path) -> list[Table]:
+    from l2a_compress._cli.engines import engine_table
     from l2a_compress._cli.export import bundle_table
 
     files = {name: f"{entry['size']:,} bytes, sha256 {entry['sha256'][:12]}" for name, entry in bundle.files.items()}
@@ -45,7 +47,10 @@ def _bundle_tables(bundle: Bundle, folder: Path) -> list[Table]:
         "files": files,
         "versions": dict(bundle.versions),
     }
-    return [bundle_table(bundle, folder), *(_table(title, rows) for title, rows in sections.items())]
+    tables = [bundle_table(bundle, folder)]
+    if built := engines(folder, bundle):
+        tables.append(engine_table(bundle, built))
+    return [*tables, *(_table(title, rows) for title, rows in sections.items())]
 
 
 def _tables(config: ArtifactConfig) -> list[Table]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -47,10 +48,15 @@ def run(
     serve: ServeOption = "if",
     policy: PolicyFile = None,
     spot: Spot = None,
+    provider: Annotated[str, typer.Option(help="What onnxruntime runs it on: cpu, cuda, trt or trt-rtx.")] = "cpu",
+    engines: Annotated[
+        str | None, typer.Option(help="Run the bundle's engines: trt or trt-rtx.", show_default=False)
+    ] = None,
     stats: Annotated[bool, typer.Option(help="End with what ran, and why.")] = False,
 ) -> None:
     """Answer a prompt from a bundle, at any budget, as it is written."""
     from l2a_compress.runtime import Answer, Limits, Runtime, Sampling
+    from l2a_compress.runtime.tensorrt import EngineDecoder
 
     limits = Limits(max_think_tokens=max_think_tokens, max_answer_tokens=max_answer_tokens, stop=tuple(stop or ()))
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
@@ -64,7 +70,11 @@ def run(
         serve=serve,  # type: ignore[arg-type]  # checked by the engine
         policy=_policy(policy),
         sources=_sources(spot),
+        provider=provider,  # type: ignore[arg-type]  # checked where a session is opened
+        engines=None if engines is None else partial(EngineDecoder, target=engines),
     )
+    if stats:
+        typer.echo(f"runs on {runtime.engine.runs_on}", err=True)
     if asked == "auto":
         runtime.controller.budget(tier)  # may measure, which is not the answer's time
     began, count, first = time.perf_counter(), 0, 0.0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from l2a_compress.errors import OutOfMemoryError, SessionError
+from l2a_compress.errors import L2AError, OutOfMemoryError, SessionError
+from l2a_compress.runtime.providers import Provider, open_session
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # What NumPy and ONNX call the elements of keys and values.
@@ -29,9 +30,13 @@ class GraphDecoder:
         in_place: whether keys and values are written into buffers of a fixed size (dialect ``ort``), or each step gives
             larger ones (dialect ``standard``).
         threads: of one operator; None leaves it to onnxruntime.
-        providers: execution providers in order of preference.
+        provider: what onnxruntime is to run it on.
+
+    Attributes:
+        providers: What it runs on, in order.
 
     Raises:
+        ConfigError: no such provider.
         SessionError: onnxruntime cannot load the graph; OutOfMemoryError where memory is what it lacks.
     """
 
@@ -41,18 +46,23 @@ class GraphDecoder:
         *,
         in_place: bool = True,
         threads: int | None = None,
-        providers: tuple[str, ...] = ("CPUExecutionProvider",),
+        provider: Provider = "cpu",
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
+        if not in_place:  # onnxruntime 1.32 fuses DequantizeLinear of weights in a branch into what is wrong
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         self._path = path
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=list(providers))
+            self.session = open_session(path, options, provider)
+        except L2AError:
+            raise
         except Exception as error:  # onnxruntime's exceptions have no class in common
             raise session_error(path, "load", error) from error
+        self.providers: list[str] = self.session.get_providers()
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.in_place = in_place
         names = [item.name for item in self.session.get_outputs()]
@@ -114,6 +124,20 @@ class GraphDecoder:
         for name in presents:
             binding.bind_ortvalue_input(PAST + name.removeprefix(_PRESENT), values.pop(name))
         return {name: value.numpy() for name, value in values.items()}
+
+
+def predicates(allocation: Array, stem: int, widths: Sequence[int]) -> dict[str, Array]:
+    """Which ``If`` nodes of the graph ``told`` run, as its inputs, for an allocation [rows, layers] of kept groups."""
+    found = {}
+    for layer, widest in enumerate(allocation.max(axis=0).tolist()):
+        if layer < stem:
+            continue
+        below = 0
+        for width in widths:
+            last = width == widths[-1]
+            found[f"runs.{layer}.{width}"] = np.array(below < widest and (last or widest <= width))
+            below = width
+    return found
 
 
 def session_error(path: Path, action: str, error: Exception) -> SessionError:

@@ -25,10 +25,13 @@ from l2a_compress.bundle import Bundle, GraphEntry
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, L2AError, OutOfMemoryError, SessionError
 from l2a_compress.limits import Contract, limits_of, think_share
 from l2a_compress.reasoning import Reasoning, Tags
-from l2a_compress.runtime.decoder import GraphDecoder
+from l2a_compress.runtime.decoder import GraphDecoder, predicates
+from l2a_compress.runtime.engine_lane import EngineLane, OpenEngine
 from l2a_compress.runtime.lane import Lane
+from l2a_compress.runtime.providers import Provider
 from l2a_compress.runtime.request import TAGS, Limits, Request, Told
 from l2a_compress.runtime.sampling import Sampler, Sampling
+from l2a_compress.runtime.tensorrt import EngineDecoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Serve = Literal["if", "variants"]
@@ -74,6 +77,8 @@ class Engine:
             dropped layers take no memory.
         max_graphs: most variants that are loaded at a time; a request whose variant is not waits until one is free.
         memory_left: Bytes that may still be taken; None, or a None from it, where nobody knows.
+        provider: what onnxruntime runs graphs on.
+        engines: opens an engine of TensorRT by its graph's name; then requests run on engines, one at a time.
         clock: in seconds.
 
     Attributes:
@@ -97,6 +102,8 @@ class Engine:
         serve: Serve = "if",
         max_graphs: int = 1,
         memory_left: Callable[[], float | None] | None = None,
+        provider: Provider = "cpu",
+        engines: OpenEngine | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
@@ -106,7 +113,9 @@ class Engine:
             raise ConfigError(f"serve must be one of {', '.join(get_args(Serve))}, found {serve!r}")
         self.folder, self.threads, self.clock = Path(folder), threads, clock
         self.bundle = bundle = Bundle.load(self.folder)
-        self.max_rows, self.contract, self.serve, self._max_graphs = max_rows, contract, serve, max_graphs
+        self.max_rows = max_rows if engines is None else 1
+        self.contract, self.serve, self._max_graphs = contract, serve, max_graphs
+        self.provider, self.engines = provider, engines
         names = ("think", "end_think", "answer", "end_answer")
         think, end_think, answer, end_answer = (bundle.tags[name] for name in names)
         self.tags = Tags(think=think, end_think=end_think, answer=answer, end_answer=end_answer)
@@ -115,8 +124,8 @@ class Engine:
         self.ended: deque[Request] = deque(maxlen=64)
         self.steps: deque[StepTime] = deque(maxlen=512)
         self._memory_left = memory_left or (lambda: None)
-        self._lanes: dict[str, Lane] = {}
-        self._router: GraphDecoder | None = None
+        self._lanes: dict[str, Lane | EngineLane] = {}
+        self._router: GraphDecoder | EngineDecoder | None = None
         self._waiting: deque[Request] = deque()
         self._late: deque[Request] = deque()  # that could not be in time any more
         self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
@@ -125,15 +134,17 @@ class Engine:
         self._full: int | None = None  # so many rows were too many
         self.paused = False
         self._numbers = itertools.count()
-        entry = bundle.if_graph
-        missing = (entry if serve == "if" else bundle.variants) or None
-        if missing is None or bundle.dialect != "ort":
+        self._whole = bundle.if_graph if engines is None else bundle.told_graph
+        missing = (self._whole if serve == "if" else bundle.variants) or None
+        dialect = "ort" if engines is None else "standard"
+        if missing is None or bundle.dialect != dialect:
             option = {"if": "--if-graph", "variants": "--variants"}[serve]
             raise BundleError(
-                f"{folder}: has no graphs of the dialect ort to serve; export with {option} --dialect ort"
+                f"{folder}: has no graphs of the dialect {dialect} to serve; export with {option} "
+                + (f"--dialect {dialect}" if engines is None else "--target trt")
             )
-        if serve == "if" and entry is not None:
-            self._open(entry)
+        if serve == "if" and self._whole is not None:
+            self._open(self._whole)
 
     def submit(
         self,
@@ -264,6 +275,11 @@ class Engine:
         return list(self._lanes)
 
     @property
+    def runs_on(self) -> str:
+        """What the graphs that are loaded run on, as it was found, for people."""
+        return "; ".join(f"{name}: {lane.runs_on}" for name, lane in self._lanes.items()) or "nothing that is loaded"
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes that the caches of all rows may take."""
         found = (lane.caches for lane in self._lanes.values())
@@ -369,7 +385,7 @@ class Engine:
 
     # Graphs
 
-    def _open(self, entry: GraphEntry) -> Lane | None:
+    def _open(self, entry: GraphEntry) -> Lane | EngineLane | None:
         """The lane of a graph; None where other graphs are in use and no more may be loaded."""
         lane = self._lanes.pop(entry.name, None)
         if lane is None:
@@ -379,20 +395,23 @@ class Engine:
             if len(self._lanes) >= self._max_graphs:
                 return None
             began = self.clock()
-            lane = Lane(self.folder, entry, threads=self.threads)
+            if self.engines is not None:
+                lane = EngineLane(self.engines(self.folder, self.bundle, entry.name), entry)
+            else:
+                lane = Lane(self.folder, entry, threads=self.threads, provider=self.provider)
             self._loading += self.clock() - began
         self._lanes[entry.name] = lane
         return lane
 
-    def _lane_of(self, request: Request) -> Lane | None:
+    def _lane_of(self, request: Request) -> Lane | EngineLane | None:
         return next((lane for lane in self._lanes.values() if request in lane.requests), None)
 
     def _entry(self, request: Request) -> GraphEntry:
         """The graph that a request runs on."""
-        if self.serve == "if" and self.bundle.if_graph is not None:
-            return self.bundle.if_graph
-        if request.kept is None:
+        if request.kept is None and (self.serve == "variants" or self.engines is not None):
             request.kept = self._choose(request, request.budget, request.told)
+        if self.serve == "if" and self._whole is not None:
+            return self._whole
         return next(entry for entry in self.bundle.variants if _widths(entry) == request.kept)
 
     def _choose(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
@@ -421,17 +440,23 @@ class Engine:
             entry = next((entry for entry in self.bundle.graphs if entry.kind == "router"), None)
             if entry is None:
                 raise BundleError(f"{self.folder}: has no router graph to ask the gates again; export it again")
-            self._router = GraphDecoder(self.folder / entry.file, threads=self.threads)
+            if self.engines is not None:
+                self._router = self.engines(self.folder, self.bundle, entry.name)
+            else:
+                self._router = GraphDecoder(self.folder / entry.file, threads=self.threads, provider=self.provider)
         tokens = np.array([request.prompt], dtype=np.int64)
         return self._router.step(tokens, np.ones_like(tokens), **_decision([told]))
 
-    def _inputs(self, lane: Lane, requests: Sequence[Request]) -> dict[str, Array]:
+    def _inputs(self, lane: Lane | EngineLane, requests: Sequence[Request]) -> dict[str, Array]:
         """What a graph reads beside tokens and mask; an allocation of -1 asks the gates."""
-        if lane.entry.kind != "if":
+        if lane.entry.kind not in ("if", "told"):
             return {}
-        layers = self.bundle.shape.num_layers
-        kept = [request.kept or (-1,) * layers for request in requests]
-        return {**_decision([request.told for request in requests]), "allocation": np.array(kept, dtype=np.int64)}
+        layers, told = self.bundle.shape.num_layers, _decision([request.told for request in requests])
+        kept = np.array([request.kept or (-1,) * layers for request in requests], dtype=np.int64)
+        if lane.entry.kind == "if":
+            return {**told, "allocation": kept}
+        runs = predicates(kept, self.bundle.gates["stem_layers"], self.bundle.widths)
+        return {"budget": told["budget"], "allocation": kept, **runs}
 
     # Requests
 
@@ -486,7 +511,7 @@ class Engine:
             )
         lane.reserve(rows, request.most_tokens)
         held = self._held.get(request.number)
-        if held is not None:
+        if held is not None and isinstance(lane, Lane):
             lane.resume(request, self._held.pop(request.number))
             return True
         outputs = lane.prefill(request, self._inputs(lane, [request]))
@@ -525,7 +550,7 @@ class Engine:
                 return True
         return False
 
-    def _decode(self, lane: Lane) -> None:
+    def _decode(self, lane: Lane | EngineLane) -> None:
         """One token of every row of a graph."""
         try:
             outputs = lane.decode(self._inputs(lane, lane.requests))
@@ -537,7 +562,7 @@ class Engine:
             if not request.done:
                 self._take(request, outputs, row)
 
-    def _stumbled(self, lane: Lane, error: SessionError) -> None:
+    def _stumbled(self, lane: Lane | EngineLane, error: SessionError) -> None:
         """A step that failed is run again: with a row less or a smaller budget where memory was short."""
         newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
         if short and len(lane.requests) > 1:
@@ -551,9 +576,9 @@ class Engine:
         for request in lane.requests:
             self._end(request, error)
 
-    def _interrupt(self, lane: Lane, request: Request, *, keep: bool) -> None:
+    def _interrupt(self, lane: Lane | EngineLane, request: Request, *, keep: bool) -> None:
         """Takes a request out of its row to the head of the queue, with its keys and values or without."""
-        if keep:
+        if keep and isinstance(lane, Lane):
             self._held[request.number] = lane.held(request)
         lane.remove(request)
         self._waiting.appendleft(request)

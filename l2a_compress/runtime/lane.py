@@ -11,6 +11,7 @@ import numpy as np
 from l2a_compress.bundle import GraphEntry
 from l2a_compress.runtime.caches import Caches
 from l2a_compress.runtime.decoder import PAST, GraphDecoder, session_error
+from l2a_compress.runtime.providers import Provider
 from l2a_compress.runtime.request import Request
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -23,6 +24,7 @@ class Lane:
         folder: the bundle.
         entry: the ``If`` graph or a variant.
         threads: of one operator; None leaves it to onnxruntime.
+        provider: what onnxruntime runs it on.
 
     Attributes:
         requests: Those that run, in the order of their rows.
@@ -32,10 +34,10 @@ class Lane:
         SessionError: the graph cannot be loaded.
     """
 
-    def __init__(self, folder: Path, entry: GraphEntry, *, threads: int | None) -> None:
+    def __init__(self, folder: Path, entry: GraphEntry, *, threads: int | None, provider: Provider = "cpu") -> None:
         self.entry = entry
         self._path = folder / entry.file
-        self._decoder = GraphDecoder(self._path, threads=threads)
+        self._decoder = GraphDecoder(self._path, threads=threads, provider=provider)
         inputs = self._decoder.inputs.items()
         self.caches = Caches(
             {name: (item.shape[1], item.shape[3], item.type) for name, item in inputs if name.startswith(PAST)}
@@ -43,6 +45,11 @@ class Lane:
         self.requests: list[Request] = []
         self.failures = 0
         self._bound = -1  # rows that the decoder is bound to; -1: not to those that run
+
+    @property
+    def runs_on(self) -> str:
+        """The execution providers of its session."""
+        return ", ".join(self._decoder.providers)
 
     def reserve(self, rows: int, capacity: int) -> None:
         """Makes room in the caches.

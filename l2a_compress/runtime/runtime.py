@@ -18,7 +18,9 @@ from l2a_compress.limits import Contract
 from l2a_compress.runtime.controller import Controller
 from l2a_compress.runtime.costs import cost_table
 from l2a_compress.runtime.engine import Engine, Serve
+from l2a_compress.runtime.engine_lane import OpenEngine
 from l2a_compress.runtime.policy import Policy
+from l2a_compress.runtime.providers import Provider
 from l2a_compress.runtime.request import Limits, Request
 from l2a_compress.runtime.sampling import Sampling
 from l2a_compress.runtime.signals import Reading, Source, machine
@@ -89,6 +91,8 @@ class Runtime:
         max_graphs: int = 1,
         policy: Policy | None = None,
         sources: Sequence[Source] | None = None,
+        provider: Provider = "cpu",
+        engines: OpenEngine | None = None,
     ) -> Runtime:
         """Opens a bundle and verifies every file of it.
 
@@ -101,8 +105,12 @@ class Runtime:
             max_graphs: most variants that are loaded at a time.
             policy: of the selector; None for the default one.
             sources: of signals; None for those of this machine.
+            provider: what onnxruntime runs graphs on: ``cpu``, ``cuda``, ``trt`` or ``trt-rtx``.
+            engines: opens an engine of TensorRT by its graph's name, as
+                ``partial(EngineDecoder, target="trt")``; prompts then run on engines, one at a time.
 
         Raises:
+            EngineError: an engine is not built, or not for what is here; says how to build it.
             BundleError: the folder is not a whole bundle, or has not the graphs to serve it so.
             SessionError: onnxruntime cannot load the graph.
         """
@@ -116,12 +124,16 @@ class Runtime:
             serve=serve,
             max_graphs=max_graphs,
             memory_left=partial(_memory_left, found, policy),
+            provider=provider,
+            engines=engines,
         )
         return cls(engine, policy=policy, sources=found)
 
     @property
     def controller(self) -> Controller:
         """What steers requests whose budget is ``"auto"``. The first use measures what budgets cost on this machine."""
+        if self.engine.engines is not None:
+            raise ConfigError("budget auto: what engines cost is not measured yet; give a budget")
         if self._controller is None:
             table = cost_table(self.engine, progress=log.warning)
             self._controller = Controller(self.engine, table, self.policy, self.sources)

@@ -168,7 +168,7 @@ def test_a_prefill_computes_every_token_and_the_output_head_once() -> None:
 
 
 def test_an_unknown_precision_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="precision must be one of fp32, fp16, bf16, int8, int4, found 'fp64'"):
+    with pytest.raises(ConfigError, match="precision must be one of fp32, fp16, bf16, int8, fp8, int4, found 'fp64'"):
         COST.latency(DENSE, DeviceProfile.named("l4"), context=1, precision="fp64")
 
 

@@ -356,7 +356,7 @@ def test_the_command_prints_json(tmp_path: Path, toy: str, capsys: pytest.Captur
         (["--device", "t4", "--budgets", "0.5,0.7"], "must fall"),
         (["--device", "t4", "--budgets", "0.1"], "budget 0.1 is below one layer of 4"),
         (["--device", "t4", "--budgets", "1", "--ladder", "default"], "budgets and ladder: give one of them"),
-        (["--device", "t4", "--ladder", "steep"], "unknown ladder 'steep'; known: default"),
+        (["--device", "t4", "--ladder", "steep"], "unknown ladder 'steep'; known: buckets, default"),
         (["--device", "t4", "--target-ms", "0"], "target-ms must be finite and above 0"),
         (["--device", "t4", "--context", "0"], "context must be at least 1"),
     ],
