@@ -27,11 +27,13 @@ from l2a_compress.limits import Contract, limits_of, think_share
 from l2a_compress.reasoning import Reasoning, Tags
 from l2a_compress.runtime.decoder import GraphDecoder
 from l2a_compress.runtime.lane import Lane
+from l2a_compress.runtime.native import Native, NativeDecoder
 from l2a_compress.runtime.request import TAGS, Limits, Request, Told
 from l2a_compress.runtime.sampling import Sampler, Sampling
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Serve = Literal["if", "variants"]
+Runs = Literal["python", "native"]
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
 _TRIES = 3  # of a run that fails for another reason than memory
@@ -73,6 +75,8 @@ class Engine:
         serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder, whose
             dropped layers take no memory.
         max_graphs: most variants that are loaded at a time; a request whose variant is not waits until one is free.
+        engine: ``python``: a session of onnxruntime for each graph that is loaded; ``native``: the C++ runtime, which
+            has all graphs loaded over one copy of the weights, whatever ``max_graphs`` says.
         memory_left: Bytes that may still be taken; None, or a None from it, where nobody knows.
         clock: in seconds.
 
@@ -85,6 +89,7 @@ class Engine:
     Raises:
         BundleError: the folder is not a whole bundle, or has not the graphs to serve it so.
         SessionError: onnxruntime cannot load the ``If`` graph.
+        ConfigError: a bad argument, or the C++ runtime is not there.
     """
 
     def __init__(
@@ -96,14 +101,16 @@ class Engine:
         contract: Contract = "cap",
         serve: Serve = "if",
         max_graphs: int = 1,
+        engine: Runs = "python",
         memory_left: Callable[[], float | None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value!r}")
-        if serve not in get_args(Serve):
-            raise ConfigError(f"serve must be one of {', '.join(get_args(Serve))}, found {serve!r}")
+        for name, word, words in (("serve", serve, get_args(Serve)), ("engine", engine, get_args(Runs))):
+            if word not in words:
+                raise ConfigError(f"{name} must be one of {', '.join(words)}, found {word!r}")
         self.folder, self.threads, self.clock = Path(folder), threads, clock
         self.bundle = bundle = Bundle.load(self.folder)
         self.max_rows, self.contract, self.serve, self._max_graphs = max_rows, contract, serve, max_graphs
@@ -116,7 +123,7 @@ class Engine:
         self.steps: deque[StepTime] = deque(maxlen=512)
         self._memory_left = memory_left or (lambda: None)
         self._lanes: dict[str, Lane] = {}
-        self._router: GraphDecoder | None = None
+        self._router: GraphDecoder | NativeDecoder | None = None
         self._waiting: deque[Request] = deque()
         self._late: deque[Request] = deque()  # that could not be in time any more
         self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
@@ -132,6 +139,10 @@ class Engine:
             raise BundleError(
                 f"{folder}: has no graphs of the dialect ort to serve; export with {option} --dialect ort"
             )
+        self.engine, self._native = engine, None
+        if engine == "native":
+            self._native = Native(self.folder, threads=threads, contract=contract)
+            self._max_graphs = len(bundle.graphs)
         if serve == "if" and entry is not None:
             self._open(entry)
 
@@ -329,7 +340,7 @@ class Engine:
         self._waiting.clear()
         self._late.clear()
         self._lanes.clear()
-        self._router = None
+        self._router = self._native = None
 
     def _serves(self, budget: float) -> bool:
         try:
@@ -379,10 +390,15 @@ class Engine:
             if len(self._lanes) >= self._max_graphs:
                 return None
             began = self.clock()
-            lane = Lane(self.folder, entry, threads=self.threads)
+            lane = Lane(self.folder / entry.file, entry, self._decoder(entry))
             self._loading += self.clock() - began
         self._lanes[entry.name] = lane
         return lane
+
+    def _decoder(self, entry: GraphEntry) -> GraphDecoder | NativeDecoder:
+        if self._native is not None:
+            return self._native.decoder(entry.name)
+        return GraphDecoder(self.folder / entry.file, threads=self.threads)
 
     def _lane_of(self, request: Request) -> Lane | None:
         return next((lane for lane in self._lanes.values() if request in lane.requests), None)
@@ -421,7 +437,7 @@ class Engine:
             entry = next((entry for entry in self.bundle.graphs if entry.kind == "router"), None)
             if entry is None:
                 raise BundleError(f"{self.folder}: has no router graph to ask the gates again; export it again")
-            self._router = GraphDecoder(self.folder / entry.file, threads=self.threads)
+            self._router = self._decoder(entry)
         tokens = np.array([request.prompt], dtype=np.int64)
         return self._router.step(tokens, np.ones_like(tokens), **_decision([told]))
 
