@@ -19,8 +19,7 @@ std::string read_manifest(const std::string& folder) {
         bundle_error(path + ": has " + std::to_string(*size) + " bytes, more than " + std::to_string(kMostBytes) +
                      kRemedy);
     }
-    const auto file = map_file(folder, kManifest, *size);
-    return {reinterpret_cast<const char*>(file->data()), file->size()};
+    return std::string(map_file(folder, kManifest, *size)->text());
 }
 
 std::shared_ptr<Mapping> verified(const std::string& folder, const std::string& name, const FileEntry& entry) {

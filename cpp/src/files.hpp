@@ -22,6 +22,7 @@ class Mapping {
 
     [[nodiscard]] const std::byte* data() const noexcept { return data_; }
     [[nodiscard]] std::size_t size() const noexcept { return size_; }
+    [[nodiscard]] std::string_view text() const noexcept { return {reinterpret_cast<const char*>(data_), size_}; }
     // Gives pages back that were read; they come again from the file when they are read again.
     void release_pages() const noexcept;
 

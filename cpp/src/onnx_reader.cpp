@@ -1,135 +1,167 @@
 #include "onnx_reader.hpp"
 
 #include <charconv>
+#include <map>
+#include <set>
 
 #include "error.hpp"
+#include "protobuf.hpp"
 
 // Field numbers are those of onnx.proto (ONNX IR version 11).
 namespace l2a::core {
 namespace {
 
 constexpr int kDeepest = 64;  // of graphs within graphs
+constexpr std::uint64_t kGraph = 7, kNode = 1, kInitializer = 5, kOutput = 12;
 
-struct Span {
-    const std::uint8_t* at;
-    const std::uint8_t* end;
-};
-
-struct Field {
-    std::uint64_t number = 0;
-    std::uint64_t value = 0;  // of a varint
-    Span bytes{nullptr, nullptr};
-    bool is_bytes = false;
-};
-
-std::uint64_t varint(Span& from) {
-    std::uint64_t value = 0;
-    for (unsigned shift = 0; shift < 64; shift += 7) {
-        if (from.at == from.end) break;
-        const std::uint8_t byte = *from.at++;
-        value |= static_cast<std::uint64_t>(byte & 0x7F) << shift;
-        if (byte < 0x80) return value;
-    }
-    bundle_error("not an ONNX graph: a number is cut off");
-}
-
-Span take(Span& from, std::uint64_t size) {
-    if (size > static_cast<std::uint64_t>(from.end - from.at)) bundle_error("not an ONNX graph: a field is cut off");
-    const Span found{from.at, from.at + size};
-    from.at += size;
-    return found;
-}
-
-Field next(Span& from) {
-    const std::uint64_t key = varint(from);
-    Field found;
-    found.number = key >> 3;
-    switch (key & 7) {
-        case 0: found.value = varint(from); break;
-        case 1: take(from, 8); break;
-        case 2:
-            found.bytes = take(from, varint(from));
-            found.is_bytes = true;
-            break;
-        case 5: take(from, 4); break;
-        default: bundle_error("not an ONNX graph: an unknown kind of field");
-    }
-    return found;
-}
-
-std::string text(Span bytes) { return {bytes.at, bytes.end}; }
-
-std::uint64_t number(const std::string& digits) {
+std::uint64_t number(std::string_view digits) {
     std::uint64_t value = 0;
     const char* end = digits.data() + digits.size();
     const auto [rest, code] = std::from_chars(digits.data(), end, value);
-    if (code != std::errc() || rest != end) bundle_error("a tensor of an ONNX graph has the place '" + digits + "'");
+    if (code != std::errc() || rest != end) bundle_error("a tensor of an ONNX graph has no place in a file");
     return value;
 }
 
-void place(Span entry, ExternalTensor& tensor) {
-    std::string key;
-    std::string value;
-    while (entry.at != entry.end) {
-        const Field field = next(entry);
-        if (field.is_bytes && field.number == 1) key = text(field.bytes);
-        if (field.is_bytes && field.number == 2) value = text(field.bytes);
+void place(std::string_view entry, ExternalTensor& tensor) {
+    std::string_view key;
+    std::string_view value;
+    for (Fields fields(entry); fields.next();) {
+        if (fields.is_bytes(1)) key = fields.bytes();
+        if (fields.is_bytes(2)) value = fields.bytes();
     }
     if (key == "location") tensor.location = value;
     if (key == "offset") tensor.offset = number(value);
     if (key == "length") tensor.length = number(value);
 }
 
-void tensor(Span from, std::vector<ExternalTensor>& found) {
-    ExternalTensor tensor;
-    while (from.at != from.end) {
-        Field field = next(from);
-        if (field.number == 1 && !field.is_bytes) tensor.dims.push_back(static_cast<std::int64_t>(field.value));
-        if (field.number == 1 && field.is_bytes) {  // packed
-            while (field.bytes.at != field.bytes.end) {
-                tensor.dims.push_back(static_cast<std::int64_t>(varint(field.bytes)));
+ExternalTensor tensor(std::string_view bytes) {
+    ExternalTensor found;
+    for (Fields fields(bytes); fields.next();) {
+        if (fields.number() == 1 && !fields.is_bytes()) found.dims.push_back(static_cast<std::int64_t>(fields.value()));
+        if (fields.is_bytes(1)) {  // packed
+            for (std::string_view packed = fields.bytes(); !packed.empty();) {
+                found.dims.push_back(static_cast<std::int64_t>(take_varint(packed)));
             }
         }
-        if (field.number == 2) tensor.type = static_cast<int>(field.value & 0xFF);
-        if (field.number == 8 && field.is_bytes) tensor.name = text(field.bytes);
-        if (field.number == 13 && field.is_bytes) place(field.bytes, tensor);
+        if (fields.number() == 2) found.type = static_cast<int>(fields.value() & 0xFF);
+        if (fields.is_bytes(8)) found.name = fields.bytes();
+        if (fields.is_bytes(13)) place(fields.bytes(), found);
     }
-    if (!tensor.location.empty()) found.push_back(std::move(tensor));
+    return found;
 }
 
-void graph(Span from, std::vector<ExternalTensor>& found, int depth);
+struct Node {
+    std::vector<std::string> inputs, outputs;
+    std::string_view kind;
+    std::vector<std::string_view> branches;
+};
 
-void node(Span from, std::vector<ExternalTensor>& found, int depth) {
-    while (from.at != from.end) {
-        const Field field = next(from);
-        if (field.number != 5 || !field.is_bytes) continue;
-        Span attribute = field.bytes;
-        while (attribute.at != attribute.end) {
-            const Field inner = next(attribute);
-            if ((inner.number == 6 || inner.number == 11) && inner.is_bytes) graph(inner.bytes, found, depth + 1);
+Node node(std::string_view bytes) {
+    Node found;
+    for (Fields fields(bytes); fields.next();) {
+        if (fields.is_bytes(1)) found.inputs.emplace_back(fields.bytes());
+        if (fields.is_bytes(2)) found.outputs.emplace_back(fields.bytes());
+        if (fields.is_bytes(4)) found.kind = fields.bytes();
+        if (!fields.is_bytes(5)) continue;
+        for (Fields attribute(fields.bytes()); attribute.next();) {
+            if (attribute.is_bytes(6) || attribute.is_bytes(11)) found.branches.push_back(attribute.bytes());
         }
     }
+    return found;
 }
 
-void graph(Span from, std::vector<ExternalTensor>& found, int depth) {
+void collect(std::string_view graph, std::vector<ExternalTensor>& found, int depth) {
     if (depth > kDeepest) bundle_error("not an ONNX graph of ours: graphs within graphs, too deep");
-    while (from.at != from.end) {
-        const Field field = next(from);
-        if (field.number == 1 && field.is_bytes) node(field.bytes, found, depth);
-        if (field.number == 5 && field.is_bytes) tensor(field.bytes, found);
+    for (Fields fields(graph); fields.next();) {
+        if (fields.is_bytes(kInitializer)) {
+            ExternalTensor each = tensor(fields.bytes());
+            if (!each.location.empty()) found.push_back(std::move(each));
+        }
+        if (!fields.is_bytes(kNode)) continue;
+        for (const std::string_view branch : node(fields.bytes()).branches) collect(branch, found, depth + 1);
     }
+}
+
+// Names that nodes of a graph and of its branches read, by whether a matrix product reads them.
+void readers(std::string_view graph, std::map<std::string, bool>& found, const std::set<std::string>& constants,
+             int depth) {
+    if (depth > kDeepest) bundle_error("not an ONNX graph of ours: graphs within graphs, too deep");
+    for (Fields fields(graph); fields.next();) {
+        if (!fields.is_bytes(kNode)) continue;
+        const Node each = node(fields.bytes());
+        const bool folded = depth == 0 && !each.outputs.empty() && constants.count(each.outputs.front()) > 0;
+        for (const std::string& name : each.inputs) {
+            if (!folded) found[name] = found[name] || each.kind.find("MatMul") != std::string_view::npos;
+        }
+        for (const std::string_view branch : each.branches) readers(branch, found, constants, depth + 1);
+    }
+}
+
+bool is_foldable(const Node& node, const std::map<std::string, std::string_view>& initializers,
+                 const std::set<std::string>& constants) {
+    static const std::set<std::string_view> kinds{"Range", "Mul", "Cos", "Sin", "Unsqueeze", "Cast"};
+    if (kinds.count(node.kind) == 0 || node.outputs.size() != 1 || !node.branches.empty()) return false;
+    for (const std::string& name : node.inputs) {
+        if (initializers.count(name) == 0 && constants.count(name) == 0) return false;
+    }
+    return !node.inputs.empty();
 }
 
 }  // namespace
 
-std::vector<ExternalTensor> external_tensors(const std::byte* data, std::size_t size) {
-    const auto* begin = reinterpret_cast<const std::uint8_t*>(data);
-    Span from{begin, begin + size};
+std::vector<ExternalTensor> external_tensors(std::string_view model) {
     std::vector<ExternalTensor> found;
-    while (from.at != from.end) {
-        const Field field = next(from);
-        if (field.number == 7 && field.is_bytes) graph(field.bytes, found, 0);
+    for (Fields fields(model); fields.next();) {
+        if (fields.is_bytes(kGraph)) collect(fields.bytes(), found, 0);
     }
+    return found;
+}
+
+ConstantPart constant_part(std::string_view model) {
+    std::string frame;  // versions and operator sets
+    std::string_view graph;
+    for (Fields fields(model); fields.next();) {
+        if (fields.is_bytes(kGraph)) {
+            graph = fields.bytes();
+        } else {
+            frame += fields.whole();
+        }
+    }
+    std::map<std::string, std::string_view> initializers;
+    for (Fields fields(graph); fields.next();) {
+        if (fields.is_bytes(kInitializer)) initializers[tensor(fields.bytes()).name] = fields.whole();
+    }
+    std::set<std::string> constants;
+    std::set<std::string> used;
+    std::vector<std::pair<std::string, std::string>> factors;  // of products
+    std::string inner = bytes_field(2, "constants");
+    for (Fields fields(graph); fields.next();) {
+        if (!fields.is_bytes(kNode)) continue;
+        const Node each = node(fields.bytes());
+        if (!is_foldable(each, initializers, constants)) continue;
+        constants.insert(each.outputs.front());
+        if (each.kind == "Mul") factors.emplace_back(each.outputs.front(), each.inputs.front());
+        used.insert(each.inputs.begin(), each.inputs.end());
+        inner += fields.whole();
+    }
+    for (const std::string& name : used) {
+        const auto each = initializers.find(name);
+        if (each != initializers.end()) inner += each->second;
+    }
+    std::map<std::string, bool> reads;
+    readers(graph, reads, constants, 0);
+    for (const auto& [name, from] : factors) {  // a product by one is dropped, and then its factor is what is read
+        const auto reader = reads.find(name);
+        if (reader != reads.end()) reads.insert({from, reader->second});
+    }
+    ConstantPart found;
+    for (const std::string& name : constants) {
+        const auto reader = reads.find(name);
+        if (reader == reads.end() || reader->second) continue;
+        inner += bytes_field(kOutput, bytes_field(1, name));
+        found.outputs.push_back(name);
+    }
+    if (!found.outputs.empty()) found.model = frame + bytes_field(kGraph, inner);
     return found;
 }
 

@@ -42,13 +42,22 @@ class Runtime {
     Owner<OrtEnv> env_;
     Owner<OrtMemoryInfo> memory_;
     std::map<std::string, Owner<OrtValue>> weights_;  // by name: over the mapped file
+    struct Constant {
+        std::vector<std::byte> bytes;
+        Owner<OrtValue> value;
+    };
+    std::map<std::string, Constant> constants_;  // by content: that graphs compute from constants
     Owner<OrtPrepackedWeightsContainer> prepacked_;
     std::vector<std::unique_ptr<Graph>> graphs_;
 
     [[nodiscard]] bool wanted(Kind kind) const noexcept;
+    [[nodiscard]] Owner<OrtSessionOptions> session_options(const std::string& path) const;
     [[nodiscard]] std::unique_ptr<Graph> open(const GraphEntry& entry);
     // Gives the session all weights of a graph, each as a view of the mapped file.
-    void share_weights(OrtSessionOptions* options, const Mapping& graph, const std::string& path);
+    void share_weights(OrtSessionOptions* options, std::string_view graph, const std::string& path);
+    // Gives it what it would compute from constants alone.
+    void share_constants(OrtSessionOptions* options, std::string_view graph, const std::string& path);
+    [[nodiscard]] OrtValue* constant(Owner<OrtValue> value);
     [[nodiscard]] OrtValue* weight(const struct ExternalTensor& place, const std::string& path);
 };
 

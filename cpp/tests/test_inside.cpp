@@ -67,9 +67,7 @@ TEST_CASE("digests") {
 }
 
 TEST_CASE("what is no ONNX graph is refused") {
-    const auto read = [](const std::string& bytes) {
-        return core::external_tensors(reinterpret_cast<const std::byte*>(bytes.data()), bytes.size());
-    };
+    const auto read = [](std::string_view bytes) { return core::external_tensors(bytes); };
     CHECK(read("").empty());
     CHECK(read(std::string("\x3a\x00", 2)).empty());                 // an empty graph
     CHECK_THROWS_AS(read("\x3a\x05"), core::Error);                  // cut off
