@@ -19,12 +19,16 @@ namespace {
 using Json = nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
-double since(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
+double since(Clock::time_point began) {
+    return std::chrono::duration<double>(Clock::now() - began).count();
+}
 
 double cpu_seconds() {
     rusage usage{};
     getrusage(RUSAGE_SELF, &usage);
-    const auto seconds = [](const timeval& time) { return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) / 1e6; };
+    const auto seconds = [](const timeval& time) {
+        return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) / 1e6;
+    };
     return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
@@ -34,7 +38,8 @@ Json memory() {
     Json found;
     for (std::string name; file >> name;) {
         long kilobytes = 0;
-        if ((name == "Pss:" || name == "Anonymous:") && file >> kilobytes) found[name.substr(0, name.size() - 1)] = kilobytes;
+        if ((name == "Pss:" || name == "Anonymous:") && file >> kilobytes)
+            found[name.substr(0, name.size() - 1)] = kilobytes;
     }
     return found;
 }
@@ -81,13 +86,15 @@ class Bench {
         return found;
     }
 
-    // Of `batch` prompts of `length` tokens: the first step, which computes them, less a decode step; and a decode step.
+    // Of `batch` prompts of `length` tokens: the first step, which computes them, less a decode step; and a decode
+    // step.
     Json step(const Json& asked) {
         const auto batch = asked["batch"].get<int32_t>();
         const auto tokens = asked["tokens"].get<int64_t>();
         l2a::Engine engine = this->engine(asked, batch);
         for (int32_t row = 0; row < batch; ++row) {
-            (void)engine.submit(prompt(asked["length"].get<std::size_t>()), options(asked.value("budget", 1.0), tokens + 8));
+            (void)engine.submit(prompt(asked["length"].get<std::size_t>()),
+                                options(asked.value("budget", 1.0), tokens + 8));
         }
         const auto began = Clock::now();
         engine.step();

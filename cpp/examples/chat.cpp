@@ -1,5 +1,6 @@
-// A chat on token ids: an example application, not a tool. Each line of the input is a prompt, as ids that end in <think>
-// (it is added where it is missing), or `:budget X` for those that follow. Tokens are printed as they are written.
+// A chat on token ids: an example application, not a tool. Each line of the input is a prompt, as ids that end in
+// <think> (it is added where it is missing), or `:budget X` for those that follow. Tokens are printed as they are
+// written.
 //
 //     l2a_chat BUNDLE [BUDGET | auto COSTS.json]
 #include <cstdlib>

@@ -53,14 +53,22 @@ l2a_status* l2a_engine_create(l2a_runtime* runtime, const l2a_engine_options* op
     });
 }
 
-void l2a_engine_free(l2a_engine* engine) { delete engine; }
+void l2a_engine_free(l2a_engine* engine) {
+    delete engine;
+}
 
 void l2a_request_options_init(l2a_request_options* options) {
     if (options == nullptr) return;
     const l2a::core::Limits limits;
-    *options = {sizeof(l2a_request_options), budget_of(l2a::core::Budget{}), limits.max_think_tokens,
-                limits.max_answer_tokens,    limits.tau_threshold,     0.0,
-                0,                           1.0,                      0};
+    *options = {sizeof(l2a_request_options),
+                budget_of(l2a::core::Budget{}),
+                limits.max_think_tokens,
+                limits.max_answer_tokens,
+                limits.tau_threshold,
+                0.0,
+                0,
+                1.0,
+                0};
 }
 
 l2a_status* l2a_engine_submit(l2a_engine* engine, const int64_t* prompt, size_t size,
@@ -72,10 +80,10 @@ l2a_status* l2a_engine_submit(l2a_engine* engine, const int64_t* prompt, size_t 
         std::vector<std::int64_t> tokens;
         if (size > 0) tokens.assign(&given(prompt, "prompt"), prompt + size);
         uint64_t& number = given(id, "id");
-        number = given(engine, "engine").engine.submit(
-            std::move(tokens), budget_of(asked.budget),
-            {asked.max_think_tokens, asked.max_answer_tokens, asked.tau_threshold},
-            {asked.temperature, asked.top_k, asked.top_p, asked.seed});
+        number = given(engine, "engine")
+                     .engine.submit(std::move(tokens), budget_of(asked.budget),
+                                    {asked.max_think_tokens, asked.max_answer_tokens, asked.tau_threshold},
+                                    {asked.temperature, asked.top_k, asked.top_p, asked.seed});
     });
 }
 
@@ -149,7 +157,7 @@ l2a_status* l2a_engine_statistics(const l2a_engine* engine, l2a_engine_stats* st
     return l2a::core::guarded([&] {
         const l2a::core::Engine& used = given(engine, "engine").engine;
         l2a::core::write_struct<l2a_engine_stats>({0, used.waiting(), used.running(), used.oldest_seconds(),
-                                             used.cache_bytes(), used.copied_rows(), used.recomputed_rows()},
-                                            stats);
+                                                   used.cache_bytes(), used.copied_rows(), used.recomputed_rows()},
+                                                  stats);
     });
 }

@@ -16,7 +16,9 @@ l2a_status* status_without_memory() noexcept {
     return &only;
 }
 
-std::shared_ptr<const Runtime> runtime_of(const l2a_runtime* runtime) { return given(runtime, "runtime").runtime; }
+std::shared_ptr<const Runtime> runtime_of(const l2a_runtime* runtime) {
+    return given(runtime, "runtime").runtime;
+}
 
 }  // namespace l2a::core
 
@@ -37,19 +39,26 @@ const l2a::core::Graph& known_graph(const l2a_runtime* runtime, std::size_t grap
 
 }  // namespace
 
-uint32_t l2a_abi_version(void) { return L2A_ABI_VERSION; }
-const char* l2a_version(void) { return L2A_VERSION; }
+uint32_t l2a_abi_version(void) {
+    return L2A_ABI_VERSION;
+}
+const char* l2a_version(void) {
+    return L2A_VERSION;
+}
 
-l2a_code l2a_status_code(const l2a_status* status) { return status == nullptr ? L2A_OK : status->code; }
-const char* l2a_status_message(const l2a_status* status) { return status == nullptr ? "" : status->message.c_str(); }
+l2a_code l2a_status_code(const l2a_status* status) {
+    return status == nullptr ? L2A_OK : status->code;
+}
+const char* l2a_status_message(const l2a_status* status) {
+    return status == nullptr ? "" : status->message.c_str();
+}
 void l2a_status_free(l2a_status* status) {
     if (status != l2a::core::status_without_memory()) delete status;
 }
 
 void l2a_runtime_options_init(l2a_runtime_options* options) {
     if (options == nullptr) return;
-    *options = {sizeof(l2a_runtime_options), 0, L2A_CONTRACT_CAP,
-                L2A_GRAPH_IF | L2A_GRAPH_VARIANTS | L2A_GRAPH_ROUTER};
+    *options = {sizeof(l2a_runtime_options), 0, L2A_CONTRACT_CAP, L2A_GRAPH_IF | L2A_GRAPH_VARIANTS | L2A_GRAPH_ROUTER};
 }
 
 l2a_status* l2a_verify(const char* folder) {
@@ -67,13 +76,16 @@ l2a_status* l2a_runtime_open(const char* folder, const l2a_runtime_options* opti
             l2a::core::config_error("contract must be L2A_CONTRACT_CAP or L2A_CONTRACT_MEAN");
         }
         const l2a::core::RuntimeOptions found{
-            asked.threads, asked.contract == L2A_CONTRACT_CAP ? l2a::core::Contract::cap : l2a::core::Contract::mean, asked.graphs};
+            asked.threads, asked.contract == L2A_CONTRACT_CAP ? l2a::core::Contract::cap : l2a::core::Contract::mean,
+            asked.graphs};
         auto made = std::make_shared<const l2a::core::Runtime>(&given(folder, "folder"), found);
         *out = new l2a_runtime{std::move(made)};
     });
 }
 
-void l2a_runtime_free(l2a_runtime* runtime) { delete runtime; }
+void l2a_runtime_free(l2a_runtime* runtime) {
+    delete runtime;
+}
 
 const char* l2a_runtime_manifest(const l2a_runtime* runtime) {
     return runtime == nullptr ? "" : runtime->runtime->bundle().text.c_str();
@@ -83,10 +95,10 @@ l2a_status* l2a_runtime_model(const l2a_runtime* runtime, l2a_model_info* info) 
     return l2a::core::guarded([&] {
         const l2a::core::Manifest& manifest = given(runtime, "runtime").runtime->manifest();
         const l2a::core::Tags& tags = manifest.tags;
-        l2a::core::write_struct<l2a_model_info>({0, manifest.shape.num_layers, manifest.shape.num_groups,
-                                           manifest.shape.vocab_size, manifest.positions, tags.think, tags.end_think,
-                                           tags.answer, tags.end_answer},
-                                          info);
+        l2a::core::write_struct<l2a_model_info>(
+            {0, manifest.shape.num_layers, manifest.shape.num_groups, manifest.shape.vocab_size, manifest.positions,
+             tags.think, tags.end_think, tags.answer, tags.end_answer},
+            info);
     });
 }
 

@@ -24,8 +24,12 @@ l2a::core::Work work_of(const l2a_work& work) {
             static_cast<double>(work.rows)};
 }
 
-std::optional<double> known(double value) { return std::isnan(value) ? std::nullopt : std::optional<double>(value); }
-double plain(std::optional<double> value) { return value.value_or(std::numeric_limits<double>::quiet_NaN()); }
+std::optional<double> known(double value) {
+    return std::isnan(value) ? std::nullopt : std::optional<double>(value);
+}
+double plain(std::optional<double> value) {
+    return value.value_or(std::numeric_limits<double>::quiet_NaN());
+}
 
 char* reasons_of(const std::vector<l2a::core::Term>& terms) {
     l2a::core::Json list = l2a::core::Json::array();
@@ -51,7 +55,9 @@ l2a_status* l2a_selector_create(const char* policy, const char* costs, l2a_selec
     });
 }
 
-void l2a_selector_free(l2a_selector* selector) { delete selector; }
+void l2a_selector_free(l2a_selector* selector) {
+    delete selector;
+}
 
 l2a_status* l2a_selector_decide(const l2a_selector* selector, const char* tier, const l2a_reading* readings,
                                 size_t size, const l2a_work* work, const l2a_work* urgent,
@@ -64,10 +70,11 @@ l2a_status* l2a_selector_decide(const l2a_selector* selector, const char* tier, 
         }
         const l2a::core::Work asked = work_of(given(work, "work"));
         const l2a::core::SelectorState before =
-            state == nullptr ? l2a::core::SelectorState{} : l2a::core::SelectorState{known(state->budget), known(state->since)};
+            state == nullptr ? l2a::core::SelectorState{}
+                             : l2a::core::SelectorState{known(state->budget), known(state->since)};
         const l2a::core::Decision found =
             l2a::core::select(given(selector, "selector").steps, values, asked, selector->policy, before, now,
-                        tier == nullptr ? "default" : tier, urgent == nullptr ? asked : work_of(*urgent));
+                              tier == nullptr ? "default" : tier, urgent == nullptr ? asked : work_of(*urgent));
         const l2a::core::Budget& budget = found.budget;
         l2a::core::write_struct<l2a_decision>(
             {0,
@@ -81,4 +88,6 @@ l2a_status* l2a_selector_decide(const l2a_selector* selector, const char* tier, 
     });
 }
 
-void l2a_text_free(char* text) { std::free(text); }
+void l2a_text_free(char* text) {
+    std::free(text);
+}

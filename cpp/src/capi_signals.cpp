@@ -20,7 +20,9 @@ l2a_status* l2a_signals_create(const char* root, const char* gpu, l2a_signals** 
     });
 }
 
-void l2a_signals_free(l2a_signals* signals) { delete signals; }
+void l2a_signals_free(l2a_signals* signals) {
+    delete signals;
+}
 
 l2a_status* l2a_signals_read(l2a_signals* signals, const l2a_reading** readings, size_t* size) {
     return l2a::core::guarded([&] {

@@ -145,8 +145,8 @@ Told told_of(const Budget& budget, const CostModel& cost, const Shape& shape, co
     const std::int64_t stem_heads = stem * shape.num_groups;
     const std::int64_t stem_units = stem * cost.layer_units() + stem_heads * cost.group_units();
     if (cost.limit(budget.compute) < stem_units) {
-        budget_error("compute budget " + std::to_string(budget.compute) + " is below what the " +
-                     std::to_string(stem) + " always-on layers cost; raise it");
+        budget_error("compute budget " + std::to_string(budget.compute) + " is below what the " + std::to_string(stem) +
+                     " always-on layers cost; raise it");
     }
     if (budget.layers && *budget.layers < stem) {
         budget_error("layer cap " + std::to_string(*budget.layers) + " is below the " + std::to_string(stem) +
@@ -159,8 +159,8 @@ Told told_of(const Budget& budget, const CostModel& cost, const Shape& shape, co
     Told told;
     told.compute = static_cast<float>(budget.compute);
     if (budget.think_tokens) {
-        told.share = static_cast<float>(std::min(
-            1.0, static_cast<double>(*budget.think_tokens) / static_cast<double>(rules.think_reference)));
+        told.share = static_cast<float>(
+            std::min(1.0, static_cast<double>(*budget.think_tokens) / static_cast<double>(rules.think_reference)));
     }
     told.units = (contract == Contract::cap ? cost.limit(budget.compute) : cost.dense_units()) - stem_units;
     told.layers = budget.layers.value_or(shape.num_layers) - stem;

@@ -33,7 +33,9 @@ struct Budget {
     [[nodiscard]] Budget tighter(const Budget& other) const;
 };
 bool operator==(const Budget& one, const Budget& other);
-inline bool operator!=(const Budget& one, const Budget& other) { return !(one == other); }
+inline bool operator!=(const Budget& one, const Budget& other) {
+    return !(one == other);
+}
 
 using Widths = std::vector<std::int64_t>;  // kept KV groups of each layer; 0: the layer is skipped
 

@@ -15,8 +15,8 @@ std::vector<std::size_t> Engine::fitting(const Budget& budget) const {
 }
 
 const Graph* Engine::graph_of(const Widths& kept) const {
-    const auto found = std::find_if(graphs_.begin(), graphs_.end(),
-                                    [&](const Graph* graph) { return graph->entry().widths == kept; });
+    const auto found =
+        std::find_if(graphs_.begin(), graphs_.end(), [&](const Graph* graph) { return graph->entry().widths == kept; });
     if (found == graphs_.end()) throw Error(L2A_ERROR_INTERNAL, "a request has an allocation that no variant has");
     return *found;
 }
@@ -41,9 +41,8 @@ Widths Engine::fixed(const Request& request, const Budget& budget, Told told) {
     const Manifest& manifest = runtime_->manifest();
     const std::vector<std::size_t> fit = fitting(budget);
     const GraphEntry& largest = manifest.graphs[fit.front()];
-    const auto same = std::count_if(fit.begin(), fit.end(), [&](std::size_t place) {
-        return manifest.graphs[place].budget == largest.budget;
-    });
+    const auto same = std::count_if(fit.begin(), fit.end(),
+                                    [&](std::size_t place) { return manifest.graphs[place].budget == largest.budget; });
     if (same == 1) return largest.widths;
     told.compute = static_cast<float>(largest.budget);
     route(request, told);

@@ -79,9 +79,9 @@ std::vector<std::string> Graph::names(bool inputs) const {
     std::vector<std::string> found;
     for (std::size_t place = 0; place < count; ++place) {
         char* name = nullptr;
-        ort_.check((inputs ? ort_->SessionGetInputName : ort_->SessionGetOutputName)(session_.get(), place, allocator,
-                                                                                    &name),
-                   path_);
+        ort_.check(
+            (inputs ? ort_->SessionGetInputName : ort_->SessionGetOutputName)(session_.get(), place, allocator, &name),
+            path_);
         found.emplace_back(name);
         ort_.check(ort_->AllocatorFree(allocator, name), path_);
     }

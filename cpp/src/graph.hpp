@@ -64,7 +64,7 @@ class Graph {
     std::int64_t layers_;
     std::int64_t vocabulary_;
     std::vector<CacheInput> caches_;
-    std::vector<std::string> inputs_;   // besides the caches, in the order they are given
+    std::vector<std::string> inputs_;  // besides the caches, in the order they are given
     std::vector<std::string> outputs_;
     bool narrow_ = false;
 

@@ -6,7 +6,7 @@
 namespace l2a::core {
 namespace {
 
-constexpr std::size_t kDeepest = 32;   // levels of objects and lists
+constexpr std::size_t kDeepest = 32;  // levels of objects and lists
 constexpr std::size_t kMostShown = 100;
 constexpr std::size_t kLongestLine = 255;
 

@@ -13,8 +13,8 @@ namespace l2a::core {
 
 using Json = nlohmann::json;
 
-// Parses UTF-8 text. Refuses: a byte order mark, a key twice in an object, integers beyond 64 bits, numbers that are not
-// finite, text that is not Unicode, and more than 32 levels of objects and lists. Throws std::invalid_argument.
+// Parses UTF-8 text. Refuses: a byte order mark, a key twice in an object, integers beyond 64 bits, numbers that are
+// not finite, text that is not Unicode, and more than 32 levels of objects and lists. Throws std::invalid_argument.
 Json parse_json(std::string_view text);
 
 // As a message shows a value: a long one is cut.

@@ -29,8 +29,8 @@ struct ConstantPart {
     std::vector<std::string> outputs;  // names that the rest of the graph reads
 };
 
-// The part of a graph's outermost nodes that ONNX Runtime folds as it opens the graph, without what matrices are made of:
-// those are packed, and not kept. Throws as above.
+// The part of a graph's outermost nodes that ONNX Runtime folds as it opens the graph, without what matrices are made
+// of: those are packed, and not kept. Throws as above.
 ConstantPart constant_part(std::string_view model);
 
 }  // namespace l2a::core

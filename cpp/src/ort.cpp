@@ -38,13 +38,18 @@ std::size_t element_bytes(int type) noexcept {
     switch (type) {
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL: return 1;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL:
+            return 1;
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return 2;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+            return 2;
         case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32: return 4;
-        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return 8;
-        default: return 0;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
+            return 4;
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+            return 8;
+        default:
+            return 0;
     }
 }
 

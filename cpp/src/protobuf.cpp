@@ -37,15 +37,22 @@ bool Fields::next() {
     number_ = key >> 3;
     is_bytes_ = (key & 7) == 2;
     switch (key & 7) {
-        case 0: value_ = take_varint(rest_); break;
-        case 1: take(rest_, 8); break;
+        case 0:
+            value_ = take_varint(rest_);
+            break;
+        case 1:
+            take(rest_, 8);
+            break;
         case 2: {
             const std::uint64_t size = take_varint(rest_);
             bytes_ = take(rest_, size);
             break;
         }
-        case 5: take(rest_, 4); break;
-        default: bundle_error("not an ONNX graph: an unknown kind of field");
+        case 5:
+            take(rest_, 4);
+            break;
+        default:
+            bundle_error("not an ONNX graph: an unknown kind of field");
     }
     whole_ = from.substr(0, from.size() - rest_.size());
     return true;

@@ -33,8 +33,7 @@ class Reasoning {
     std::int64_t advance(std::int64_t proposed, bool stop) {
         if (stage == Stage::think) {
             const bool full = static_cast<std::int64_t>(think.size()) >= cap;
-            const bool tag =
-                proposed == tags_.end_think || proposed == tags_.answer || proposed == tags_.end_answer;
+            const bool tag = proposed == tags_.end_think || proposed == tags_.answer || proposed == tags_.end_answer;
             if (!tag && !full && !stop) {
                 think.push_back(proposed);
                 return proposed;

@@ -86,8 +86,8 @@ void Runtime::share_weights(OrtSessionOptions* options, std::string_view graph, 
     }
 }
 
-// ONNX Runtime folds what depends on constants alone, such as rotary tables, once for each graph, and keeps a copy each.
-// Here it is computed once, by ONNX Runtime too, and given under the names that the folded values will have.
+// ONNX Runtime folds what depends on constants alone, such as rotary tables, once for each graph, and keeps a copy
+// each. Here it is computed once, by ONNX Runtime too, and given under the names that the folded values will have.
 void Runtime::share_constants(OrtSessionOptions* options, std::string_view graph, const std::string& path) {
     const ConstantPart part = constant_part(graph);
     if (part.outputs.empty()) return;

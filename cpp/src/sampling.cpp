@@ -112,7 +112,9 @@ std::uint64_t Pcg64::next() {
     return (folded >> turn) | (folded << ((64 - turn) & 63));
 }
 
-double Pcg64::uniform() { return static_cast<double>(next() >> 11) * 0x1.0p-53; }
+double Pcg64::uniform() {
+    return static_cast<double>(next() >> 11) * 0x1.0p-53;
+}
 
 std::int64_t Sampler::token(const float* logits, std::size_t size) {
     if (settings_.temperature == 0) return std::max_element(logits, logits + size) - logits;
@@ -129,7 +131,8 @@ std::int64_t Sampler::token(const float* logits, std::size_t size) {
         normalize(weights);
     }
     const std::vector<double> upto = sums(weights);
-    const auto place = static_cast<std::size_t>(std::upper_bound(upto.begin(), upto.end(), draw_.uniform()) - upto.begin());
+    const auto place =
+        static_cast<std::size_t>(std::upper_bound(upto.begin(), upto.end(), draw_.uniform()) - upto.begin());
     return static_cast<std::int64_t>(order[std::min(place, upto.size() - 1)]);
 }
 

@@ -23,14 +23,16 @@ std::optional<double> reading(const Readings& readings, const std::string& name)
 
 // The largest step of at most `budget`, else the smallest of all.
 const CostStep& below(const CostSteps& steps, double budget) {
-    const auto found = std::find_if(steps.begin(), steps.end(), [&](const auto& step) { return step.budget <= budget; });
+    const auto found =
+        std::find_if(steps.begin(), steps.end(), [&](const auto& step) { return step.budget <= budget; });
     return found == steps.end() ? steps.back() : *found;
 }
 
 // Budget of the largest step that takes no longer than `room`, else of the smallest of all.
 template <typename Seconds>
 double largest(const CostSteps& steps, Seconds seconds, double room) {
-    const auto found = std::find_if(steps.begin(), steps.end(), [&](const auto& step) { return seconds(step) <= room; });
+    const auto found =
+        std::find_if(steps.begin(), steps.end(), [&](const auto& step) { return seconds(step) <= room; });
     return found == steps.end() ? steps.back().budget : found->budget;
 }
 
@@ -47,7 +49,8 @@ double bucket(const CostSteps& steps, const Work& work, double room, std::int64_
 // One selection: what is asked, and the terms so far.
 class Selection {
   public:
-    Selection(const CostSteps& steps, const Readings& readings, const Work& work, const Policy& policy, const Tier& rule)
+    Selection(const CostSteps& steps, const Readings& readings, const Work& work, const Policy& policy,
+              const Tier& rule)
         : steps_(steps),
           readings_(readings),
           work_(work),
@@ -69,8 +72,7 @@ class Selection {
         if (policy_.tpot_seconds > 0) {
             const double found = largest(
                 steps_, [&](const auto& step) { return step.step_seconds(work_.rows); }, policy_.tpot_seconds * free_);
-            add({"pace", found,
-                 text(work_.rows) + " rows, a token in " + text(policy_.tpot_seconds) + " s each"});
+            add({"pace", found, text(work_.rows) + " rows, a token in " + text(policy_.tpot_seconds) + " s each"});
         }
         if (policy_.kind != Policy::Kind::slack) pressure();
     }
@@ -78,7 +80,8 @@ class Selection {
     // The largest step that fits into what is left. False where not even the smallest does.
     bool memory() {
         double room = kInfinite;
-        for (const std::string& name : policy_.memories) room = std::min(room, reading(readings_, name).value_or(kInfinite));
+        for (const std::string& name : policy_.memories)
+            room = std::min(room, reading(readings_, name).value_or(kInfinite));
         if (room == kInfinite) return true;
         const double left = room - policy_.memory_reserve_bytes;
         const double tokens = work_.rows * (work_.prompt_tokens + work_.new_tokens);
@@ -92,7 +95,8 @@ class Selection {
 
     // A squeeze acts on its own axis: what its term's step has of it.
     [[nodiscard]] std::optional<std::int64_t> cap(const std::string& name, std::int64_t CostStep::*count) const {
-        const auto found = std::find_if(terms.begin(), terms.end(), [&](const Term& term) { return name == term.name; });
+        const auto found =
+            std::find_if(terms.begin(), terms.end(), [&](const Term& term) { return name == term.name; });
         if (found == terms.end() || !(found->budget < ceiling_)) return std::nullopt;
         return below(steps_, found->budget).*count;
     }
@@ -114,11 +118,15 @@ class Selection {
     // The largest step that is done within `room`: short reasoning comes before less compute.
     template <typename Seconds>
     void timed(const char* name, std::string reason, const Work& work, double room, Seconds seconds) {
-        Term term{name, largest(steps_, [&](const auto& step) { return seconds(step, work); }, room), std::move(reason)};
+        Term term{name,
+                  largest(
+                      steps_, [&](const auto& step) { return seconds(step, work); }, room),
+                  std::move(reason)};
         if (term.budget < ceiling_ && policy_.short_share < 1 && work.think_tokens != 0) {
             Work brief = work;
             brief.new_tokens -= work.think_tokens * (1 - policy_.short_share);
-            term.budget = largest(steps_, [&](const auto& step) { return seconds(step, brief); }, room);
+            term.budget = largest(
+                steps_, [&](const auto& step) { return seconds(step, brief); }, room);
             term.is_short = true;
         }
         add(std::move(term));
@@ -203,7 +211,8 @@ Decision select(const CostSteps& steps, const Readings& readings, const Work& wo
     found.budget.compute = step.budget;
     found.budget.layers = selection.cap("memory", &CostStep::layers);
     found.budget.heads = selection.cap("pressure", &CostStep::heads);
-    if (is_short) found.budget.think_tokens = static_cast<std::int64_t>(std::floor(work.think_tokens * policy.short_share));
+    if (is_short)
+        found.budget.think_tokens = static_cast<std::int64_t>(std::floor(work.think_tokens * policy.short_share));
     found.state.budget = step.budget;
     found.terms = std::move(selection.terms);
     return found;

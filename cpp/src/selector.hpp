@@ -1,5 +1,6 @@
-// What to run now: a pure function of the readings, the cost table, the policy and the state before. The rules are those
-// of docs/selector.md, checked by tests/golden/selection_cases.json. Nothing here reads a clock, a file or a device.
+// What to run now: a pure function of the readings, the cost table, the policy and the state before. The rules are
+// those of docs/selector.md, checked by tests/golden/selection_cases.json. Nothing here reads a clock, a file or a
+// device.
 #pragma once
 
 #include <map>
@@ -38,8 +39,8 @@ struct Decision {
     [[nodiscard]] const Term& binding() const;
 };
 
-// `steps` is not empty and falls. `urgent` is what is left of the request that has request.seconds_left. Throws a config
-// error where the policy has no such tier.
+// `steps` is not empty and falls. `urgent` is what is left of the request that has request.seconds_left. Throws a
+// config error where the policy has no such tier.
 Decision select(const CostSteps& steps, const Readings& readings, const Work& work, const Policy& policy,
                 const SelectorState& state, double now, const std::string& tier, const Work& urgent);
 

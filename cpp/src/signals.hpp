@@ -13,7 +13,7 @@ namespace l2a::core {
 struct Reading {
     const char* name;  // constants, as is the unit
     const char* unit;
-    double value;      // NaN where it is not available
+    double value;  // NaN where it is not available
     std::string why;
 };
 

@@ -79,7 +79,9 @@ double used(const std::string& level, const std::string& name, const std::string
     return std::max(0.0, number_in(level + "/" + name) - (back == stat.end() ? 0.0 : back->second));
 }
 
-std::string folder_of(const std::string& path) { return path.substr(0, path.rfind('/')); }
+std::string folder_of(const std::string& path) {
+    return path.substr(0, path.rfind('/'));
+}
 
 // Groups around this one may be nearer to their limit than this one to its own.
 double left(const Levels& levels, const std::string& limit, const std::string& current,
@@ -138,7 +140,8 @@ class Cgroup : public Source {
         if (is_file(mount + "/cgroup.controllers")) {
             version_2(into, levels(mount, groups[""], why));
         } else {
-            version_1(into, levels(mount + "/memory", groups["memory"], why), levels(mount + "/cpu", groups["cpu"], why));
+            version_1(into, levels(mount + "/memory", groups["memory"], why),
+                      levels(mount + "/cpu", groups["cpu"], why));
         }
     }
 
@@ -184,9 +187,8 @@ class Cgroup : public Source {
     static void version_2(std::vector<Reading>& into, const Found& at) {
         add(into, "cgroup.memory_limit", "bytes", [&] { return least(at.get(), "memory.max"); });
         add(into, "cgroup.memory_high", "bytes", [&] { return least(at.get(), "memory.high"); });
-        add(into, "cgroup.memory_used", "bytes", [&] {
-            return used(folder_of(first(at.get(), "memory.current")), "memory.current", "inactive_file");
-        });
+        add(into, "cgroup.memory_used", "bytes",
+            [&] { return used(folder_of(first(at.get(), "memory.current")), "memory.current", "inactive_file"); });
         add(into, "cgroup.memory_available", "bytes",
             [&] { return left(at.get(), "memory.max", "memory.current", "inactive_file"); });
         add(into, "cgroup.memory_hits", "count", [&] {
@@ -220,6 +222,8 @@ class Cgroup : public Source {
 
 }  // namespace
 
-std::unique_ptr<Source> cgroup_source(const std::string& root) { return std::make_unique<Cgroup>(root); }
+std::unique_ptr<Source> cgroup_source(const std::string& root) {
+    return std::make_unique<Cgroup>(root);
+}
 
 }  // namespace l2a::core

@@ -87,6 +87,8 @@ class Gpu : public Source {
 
 }  // namespace
 
-std::unique_ptr<Source> gpu_source(const std::string& device) { return std::make_unique<Gpu>(device); }
+std::unique_ptr<Source> gpu_source(const std::string& device) {
+    return std::make_unique<Gpu>(device);
+}
 
 }  // namespace l2a::core

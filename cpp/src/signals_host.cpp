@@ -13,7 +13,9 @@
 namespace l2a::core {
 namespace {
 
-double cores() { return static_cast<double>(std::max(1L, sysconf(_SC_NPROCESSORS_ONLN))); }
+double cores() {
+    return static_cast<double>(std::max(1L, sysconf(_SC_NPROCESSORS_ONLN)));
+}
 
 class Host : public Source {
   public:
@@ -91,8 +93,7 @@ class Pressure : public Source {
 
 }  // namespace
 
-void Source::add(std::vector<Reading>& into, const char* name, const char* unit,
-                 const std::function<double()>& value) {
+void Source::add(std::vector<Reading>& into, const char* name, const char* unit, const std::function<double()>& value) {
     try {
         into.push_back({name, unit, value(), {}});
     } catch (const std::exception& error) {
@@ -100,8 +101,12 @@ void Source::add(std::vector<Reading>& into, const char* name, const char* unit,
     }
 }
 
-std::unique_ptr<Source> host_source(const std::string& root) { return std::make_unique<Host>(root); }
-std::unique_ptr<Source> pressure_source(const std::string& root) { return std::make_unique<Pressure>(root); }
+std::unique_ptr<Source> host_source(const std::string& root) {
+    return std::make_unique<Host>(root);
+}
+std::unique_ptr<Source> pressure_source(const std::string& root) {
+    return std::make_unique<Pressure>(root);
+}
 
 std::vector<std::string> lines_of(const std::string& path) {
     std::ifstream file(path);

@@ -73,7 +73,9 @@ inline std::vector<Case> of(const std::string& bundle, bool variants) {
     return found;
 }
 
-inline std::string folder(const std::string& bundle) { return std::string(L2A_CASES) + "/" + bundle; }
+inline std::string folder(const std::string& bundle) {
+    return std::string(L2A_CASES) + "/" + bundle;
+}
 
 inline l2a::Runtime open(const std::string& bundle) {
     l2a::RuntimeOptions options;
@@ -95,8 +97,8 @@ class Running {
         : asked_(&asked), request_(engine.submit(asked.prompt, asked.options)) {}
     // Changes the budget where it is time to. Returns whether it is done.
     bool follow() {
-        while (next_ < asked_->changes.size() &&
-               request_.tokens().size() >= asked_->changes[next_].after && !request_.done()) {
+        while (next_ < asked_->changes.size() && request_.tokens().size() >= asked_->changes[next_].after &&
+               !request_.done()) {
             request_.set_budget(l2a::budget(asked_->changes[next_++].compute));
         }
         return request_.done();

@@ -71,14 +71,16 @@ TEST_CASE("a whole bundle, and what its manifest says") {
 }
 
 TEST_CASE("files that are missing, changed, or somewhere else") {
-    CHECK(has([] {
-        try {
-            l2a::verify("/no/such/folder");
-        } catch (const l2a::Error& error) {
-            return std::string(error.what());
-        }
-        return std::string();
-    }(), "no such folder"));
+    CHECK(has(
+        [] {
+            try {
+                l2a::verify("/no/such/folder");
+            } catch (const l2a::Error& error) {
+                return std::string(error.what());
+            }
+            return std::string();
+        }(),
+        "no such folder"));
     const Copy missing;
     fs::remove(missing.folder / "if.onnx");
     CHECK(has(missing.error(), "if.onnx: the file is missing"));
@@ -119,7 +121,10 @@ TEST_CASE("manifests that are almost right") {
         {"multiple of num_groups", [](Json& it) { it["shape"]["num_heads"] = 7; }},
         {"64 bits", [](Json& it) { it["shape"]["hidden_size"] = 1LL << 62; }},
         {"end with all", [](Json& it) { it["widths"] = {1}; }},
-        {"budgets must ascend", [](Json& it) { it["prices"] = {{0.5, 1.0}, {0.5, 2.0}}; }},
+        {"budgets must ascend",
+         [](Json& it) {
+             it["prices"] = {{0.5, 1.0}, {0.5, 2.0}};
+         }},
         {"not a path inside", [](Json& it) { it["files"]["../x"] = it["files"]["if.onnx"]; }},
         {"not a path inside", [](Json& it) { it["files"]["manifest.json"] = it["files"]["if.onnx"]; }},
         {"64 hexadecimal digits", [](Json& it) { it["files"]["if.onnx"]["sha256"] = "A"; }},

@@ -69,10 +69,10 @@ TEST_CASE("digests") {
 TEST_CASE("what is no ONNX graph is refused") {
     const auto read = [](std::string_view bytes) { return core::external_tensors(bytes); };
     CHECK(read("").empty());
-    CHECK(read(std::string("\x3a\x00", 2)).empty());                 // an empty graph
-    CHECK_THROWS_AS(read("\x3a\x05"), core::Error);                  // cut off
+    CHECK(read(std::string("\x3a\x00", 2)).empty());  // an empty graph
+    CHECK_THROWS_AS(read("\x3a\x05"), core::Error);   // cut off
     CHECK_THROWS_AS(read("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"), core::Error);
-    CHECK_THROWS_AS(read("\x3b"), core::Error);                      // a group, which ONNX has not
+    CHECK_THROWS_AS(read("\x3b"), core::Error);  // a group, which ONNX has not
 }
 
 TEST_SUITE_END();

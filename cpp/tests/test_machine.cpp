@@ -17,8 +17,12 @@ double number(const Json& value) {
     return value == "inf" ? std::numeric_limits<double>::infinity() : value.get<double>();
 }
 
-Json cap(int64_t value) { return value == -1 ? Json(nullptr) : Json(value); }
-Json known(double value) { return std::isnan(value) ? Json(nullptr) : Json(value); }
+Json cap(int64_t value) {
+    return value == -1 ? Json(nullptr) : Json(value);
+}
+Json known(double value) {
+    return std::isnan(value) ? Json(nullptr) : Json(value);
+}
 
 // A tree of files as another machine has it.
 class Tree {
@@ -86,8 +90,8 @@ TEST_CASE("policies and cost tables that cannot be are refused") {
           R"({"buckets": 0})", R"({"tiers": {"x": {"floor": 0.9, "ceiling": 0.5}}})", R"({"dwell_seconds": "1"})"}) {
         CHECK_THROWS_AS(l2a::Selector(costs, policy), l2a::Error);
     }
-    for (const std::string& table : {std::string("{}"), std::string(R"({"steps": []})"),
-                                     R"({"steps": [)" + step + "," + step + "]}"}) {
+    for (const std::string& table :
+         {std::string("{}"), std::string(R"({"steps": []})"), R"({"steps": [)" + step + "," + step + "]}"}) {
         CHECK_THROWS_AS(l2a::Selector{table}, l2a::Error);
     }
     const l2a::Selector selector(costs);

@@ -2,7 +2,8 @@
  * @file l2a.h
  * @brief C interface of l2a: one bundle, every budget, one copy of the weights.
  *
- * A bundle is what `l2a compress export` writes. A runtime opens it; engines over the runtime generate text as token ids.
+ * A bundle is what `l2a compress export` writes. A runtime opens it; engines over the runtime generate text as token
+ * ids.
  *
  *     bundle folder --l2a_runtime_open--> runtime --l2a_engine_create--> engine --submit, step--> tokens
  *
@@ -13,9 +14,9 @@
  * object belong to one thread at a time; several engines over one runtime run at the same time without a lock between
  * them. Nothing is global.
  *
- * Ownership: what a function gives in `out` is the caller's to free, with the function of the type's name. Pointers that
- * a function returns otherwise belong to the object that was asked, and live until it is freed or as said there. Freeing
- * NULL does nothing. Objects may be freed in any order: an engine keeps its runtime open.
+ * Ownership: what a function gives in `out` is the caller's to free, with the function of the type's name. Pointers
+ * that a function returns otherwise belong to the object that was asked, and live until it is freed or as said there.
+ * Freeing NULL does nothing. Objects may be freed in any order: an engine keeps its runtime open.
  *
  * Structures that begin with struct_size are made by their _init function and may grow at the end in later versions.
  * Units: memory in bytes, times in seconds, budgets as a share of the dense model's compute.
@@ -81,9 +82,9 @@ enum { L2A_CONTRACT_CAP = 0, L2A_CONTRACT_MEAN = 1 };
 
 typedef struct l2a_runtime_options {
     uint32_t struct_size;
-    int32_t threads;    /**< of one operator; 0 (the default) leaves it to ONNX Runtime */
-    int32_t contract;   /**< L2A_CONTRACT_CAP is the default */
-    uint32_t graphs;    /**< of L2A_GRAPH_*; those that the bundle lacks are left out; default all */
+    int32_t threads;  /**< of one operator; 0 (the default) leaves it to ONNX Runtime */
+    int32_t contract; /**< L2A_CONTRACT_CAP is the default */
+    uint32_t graphs;  /**< of L2A_GRAPH_*; those that the bundle lacks are left out; default all */
 } l2a_runtime_options;
 
 L2A_API void l2a_runtime_options_init(l2a_runtime_options* options);
@@ -252,14 +253,14 @@ enum { L2A_STOPPED_BY_MODEL = 0, L2A_STOPPED_BY_CAP = 1, L2A_STOPPED_BY_TAU = 2 
 /** Where a request stands. */
 typedef struct l2a_request_info {
     uint32_t struct_size;
-    int32_t done;        /**< nothing more will be written */
-    int32_t running;     /**< it has a row */
-    int32_t stopped_by;  /**< L2A_STOPPED_BY_* */
-    int32_t error;       /**< l2a_code; L2A_OK where it did not fail */
-    int64_t layers;      /**< that run now, 0 before that is decided */
-    int64_t heads;       /**< KV groups that run now, summed over the layers */
-    double cost;         /**< share of the dense layers' compute that runs now */
-    l2a_budget budget;   /**< what it may spend now */
+    int32_t done;       /**< nothing more will be written */
+    int32_t running;    /**< it has a row */
+    int32_t stopped_by; /**< L2A_STOPPED_BY_* */
+    int32_t error;      /**< l2a_code; L2A_OK where it did not fail */
+    int64_t layers;     /**< that run now, 0 before that is decided */
+    int64_t heads;      /**< KV groups that run now, summed over the layers */
+    double cost;        /**< share of the dense layers' compute that runs now */
+    l2a_budget budget;  /**< what it may spend now */
 } l2a_request_info;
 
 /** Fills the structure, whose struct_size the caller has set to its size. */
@@ -280,12 +281,12 @@ L2A_API l2a_status* l2a_engine_forget(l2a_engine* engine, uint64_t id);
 /** Queue and memory of an engine. */
 typedef struct l2a_engine_stats {
     uint32_t struct_size;
-    int64_t waiting;          /**< requests */
-    int64_t running;          /**< requests that have a row */
-    double oldest_seconds;    /**< since the first of those that wait came */
-    int64_t cache_bytes;      /**< that the caches of all rows may take */
-    int64_t copied_rows;      /**< rows whose keys and values were copied for another row's sake, since the start */
-    int64_t recomputed_rows;  /**< requests that were computed again from their tokens, since the start */
+    int64_t waiting;         /**< requests */
+    int64_t running;         /**< requests that have a row */
+    double oldest_seconds;   /**< since the first of those that wait came */
+    int64_t cache_bytes;     /**< that the caches of all rows may take */
+    int64_t copied_rows;     /**< rows whose keys and values were copied for another row's sake, since the start */
+    int64_t recomputed_rows; /**< requests that were computed again from their tokens, since the start */
 } l2a_engine_stats;
 
 /** Fills the structure, whose struct_size the caller has set to its size. */
@@ -306,8 +307,8 @@ typedef struct l2a_reading {
 } l2a_reading;
 
 /**
- * Sources of this machine: memory and load of the host, pressure (PSI), the control group (version 1 or 2), and a GPU by
- * NVML, whose library is loaded if it is there.
+ * Sources of this machine: memory and load of the host, pressure (PSI), the control group (version 1 or 2), and a GPU
+ * by NVML, whose library is loaded if it is there.
  * @param root of the file system, NULL for "/".
  * @param gpu index, UUID or MIG UUID of the device; NULL for none.
  */
@@ -347,9 +348,9 @@ typedef struct l2a_selector_state {
 typedef struct l2a_decision {
     uint32_t struct_size;
     l2a_budget budget;
-    int64_t step;        /**< its place in the cost table */
-    int32_t admit;       /**< 0 where not even the smallest step fits into memory: wait, or refuse */
-    const char* binding; /**< name of the term that allows least; a constant */
+    int64_t step;             /**< its place in the cost table */
+    int32_t admit;            /**< 0 where not even the smallest step fits into memory: wait, or refuse */
+    const char* binding;      /**< name of the term that allows least; a constant */
     l2a_selector_state state; /**< for the next decision */
 } l2a_decision;
 

@@ -1,6 +1,7 @@
 /**
  * @file l2a.hpp
- * @brief C++17 over l2a.h: owners, exceptions and values. Header-only, so it adds nothing to the interface of the library.
+ * @brief C++17 over l2a.h: owners, exceptions and values. Header-only, so it adds nothing to the interface of the
+ * library.
  *
  *     l2a::Runtime runtime("bundle");
  *     l2a::Engine engine(runtime);
@@ -10,8 +11,8 @@
  *     while (engine.step()) {}
  *     std::vector<int64_t> answer = request.tokens(l2a::Part::answer);
  *
- * Threads and ownership are those of l2a.h: a Runtime and a Selector may be used by many threads, an Engine, its requests
- * and Signals by one at a time. A Request is a number of its engine and must not outlive it.
+ * Threads and ownership are those of l2a.h: a Runtime and a Selector may be used by many threads, an Engine, its
+ * requests and Signals by one at a time. A Request is a number of its engine and must not outlive it.
  */
 #ifndef L2A_L2A_HPP_
 #define L2A_L2A_HPP_
@@ -49,9 +50,13 @@ inline void check(l2a_status* status) {
 using Budget = l2a_budget;
 
 /** All that the model has, without caps. */
-inline Budget full_budget() noexcept { return {1.0, -1, -1, -1}; }
+inline Budget full_budget() noexcept {
+    return {1.0, -1, -1, -1};
+}
 /** A share of the dense compute, without caps. */
-inline Budget budget(double compute) noexcept { return {compute, -1, -1, -1}; }
+inline Budget budget(double compute) noexcept {
+    return {compute, -1, -1, -1};
+}
 
 /** @see l2a_runtime_options */
 struct RuntimeOptions : l2a_runtime_options {
@@ -100,7 +105,9 @@ class Runtime {
 };
 
 /** Verifies a bundle without loading a graph. Throws Error. */
-inline void verify(const std::string& folder) { check(l2a_verify(folder.c_str())); }
+inline void verify(const std::string& folder) {
+    check(l2a_verify(folder.c_str()));
+}
 
 /** Parts of what is written. */
 enum class Part { written = L2A_TOKENS_WRITTEN, think = L2A_TOKENS_THINK, answer = L2A_TOKENS_ANSWER };
@@ -224,9 +231,8 @@ class Selector {
     }
     /** @see l2a_selector_decide. @param reasons NULL, or gets a JSON list of all terms. */
     [[nodiscard]] l2a_decision decide(const std::vector<Reading>& readings, const l2a_work& work,
-                                      const l2a_selector_state& state, double now,
-                                      const std::string& tier = "default", const l2a_work* urgent = nullptr,
-                                      std::string* reasons = nullptr) const {
+                                      const l2a_selector_state& state, double now, const std::string& tier = "default",
+                                      const l2a_work* urgent = nullptr, std::string* reasons = nullptr) const {
         std::vector<l2a_reading> given;
         for (const Reading& reading : readings) {
             given.push_back({reading.name.c_str(), reading.unit.c_str(), reading.value, reading.why.c_str()});
