@@ -38,7 +38,13 @@ COLUMNS = {
     "decode b1 c448": {"batch": 1, "length": 448, "tokens": 24},
     "decode b8 c64": {"batch": 8, "length": 64, "tokens": 8},
 }
-LADDER = ((1.0, 0, 3), (0.9, 3, 3), (0.8, 6, 2), (0.7, 9, 2), (0.6, 12, 1))  # budget, skipped layers, groups of the last
+LADDER = (
+    (1.0, 0, 3),
+    (0.9, 3, 3),
+    (0.8, 6, 2),
+    (0.7, 9, 2),
+    (0.6, 12, 1),
+)  # budget, skipped layers, groups of the last
 BARS = {"layers": 1.10, "heads": 1.25}
 
 
@@ -160,7 +166,10 @@ def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     workers = {
         "native": (_native(options, "layers", precision), "variants"),
         "native if": (_native(options, "layers", precision), "if"),
-        "python": (Worker(sys.executable, HERE / "native_peers.py", "python", folder, str(options.threads)), "variants"),
+        "python": (
+            Worker(sys.executable, HERE / "native_peers.py", "python", folder, str(options.threads)),
+            "variants",
+        ),
         "python if": (Worker(sys.executable, HERE / "native_peers.py", "python", folder, str(options.threads)), "if"),
         "genai": (Worker(sys.executable, HERE / "native_peers.py", "genai", folder, str(options.threads)), ""),
     }
@@ -223,7 +232,9 @@ def _threads(options: argparse.Namespace, precision: str) -> dict[str, Any]:
         eight.append(worker.ask(task="threads", serve="variants", threads=8, tokens=4)["cpu"])
     worker.close()
     found = ratio(eight, one)
-    verdict(f"{precision}: processor time of a token, 8 threads / 1: {shown(found)}", found["median"], 1.1, at_most=True)
+    verdict(
+        f"{precision}: processor time of a token, 8 threads / 1: {shown(found)}", found["median"], 1.1, at_most=True
+    )
     return {"one": one, "eight": eight, "ratio": found}
 
 

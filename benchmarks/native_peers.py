@@ -1,6 +1,6 @@
 """What the C++ runtime is compared with, each in a process of its own that answers as cpp/bench does.
 
-    python benchmarks/native_peers.py python | genai BUNDLE THREADS
+python benchmarks/native_peers.py python | genai BUNDLE THREADS
 """
 
 from __future__ import annotations

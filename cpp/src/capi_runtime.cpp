@@ -130,6 +130,9 @@ l2a_status* l2a_runtime_run(const l2a_runtime* runtime, size_t graph, const l2a_
         const l2a::core::Graph& found = known_graph(runtime, graph);
         l2a_run asked{};
         l2a::core::read_struct(&given(run, "run"), asked);
+        if (asked.batch < 1 || (!found.caches().empty() && asked.capacity < asked.total)) {
+            l2a::core::config_error("a run needs a batch, and caches of as many positions as the mask has columns");
+        }
         l2a::core::OrtValues views;
         for (std::size_t place = 0; place < found.caches().size(); ++place) {
             void* buffer = (&given(asked.caches, "caches"))[place];

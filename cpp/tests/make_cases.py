@@ -20,8 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "unit"))
 
-from toy_models import new_artifact
-
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel, ModelShape
@@ -31,6 +29,7 @@ from l2a_compress.runtime.request import Limits, Request
 from l2a_compress.runtime.sampling import Sampling
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
+from toy_models import new_artifact
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 PRECISIONS = ("fp32", "int8")
@@ -54,7 +53,12 @@ def main() -> None:
     for precision in PRECISIONS:
         block = 32 if precision == "int8" else None
         folder = options.out / precision
-        export(artifact, folder, ExportOptions(precision=precision, block=block, allocations=ladder, per_budget=2), force=True)
+        export(
+            artifact,
+            folder,
+            ExportOptions(precision=precision, block=block, allocations=ladder, per_budget=2),
+            force=True,
+        )
         serves: tuple[Serve, ...] = ("if", "variants")
         found += [case for serve in serves for case in _cases(folder, serve, prompts)]
     (options.out / "cases.json").write_text(json.dumps({"cases": found}) + "\n")

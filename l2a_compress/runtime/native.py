@@ -35,6 +35,14 @@ class _Options(ctypes.Structure):
     )
 
 
+class _Model(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_uint32),
+        *((name, ctypes.c_int64) for name in ("num_layers", "num_groups", "vocab_size", "positions")),
+        *((name, ctypes.c_int64) for name in ("think", "end_think", "answer", "end_answer")),
+    )
+
+
 class _CacheInfo(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
@@ -123,10 +131,9 @@ class Native:
 
     def words_and_layers(self) -> tuple[int, int]:
         """Sizes of the vocabulary and of the model."""
-        info = (ctypes.c_int64 * 10)()  # struct_size stands in the first eight bytes
-        ctypes.cast(info, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(info)
-        self.check(self.library.l2a_runtime_model(self._runtime, info))
-        return info[3], info[1]
+        info = _Model(struct_size=ctypes.sizeof(_Model))
+        self.check(self.library.l2a_runtime_model(self._runtime, ctypes.byref(info)))
+        return info.vocab_size, info.num_layers
 
     def check(self, status: int | None) -> None:
         """Raises what a status says."""

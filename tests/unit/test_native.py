@@ -52,7 +52,9 @@ def texts(count: int) -> list[list[int]]:
 
 def write(bundle: Path, serve: Serve, runs: Any) -> list[tuple[list[int], tuple[int, ...] | None]]:
     engine = Engine(bundle, max_rows=4, threads=1, serve=serve, max_graphs=2, engine=runs)
-    budgets = [Budget(compute=max(0.8, BUDGETS[row % 6]) if serve == "variants" else BUDGETS[row % 6]) for row in range(24)]
+    budgets = [
+        Budget(compute=max(0.8, BUDGETS[row % 6]) if serve == "variants" else BUDGETS[row % 6]) for row in range(24)
+    ]
     requests = [
         *engine.submit(texts(12), budgets[:12], limits=LIMITS),
         *engine.submit(texts(12), budgets[12:], limits=LIMITS, sampling=Sampling(temperature=0.8, top_p=0.9, seed=4)),
@@ -101,6 +103,15 @@ def test_errors_are_those_of_python(bundle: Path, tmp_path: Path, monkeypatch: p
         Engine(bundle, engine="native")
 
 
+def _refusal(folder: Path) -> str:
+    """What Python has against a bundle."""
+    try:
+        Bundle.load(folder)
+    except L2AError as error:
+        return str(error)
+    return ""
+
+
 def test_both_loaders_take_and_refuse_the_same_manifests(tmp_path: Path) -> None:
     manifest, draw, native = write_bundle(tmp_path), random.Random(5), library()
     taken = 0
@@ -109,14 +120,10 @@ def test_both_loaders_take_and_refuse_the_same_manifests(tmp_path: Path) -> None
         status = native.l2a_verify(os.fsencode(tmp_path))
         code, message = native.l2a_status_code(status), native.l2a_status_message(status)
         native.l2a_status_free(status)
-        try:
-            Bundle.load(tmp_path)
-        except L2AError as error:
-            assert code == 3, f"{number}: Python refuses: {error}"
-            assert str(tmp_path).encode() in message
-        else:
-            assert code == 0, f"{number}: C++ refuses: {message.decode()}"
-            taken += 1
+        refused = _refusal(tmp_path)
+        assert code == (3 if refused else 0), f"{number}: Python: {refused or 'fine'}; C++: {message.decode()}"
+        assert not refused or str(tmp_path).encode() in message
+        taken += not refused
     assert taken > 50
 
 
