@@ -2,8 +2,9 @@
 
     cpp/prepare && python benchmarks/native.py [--parts memory speed switch threads]
 
-Builds cpp/bench, fetches the checkpoint, and exports bundles of it with untrained gates, whose speed and memory are those
-of trained ones. Every figure compares processes that are measured in turns. Figures go to benchmarks/results/native.json.
+Builds cpp/bench, fetches the checkpoint, and exports bundles of it with untrained gates, whose speed and memory are
+those of trained ones. Every figure compares processes that are measured in turns. Figures go to
+benchmarks/results/native.json.
 
 - ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
   opened the same way; with layers skipped alone, and with two levels of heads among the variants.

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    artifact = options.artifact or new_artifact(options.out, "llama")
+    with tempfile.TemporaryDirectory() as folder:
+        _make(options, options.artifact or new_artifact(Path(folder), "llama"))
+
+
+def _make(options: argparse.Namespace, artifact: Path) -> None:
     loaded = load_artifact(artifact)
     chunks = calibration_prompts(loaded.recipe, loaded.tokenizer, options.prompts, batch_size=16)
     prompts = [row[mask.bool()].tolist() for ids, masks in chunks for row, mask in zip(ids, masks, strict=True)]
