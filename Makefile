@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 TRAIN_STAMP := $(VENV)/.installed-train
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt --editable
 
-.PHONY: setup demo test check format docs clean
+.PHONY: setup demo test cpp-test check format docs clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)  ## make the virtual environment and install the library with everything for development
@@ -32,8 +32,11 @@ $(TRAIN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(TRAIN_STAMP)  ## train the embedded default for every budget, evaluate it, draw the frontier
 	$(BIN)/l2a compress train
 
-test: setup  ## run the tests
+test: setup cpp-test  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+cpp-test: setup  ## build and test the C++ runtime, as far as this machine has what it needs (cpp/prepare fetches it)
+	cpp/check
 
 check: setup  ## format, lint, types, import rules, docs
 	$(BIN)/ruff format --check

@@ -71,7 +71,7 @@ def run(
         policy=_policy(policy),
         sources=_sources(spot),
         provider=provider,  # type: ignore[arg-type]  # checked where a session is opened
-        engines=None if engines is None else partial(EngineDecoder, target=engines),
+        open_engine=None if engines is None else partial(EngineDecoder, target=engines),
     )
     if stats:
         typer.echo(f"runs on {runtime.engine.runs_on}", err=True)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from l2a_compress.runtime.decoder import CACHE_TYPES
 
@@ -70,12 +69,9 @@ class Caches:
         tokens = self.capacity if capacity <= self.capacity else max(capacity, self.capacity * 3 // 2)
         return max(rows, self.rows), tokens
 
-    def view(self, start: int, count: int) -> dict[str, ort.OrtValue]:
-        """Some rows, by the name of the input; they borrow the buffers and end with the next ``reserve``."""
-        return {
-            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer[start : start + count], CACHE_TYPES[kind][1])
-            for (name, buffer), (_, _, kind) in zip(self._buffers.items(), self.inputs.values(), strict=True)
-        }
+    def view(self, start: int, count: int) -> dict[str, Array]:
+        """Some rows, by the name of the input; they are those of the buffers until the next ``reserve``."""
+        return {name: buffer[start : start + count] for name, buffer in self._buffers.items()}
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies the first tokens of a row over another row."""

@@ -119,6 +119,7 @@ def cached_path(engine: Engine) -> Path:
     cache = Path(os.environ.get("L2A_CACHE") or Path(home) / "l2a_compress")
     manifest = (engine.folder / MANIFEST_FILE).read_bytes()
     about = [processor(), os.cpu_count(), engine.threads, engine.serve, engine.max_rows, engine.contract]
+    about += [] if engine.engine == "python" else [engine.engine]
     digest = hashlib.sha256(json.dumps(about).encode() + manifest).hexdigest()
     return cache / "costs" / f"{digest[:32]}.json"
 
@@ -170,7 +171,7 @@ def _rehearse(engine: Engine, budget: float, *, rows: int) -> Rehearsal:
 
 def _peak(engine: Engine, budget: float) -> float:
     """Bytes of a process that serves one request; 0 where the system does not tell."""
-    about = {"folder": str(engine.folder), "serve": engine.serve, "threads": engine.threads}
+    about = {"folder": str(engine.folder), "serve": engine.serve, "threads": engine.threads, "engine": engine.engine}
     code = f"from {__name__} import print_peak; print_peak({about!r}, {budget!r})"
     done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
     return float(done.stdout.splitlines()[-1])
@@ -178,6 +179,6 @@ def _peak(engine: Engine, budget: float) -> float:
 
 def print_peak(about: Mapping[str, Any], budget: float) -> None:
     """Serves one request and prints the most bytes that this process has held."""
-    engine = Engine(about["folder"], max_rows=1, threads=about["threads"], serve=about["serve"])
+    engine = Engine(max_rows=1, **about)
     _rehearse(engine, budget, rows=1)
     print(peak_bytes() or 0)

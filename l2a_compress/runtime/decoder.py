@@ -77,17 +77,19 @@ class GraphDecoder:
         for name, item in self.inputs.items():
             if name.startswith(PAST):
                 _, groups, _, size = item.shape
-                dtype, number = CACHE_TYPES[item.type]
-                room = np.zeros((batch, groups, capacity if self.in_place else 0, size), dtype=dtype)
-                buffers[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(room, number)
+                shape = (batch, groups, capacity if self.in_place else 0, size)
+                buffers[name] = np.zeros(shape, dtype=CACHE_TYPES[item.type][0])
         self.bind(buffers)
 
-    def bind(self, buffers: Mapping[str, ort.OrtValue]) -> None:
+    def bind(self, buffers: Mapping[str, Array]) -> None:
         """Reads, and where in place also writes, keys and values in these buffers, by the names of the inputs."""
         self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
-        self._buffers = buffers
-        for name, buffer in buffers.items():
+        self._buffers = {
+            name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer, CACHE_TYPES[self.inputs[name].type][1])
+            for name, buffer in buffers.items()
+        }
+        for name, buffer in self._buffers.items():
             self._binding.bind_ortvalue_input(name, buffer)
             if self.in_place:
                 self._binding.bind_ortvalue_output(_PRESENT + name.removeprefix(PAST), buffer)

@@ -28,6 +28,7 @@ from l2a_compress.reasoning import Reasoning, Tags
 from l2a_compress.runtime.decoder import GraphDecoder, predicates
 from l2a_compress.runtime.engine_lane import EngineLane, OpenEngine
 from l2a_compress.runtime.lane import Lane
+from l2a_compress.runtime.native import Native, NativeDecoder
 from l2a_compress.runtime.providers import Provider
 from l2a_compress.runtime.request import TAGS, Limits, Request, Told
 from l2a_compress.runtime.sampling import Sampler, Sampling
@@ -35,6 +36,8 @@ from l2a_compress.runtime.tensorrt import EngineDecoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Serve = Literal["if", "variants"]
+Runs = Literal["python", "native"]
+Decoder = GraphDecoder | NativeDecoder | EngineDecoder
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
 _TRIES = 3  # of a run that fails for another reason than memory
@@ -76,9 +79,11 @@ class Engine:
         serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder, whose
             dropped layers take no memory.
         max_graphs: most variants that are loaded at a time; a request whose variant is not waits until one is free.
+        engine: ``python``: a session of onnxruntime for each graph that is loaded; ``native``: the C++ runtime, which
+            has all graphs loaded over one copy of the weights, whatever ``max_graphs`` says.
         memory_left: Bytes that may still be taken; None, or a None from it, where nobody knows.
         provider: what onnxruntime runs graphs on.
-        engines: opens an engine of TensorRT by its graph's name; then requests run on engines, one at a time.
+        open_engine: opens an engine of TensorRT by its graph's name; then requests run on engines, one at a time.
         clock: in seconds.
 
     Attributes:
@@ -90,6 +95,7 @@ class Engine:
     Raises:
         BundleError: the folder is not a whole bundle, or has not the graphs to serve it so.
         SessionError: onnxruntime cannot load the ``If`` graph.
+        ConfigError: a bad argument, or the C++ runtime is not there.
     """
 
     def __init__(
@@ -101,21 +107,23 @@ class Engine:
         contract: Contract = "cap",
         serve: Serve = "if",
         max_graphs: int = 1,
+        engine: Runs = "python",
         memory_left: Callable[[], float | None] | None = None,
         provider: Provider = "cpu",
-        engines: OpenEngine | None = None,
+        open_engine: OpenEngine | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value!r}")
-        if serve not in get_args(Serve):
-            raise ConfigError(f"serve must be one of {', '.join(get_args(Serve))}, found {serve!r}")
+        for name, word, words in (("serve", serve, get_args(Serve)), ("engine", engine, get_args(Runs))):
+            if word not in words:
+                raise ConfigError(f"{name} must be one of {', '.join(words)}, found {word!r}")
         self.folder, self.threads, self.clock = Path(folder), threads, clock
         self.bundle = bundle = Bundle.load(self.folder)
-        self.max_rows = max_rows if engines is None else 1
+        self.max_rows = max_rows if open_engine is None else 1
         self.contract, self.serve, self._max_graphs = contract, serve, max_graphs
-        self.provider, self.engines = provider, engines
+        self.provider, self.open_engine = provider, open_engine
         names = ("think", "end_think", "answer", "end_answer")
         think, end_think, answer, end_answer = (bundle.tags[name] for name in names)
         self.tags = Tags(think=think, end_think=end_think, answer=answer, end_answer=end_answer)
@@ -125,7 +133,7 @@ class Engine:
         self.steps: deque[StepTime] = deque(maxlen=512)
         self._memory_left = memory_left or (lambda: None)
         self._lanes: dict[str, Lane | EngineLane] = {}
-        self._router: GraphDecoder | EngineDecoder | None = None
+        self._router: Decoder | None = None
         self._waiting: deque[Request] = deque()
         self._late: deque[Request] = deque()  # that could not be in time any more
         self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
@@ -134,15 +142,19 @@ class Engine:
         self._full: int | None = None  # so many rows were too many
         self.paused = False
         self._numbers = itertools.count()
-        self._whole = bundle.if_graph if engines is None else bundle.told_graph
+        self._whole = bundle.if_graph if open_engine is None else bundle.told_graph
         missing = (self._whole if serve == "if" else bundle.variants) or None
-        dialect = "ort" if engines is None else "standard"
+        dialect = "ort" if open_engine is None else "standard"
         if missing is None or bundle.dialect != dialect:
             option = {"if": "--if-graph", "variants": "--variants"}[serve]
             raise BundleError(
                 f"{folder}: has no graphs of the dialect {dialect} to serve; export with {option} "
-                + (f"--dialect {dialect}" if engines is None else "--target trt")
+                + (f"--dialect {dialect}" if open_engine is None else "--target trt")
             )
+        self.engine, self._native = engine, None
+        if engine == "native":
+            self._native = Native(self.folder, threads=threads, contract=contract)
+            self._max_graphs = len(bundle.graphs)
         if serve == "if" and self._whole is not None:
             self._open(self._whole)
 
@@ -345,7 +357,7 @@ class Engine:
         self._waiting.clear()
         self._late.clear()
         self._lanes.clear()
-        self._router = None
+        self._router = self._native = None
 
     def _serves(self, budget: float) -> bool:
         try:
@@ -395,20 +407,28 @@ class Engine:
             if len(self._lanes) >= self._max_graphs:
                 return None
             began = self.clock()
-            if self.engines is not None:
-                lane = EngineLane(self.engines(self.folder, self.bundle, entry.name), entry)
+            decoder = self._decoder(entry)
+            if isinstance(decoder, EngineDecoder):
+                lane = EngineLane(decoder, entry)
             else:
-                lane = Lane(self.folder, entry, threads=self.threads, provider=self.provider)
+                lane = Lane(self.folder / entry.file, entry, decoder)
             self._loading += self.clock() - began
         self._lanes[entry.name] = lane
         return lane
+
+    def _decoder(self, entry: GraphEntry) -> Decoder:
+        if self.open_engine is not None:
+            return self.open_engine(self.folder, self.bundle, entry.name)
+        if self._native is not None:
+            return self._native.decoder(entry.name)
+        return GraphDecoder(self.folder / entry.file, threads=self.threads, provider=self.provider)
 
     def _lane_of(self, request: Request) -> Lane | EngineLane | None:
         return next((lane for lane in self._lanes.values() if request in lane.requests), None)
 
     def _entry(self, request: Request) -> GraphEntry:
         """The graph that a request runs on."""
-        if request.kept is None and (self.serve == "variants" or self.engines is not None):
+        if request.kept is None and (self.serve == "variants" or self.open_engine is not None):
             request.kept = self._choose(request, request.budget, request.told)
         if self.serve == "if" and self._whole is not None:
             return self._whole
@@ -440,10 +460,7 @@ class Engine:
             entry = next((entry for entry in self.bundle.graphs if entry.kind == "router"), None)
             if entry is None:
                 raise BundleError(f"{self.folder}: has no router graph to ask the gates again; export it again")
-            if self.engines is not None:
-                self._router = self.engines(self.folder, self.bundle, entry.name)
-            else:
-                self._router = GraphDecoder(self.folder / entry.file, threads=self.threads, provider=self.provider)
+            self._router = self._decoder(entry)
         tokens = np.array([request.prompt], dtype=np.int64)
         return self._router.step(tokens, np.ones_like(tokens), **_decision([told]))
 

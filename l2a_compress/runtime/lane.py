@@ -11,7 +11,7 @@ import numpy as np
 from l2a_compress.bundle import GraphEntry
 from l2a_compress.runtime.caches import Caches
 from l2a_compress.runtime.decoder import PAST, GraphDecoder, session_error
-from l2a_compress.runtime.providers import Provider
+from l2a_compress.runtime.native import NativeDecoder
 from l2a_compress.runtime.request import Request
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -21,23 +21,18 @@ class Lane:
     """A graph, its caches, and the requests in their rows.
 
     Args:
-        folder: the bundle.
+        path: for messages.
         entry: the ``If`` graph or a variant.
-        threads: of one operator; None leaves it to onnxruntime.
-        provider: what onnxruntime runs it on.
+        decoder: which runs it.
 
     Attributes:
         requests: Those that run, in the order of their rows.
         failures: Runs that failed, one after another.
-
-    Raises:
-        SessionError: the graph cannot be loaded.
     """
 
-    def __init__(self, folder: Path, entry: GraphEntry, *, threads: int | None, provider: Provider = "cpu") -> None:
+    def __init__(self, path: Path, entry: GraphEntry, decoder: GraphDecoder | NativeDecoder) -> None:
         self.entry = entry
-        self._path = folder / entry.file
-        self._decoder = GraphDecoder(self._path, threads=threads, provider=provider)
+        self._path, self._decoder = path, decoder
         inputs = self._decoder.inputs.items()
         self.caches = Caches(
             {name: (item.shape[1], item.shape[3], item.type) for name, item in inputs if name.startswith(PAST)}

@@ -17,7 +17,7 @@ from l2a_compress.errors import BundleError, ConfigError
 from l2a_compress.limits import Contract
 from l2a_compress.runtime.controller import Controller
 from l2a_compress.runtime.costs import cost_table
-from l2a_compress.runtime.engine import Engine, Serve
+from l2a_compress.runtime.engine import Engine, Runs, Serve
 from l2a_compress.runtime.engine_lane import OpenEngine
 from l2a_compress.runtime.policy import Policy
 from l2a_compress.runtime.providers import Provider
@@ -89,10 +89,11 @@ class Runtime:
         contract: Contract = "cap",
         serve: Serve = "if",
         max_graphs: int = 1,
+        engine: Runs = "python",
         policy: Policy | None = None,
         sources: Sequence[Source] | None = None,
         provider: Provider = "cpu",
-        engines: OpenEngine | None = None,
+        open_engine: OpenEngine | None = None,
     ) -> Runtime:
         """Opens a bundle and verifies every file of it.
 
@@ -103,36 +104,39 @@ class Runtime:
             contract: under which the gates allocate.
             serve: ``if``: one graph for every budget; ``variants``: a static graph for each budget of the ladder.
             max_graphs: most variants that are loaded at a time.
+            engine: ``native``: the C++ runtime runs the graphs, all over one copy of the weights (docs/cpp.md).
             policy: of the selector; None for the default one.
             sources: of signals; None for those of this machine.
             provider: what onnxruntime runs graphs on: ``cpu``, ``cuda``, ``trt`` or ``trt-rtx``.
-            engines: opens an engine of TensorRT by its graph's name, as
+            open_engine: opens an engine of TensorRT by its graph's name, as
                 ``partial(EngineDecoder, target="trt")``; prompts then run on engines, one at a time.
 
         Raises:
             EngineError: an engine is not built, or not for what is here; says how to build it.
             BundleError: the folder is not a whole bundle, or has not the graphs to serve it so.
             SessionError: onnxruntime cannot load the graph.
+            ConfigError: a bad argument, or the C++ runtime is not there.
         """
         policy = policy or Policy()
         found = machine() if sources is None else sources
-        engine = Engine(
+        made = Engine(
             folder,
             max_rows=max_rows,
             threads=threads,
             contract=contract,
             serve=serve,
             max_graphs=max_graphs,
+            engine=engine,
             memory_left=partial(_memory_left, found, policy),
             provider=provider,
-            engines=engines,
+            open_engine=open_engine,
         )
-        return cls(engine, policy=policy, sources=found)
+        return cls(made, policy=policy, sources=found)
 
     @property
     def controller(self) -> Controller:
         """What steers requests whose budget is ``"auto"``. The first use measures what budgets cost on this machine."""
-        if self.engine.engines is not None:
+        if self.engine.open_engine is not None:
             raise ConfigError("budget auto: what engines cost is not measured yet; give a budget")
         if self._controller is None:
             table = cost_table(self.engine, progress=log.warning)

@@ -105,7 +105,7 @@ def test_the_runtime_answers_on_engines_as_on_graphs(serve: Any, made: tuple[Pat
         return opened(folder, graph)[0]
 
     graphs = Runtime.open(tmp_path / "ort", serve=serve, sources=(), threads=1)
-    runtime = Runtime.open(made[1], serve=serve, sources=(), engines=engine)
+    runtime = Runtime.open(made[1], serve=serve, sources=(), open_engine=engine)
     assert runtime.generate(texts, budgets, limits=limits) == graphs.generate(texts, budgets, limits=limits)
     assert runtime.engine.runs_on == ("told: told.trt.engine" if serve == "if" else "b1: b1.trt.engine")
     assert graphs.engine.runs_on.endswith("CPUExecutionProvider")
@@ -121,7 +121,7 @@ def test_the_runtime_answers_on_engines_as_on_graphs(serve: Any, made: tuple[Pat
     assert changed.error is None
     assert len(changed.written) > 3
     with pytest.raises(BundleError, match="dialect standard"):
-        Runtime.open(tmp_path / "ort", serve=serve, sources=(), engines=engine)
+        Runtime.open(tmp_path / "ort", serve=serve, sources=(), open_engine=engine)
 
 
 def test_shapes_beyond_the_profiles_are_refused(made: tuple[Path, Path]) -> None:

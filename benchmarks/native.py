@@ -1,0 +1,243 @@
+"""The C++ runtime on SmolLM2-135M: memory, speed against the Python runtime and onnxruntime-genai, switches, threads.
+
+    cpp/prepare && python benchmarks/native.py [--parts memory speed switch threads]
+
+Builds cpp/bench, fetches the checkpoint, and exports bundles of it with untrained gates, whose speed and memory are
+those of trained ones. Every figure compares processes that are measured in turns. Figures go to
+benchmarks/results/native.json.
+
+- ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
+  opened the same way; with layers skipped alone, and with two levels of heads among the variants.
+- ``speed``: a prefill of 512 tokens and decode steps. onnxruntime-genai runs the very same dense graph and weights.
+- ``switch``: a budget that changes in the middle of a request, and the step after it.
+- ``threads``: processor time of a token where 8 threads share a runtime, over that of one thread: 1 without contention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fetch_models import DEFAULT_CACHE, fetch
+from measure import RESULTS, Results, ratio, shown, verdict
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+BUILD = ROOT / "build" / "cpp-bench"
+PRECISIONS = ("fp32", "int8")
+COLUMNS = {
+    "prefill 512": {"batch": 1, "length": 512, "tokens": 1},
+    "decode b1 c64": {"batch": 1, "length": 64, "tokens": 24},
+    "decode b1 c448": {"batch": 1, "length": 448, "tokens": 24},
+    "decode b8 c64": {"batch": 8, "length": 64, "tokens": 8},
+}
+LADDER = (
+    (1.0, 0, 3),
+    (0.9, 3, 3),
+    (0.8, 6, 2),
+    (0.7, 9, 2),
+    (0.6, 12, 1),
+)  # budget, skipped layers, groups of the last
+BARS = {"layers": 1.10, "heads": 1.25}
+
+
+class Worker:
+    """A process that answers a line of JSON with one."""
+
+    def __init__(self, *command: str | Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.process.args} stopped with code {self.process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["memory", "speed", "switch", "threads"])
+    parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="cache of checkpoints (%(default)s)")
+    parser.add_argument("--work", type=Path, default=DEFAULT_CACHE.parent / "native", help="bundles (%(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of one operator (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="of each figure (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "native.json", help="figures (%(default)s)")
+    options = parser.parse_args()
+    _build()
+    _export(options)
+    results = Results(options.out)
+    for part in options.parts:
+        measure = {"memory": _memory, "speed": _speed, "switch": _switch, "threads": _threads}[part]
+        found = {precision: measure(options, precision) for precision in PRECISIONS}
+        settings = {"rounds": options.rounds, "ladder": LADDER, "columns": COLUMNS}
+        results.put(part, found, settings, threads=options.threads)
+    print(f"figures: {options.out}")
+
+
+def _build() -> None:
+    for command in (["-S", ROOT / "cpp", "-B", BUILD, "-DL2A_BUILD_BENCHMARKS=ON"], ["--build", BUILD]):
+        subprocess.run(["cmake", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+
+
+def _native(options: argparse.Namespace, kind: str, precision: str, graphs: int = 7) -> Worker:
+    folder = options.work / f"{kind}-{precision}"
+    return Worker(BUILD / "bench" / "l2a_bench", folder, str(options.threads), str(graphs))
+
+
+def _export(options: argparse.Namespace) -> None:
+    """Bundles of one dense variant, of layers skipped, and of fewer heads besides; made once."""
+    kinds = {"dense": LADDER[:1], "layers": LADDER, "heads": LADDER}
+    wanted = {f"{kind}-{precision}" for kind in kinds for precision in PRECISIONS}
+    if all((options.work / name).exists() for name in wanted):
+        return
+    from l2a_compress.allocation import Allocation
+    from l2a_compress.exporters.onnx import ExportOptions, export
+    from l2a_compress.training.recipe import Recipe
+    from l2a_compress.training.run import build
+    from l2a_compress.training.store import save_artifact
+
+    file = fetch("smollm2-135m", options.models)
+    recipe = Recipe.named("smollm2-135m", [f'model.name="{file.parent}"', f'model.gguf_file="{file.name}"'])
+    for kind, ladder in kinds.items():
+        artifact = options.work / f"artifact-{kind}"
+        recipe = replace(recipe, gates=replace(recipe.gates, heads=kind == "heads"))
+        gated, tokenizer, digest = build(recipe)
+        save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics={}, force=True)
+        layers, groups = gated.shape.num_layers, gated.shape.num_groups
+        made = []
+        for budget, skipped, last in ladder:
+            width = [0 if 3 <= at < 3 + skipped else groups for at in range(layers)]
+            if kind == "heads":
+                width[-8:] = [last] * 8
+            kept = tuple(tuple(range(count)) for count in width)
+            made.append((budget, Allocation(num_groups=groups, groups=kept)))
+        for precision in PRECISIONS:
+            print(f"exporting {kind} {precision}", flush=True)
+            options_of = ExportOptions(precision=precision, allocations=tuple(made), if_graph=kind != "dense")
+            export(artifact, options.work / f"{kind}-{precision}", options_of, force=True)
+
+
+def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Kilobytes of each kind of bundle, opened; and once each of its graphs has run."""
+    found: dict[str, Any] = {}
+    for kind in ("dense", "layers", "heads"):
+        worker = _native(options, kind, precision)
+        found[kind] = worker.ask(task="memory")
+        worker.close()
+    for kind, bar in BARS.items():
+        for name in ("Pss", "Anonymous"):
+            share = found[kind][name] / found["dense"][name]
+            text = f"{precision} {kind}: {name} {found[kind][name] / 1000:.0f} MB, {share:.3f} x dense"
+            found[f"{kind} {name} / dense"] = round(share, 4)
+            verdict(text, share, bar, at_most=True)
+    return found
+
+
+def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Seconds of all engines in turns, and ratios of speed."""
+    folder = options.work / f"layers-{precision}"
+    workers = {
+        "native": (_native(options, "layers", precision), "variants"),
+        "native if": (_native(options, "layers", precision), "if"),
+        "python": (
+            Worker(sys.executable, HERE / "native_peers.py", "python", folder, str(options.threads)),
+            "variants",
+        ),
+        "python if": (Worker(sys.executable, HERE / "native_peers.py", "python", folder, str(options.threads)), "if"),
+        "genai": (Worker(sys.executable, HERE / "native_peers.py", "genai", folder, str(options.threads)), ""),
+    }
+    seconds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COLUMNS} for name in workers}
+    names = list(workers)
+    for number in range(-1, options.rounds):  # the first one warms up
+        turn = number % len(names)
+        for column, asked in COLUMNS.items():
+            for name in names[turn:] + names[:turn]:
+                worker, serve = workers[name]
+                answer = worker.ask(task="step", serve=serve, **asked)
+                if number >= 0:
+                    seconds[name][column].append(answer["prefill" if column.startswith("prefill") else "decode"])
+    for worker, _ in workers.values():
+        worker.close()
+    found: dict[str, Any] = {"seconds": seconds}
+    for ours, peer, bar in (("native", "python", 1.0), ("native if", "python if", 1.0), ("native", "genai", 0.97)):
+        for column in COLUMNS:
+            speed = ratio(seconds[peer][column], seconds[ours][column])
+            found[f"{ours} / {peer}: {column}"] = speed
+            verdict(f"{precision} {ours} / {peer}, {column}: {shown(speed)}", speed["median"], bar, at_most=False)
+    return found
+
+
+def _switch(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Milliseconds of a change of budget down a ladder, and of the step after it, against a step without one."""
+    found: dict[str, Any] = {}
+    worker = _native(options, "layers", precision)
+    budgets = [budget for budget, *_ in LADDER]
+    for serve, turns in (("variants", 1), ("if", 6)):
+        asked = {"serve": serve, "length": 64, "budgets": budgets, "turns": turns, "rounds": 60 if turns == 1 else 20}
+        answer = worker.ask(task="switch", **asked)
+        calls = answer["first"] if serve == "variants" else answer["again"]
+        step, p99 = statistics.median(answer["plain"]) * 1e3, _p99(calls) * 1e3
+        found[serve] = {
+            "p50_ms": statistics.median(calls) * 1e3,
+            "p99_ms": p99,
+            "first_p99_ms": _p99(answer["first"]) * 1e3,  # of the If graph: the router reads the prompt
+            "step_ms": step,
+            "step_after_ms": statistics.median(answer["after"]) * 1e3,
+            "switches": len(calls),
+        }
+        verdict(f"{precision} {serve}: switch p99 {p99:.3f} ms of {len(calls)}", p99, min(1.0, step), at_most=True)
+        first = found[serve]["first_p99_ms"]
+        print(f"  first time p99 {first:.3f} ms, step {step:.2f} ms, step after {found[serve]['step_after_ms']:.2f} ms")
+    worker.close()
+    return found
+
+
+def _p99(values: Sequence[float]) -> float:
+    return sorted(values)[int(0.99 * (len(values) - 1))]
+
+
+def _threads(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Processor time of a token with 8 threads over that with one."""
+    worker = _native(options, "layers", precision)
+    one, eight = [], []
+    for _ in range(options.rounds):
+        one.append(worker.ask(task="threads", serve="variants", threads=1, tokens=32)["cpu"])
+        eight.append(worker.ask(task="threads", serve="variants", threads=8, tokens=4)["cpu"])
+    worker.close()
+    found = ratio(eight, one)
+    verdict(
+        f"{precision}: processor time of a token, 8 threads / 1: {shown(found)}", found["median"], 1.1, at_most=True
+    )
+    return {"one": one, "eight": eight, "ratio": found}
+
+
+if __name__ == "__main__":
+    main()

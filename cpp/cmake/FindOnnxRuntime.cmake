@@ -1,0 +1,18 @@
+# Finds ONNX Runtime: OnnxRuntime::OnnxRuntime.
+#
+# Hints, as cache variables or in the environment:
+#   ONNXRUNTIME_INCLUDE_DIR   folder of onnxruntime_c_api.h (a release's include, or what cpp/prepare fetched)
+#   ONNXRUNTIME_LIBRARY       libonnxruntime.so of any newer version
+set(deps ${CMAKE_CURRENT_LIST_DIR}/../.deps)
+find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_c_api.h
+  HINTS $ENV{ONNXRUNTIME_INCLUDE_DIR} ${deps}/include PATH_SUFFIXES onnxruntime onnxruntime/core/session)
+find_library(ONNXRUNTIME_LIBRARY onnxruntime HINTS $ENV{ONNXRUNTIME_LIBRARY_DIR} ${deps}/lib)
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(OnnxRuntime REQUIRED_VARS ONNXRUNTIME_LIBRARY ONNXRUNTIME_INCLUDE_DIR
+  REASON_FAILURE_MESSAGE "run cpp/prepare, or set ONNXRUNTIME_INCLUDE_DIR and ONNXRUNTIME_LIBRARY")
+if(OnnxRuntime_FOUND AND NOT TARGET OnnxRuntime::OnnxRuntime)
+  add_library(OnnxRuntime::OnnxRuntime UNKNOWN IMPORTED)
+  set_target_properties(OnnxRuntime::OnnxRuntime PROPERTIES
+    IMPORTED_LOCATION ${ONNXRUNTIME_LIBRARY} INTERFACE_INCLUDE_DIRECTORIES ${ONNXRUNTIME_INCLUDE_DIR})
+endif()
+mark_as_advanced(ONNXRUNTIME_INCLUDE_DIR ONNXRUNTIME_LIBRARY)

@@ -1,0 +1,50 @@
+// What a request with the budget "auto" may spend now: signals and queue -> selector -> budget.
+#pragma once
+
+#include <chrono>
+#include <fstream>
+#include <l2a/l2a.hpp>
+#include <sstream>
+#include <string>
+#include <vector>
+
+inline std::string text_of(const std::string& path) {
+    std::ifstream file(path);
+    if (!file) throw std::runtime_error(path + ": cannot be read");
+    std::ostringstream text;
+    text << file.rdbuf();
+    return text.str();
+}
+
+// One thread at a time.
+class Steering {
+  public:
+    // `costs` is the file of a cost table, as `l2a bench --out` writes it.
+    explicit Steering(const std::string& costs) : selector_(text_of(costs)) {}
+
+    // Decides ten times a second at most; between that it is the last decision.
+    const l2a_decision& decide(const l2a_engine_stats& engine, int64_t prompt_tokens) {
+        const double now = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+        if (now - last_ < 0.1) return decision_;
+        last_ = now;
+        std::vector<l2a::Reading> readings = signals_.read();
+        for (l2a::Reading& reading : readings) {  // what this engine holds would be free for another step
+            if (reading.name.find("memory_available") != std::string::npos) {
+                reading.value += static_cast<double>(engine.cache_bytes);
+            }
+        }
+        readings.push_back({"queue.depth", "count", static_cast<double>(engine.waiting), ""});
+        readings.push_back({"queue.oldest_seconds", "seconds", engine.oldest_seconds, ""});
+        const l2a_work work{prompt_tokens, 64, 48, engine.running > 0 ? engine.running : 1};
+        decision_ = selector_.decide(readings, work, state_, now);
+        state_ = decision_.state;
+        return decision_;
+    }
+
+  private:
+    l2a::Selector selector_;
+    l2a::Signals signals_{"0"};
+    l2a_selector_state state_ = l2a::Selector::start();
+    l2a_decision decision_{};
+    double last_ = -1.0;
+};

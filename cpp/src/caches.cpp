@@ -1,0 +1,100 @@
+#include "caches.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace l2a::core {
+namespace {
+
+constexpr std::size_t kMostViews = 64;
+
+}  // namespace
+
+Caches::Caches(const std::vector<const Graph*>& graphs) {
+    for (const Graph* graph : graphs) {
+        for (const CacheInput& cache : graph->caches()) {
+            Buffer& buffer = buffers_[{cache.layer, cache.is_key}];
+            buffer.groups = std::max(buffer.groups, cache.groups);
+            buffer.token_bytes = cache.head_dim * static_cast<std::int64_t>(element_bytes(cache.type));
+        }
+    }
+    for (const auto& [place, buffer] : buffers_) token_bytes_ += buffer.groups * buffer.token_bytes;
+}
+
+std::int64_t Caches::grown(std::int64_t capacity) const noexcept {
+    return capacity <= capacity_ ? capacity_ : std::max(capacity, capacity_ * 3 / 2);
+}
+
+std::int64_t Caches::bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept {
+    return std::max(rows, rows_) * grown(capacity) * token_bytes_;
+}
+
+std::byte* Caches::at(const Buffer& buffer, std::int64_t row, std::int64_t group) const noexcept {
+    return buffer.data.get() + (row * buffer.groups + group) * capacity_ * buffer.token_bytes;
+}
+
+void Caches::reserve(std::int64_t rows, std::int64_t capacity) {
+    if (rows <= rows_ && capacity <= capacity_) return;
+    Caches next({});
+    next.rows_ = std::max(rows, rows_);
+    next.capacity_ = grown(capacity);
+    for (const auto& [place, old] : buffers_) {
+        Buffer buffer;
+        buffer.groups = old.groups;
+        buffer.token_bytes = old.token_bytes;
+        const std::int64_t bytes = next.rows_ * old.groups * next.capacity_ * old.token_bytes;
+        buffer.data.reset(static_cast<std::byte*>(std::calloc(static_cast<std::size_t>(bytes), 1)));
+        if (!buffer.data) {
+            throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(next.rows_ * next.capacity_ * token_bytes_) +
+                                                     " bytes for keys and values are not there; free some, or lower "
+                                                     "the limits");
+        }
+        for (std::int64_t row = 0; row < rows_; ++row) {
+            for (std::int64_t group = 0; group < old.groups; ++group) {
+                std::memcpy(next.at(buffer, row, group), at(old, row, group),
+                            static_cast<std::size_t>(capacity_ * old.token_bytes));
+            }
+        }
+        next.buffers_[place] = std::move(buffer);
+    }
+    views_.clear();
+    buffers_ = std::move(next.buffers_);
+    rows_ = next.rows_;
+    capacity_ = next.capacity_;
+}
+
+const OrtValues& Caches::view(const Graph& graph, std::int64_t start, std::int64_t count) {
+    const auto key = std::make_tuple(&graph, start, count);
+    const auto known = views_.find(key);
+    if (known != views_.end()) return known->second;
+    if (views_.size() >= kMostViews) views_.clear();
+    OrtValues values;
+    for (const CacheInput& cache : graph.caches()) {
+        const Buffer& buffer = buffers_.at({cache.layer, cache.is_key});
+        if (count > 1 && buffer.groups != cache.groups) {
+            throw Error(L2A_ERROR_INTERNAL, graph.path() + ": reads fewer groups than the rows have");
+        }
+        values.push_back(graph.view(cache, at(buffer, start, 0), count, capacity_));
+    }
+    return views_[key] = std::move(values);
+}
+
+void Caches::copy(std::int64_t source, std::int64_t target, std::int64_t tokens) {
+    for (const auto& [place, buffer] : buffers_) {
+        for (std::int64_t group = 0; group < buffer.groups; ++group) {
+            std::memcpy(at(buffer, target, group), at(buffer, source, group),
+                        static_cast<std::size_t>(tokens * buffer.token_bytes));
+        }
+    }
+}
+
+void Caches::swap(std::int64_t one, std::int64_t other, std::int64_t tokens) {
+    for (const auto& [place, buffer] : buffers_) {
+        for (std::int64_t group = 0; group < buffer.groups; ++group) {
+            std::byte* first = at(buffer, one, group);
+            std::swap_ranges(first, first + tokens * buffer.token_bytes, at(buffer, other, group));
+        }
+    }
+}
+
+}  // namespace l2a::core

@@ -1,0 +1,68 @@
+// The frame of every C function: no exception leaves it, and every failure is a status.
+#pragma once
+
+#include <exception>
+#include <new>
+#include <string>
+
+#include "error.hpp"
+
+struct l2a_status {
+    l2a_code code;
+    std::string message;
+};
+
+namespace l2a::core {
+
+// NULL where there is not even memory for a status would mean success: this one is always there.
+l2a_status* status_without_memory() noexcept;
+
+inline l2a_status* status(l2a_code code, const char* message) noexcept {
+    try {
+        return new l2a_status{code, message};
+    } catch (...) {
+        return status_without_memory();
+    }
+}
+
+template <typename Action>
+l2a_status* guarded(Action&& action) noexcept {
+    try {
+        action();
+        return nullptr;
+    } catch (const Error& error) {
+        return status(error.code(), error.what());
+    } catch (const std::bad_alloc&) {
+        return status(L2A_ERROR_OUT_OF_MEMORY, "there is not enough memory");
+    } catch (const std::exception& error) {
+        return status(L2A_ERROR_INTERNAL, error.what());
+    } catch (...) {
+        return status(L2A_ERROR_INTERNAL, "an unknown exception");
+    }
+}
+
+// Throws a config error for a NULL that must not be one.
+template <typename T>
+T& given(T* pointer, const char* name) {
+    if (pointer == nullptr) config_error(std::string(name) + " must not be NULL");
+    return *pointer;
+}
+
+// Copies between a caller's structure, which may be older and so shorter, or newer and longer, and ours.
+template <typename T>
+void read_struct(const T* from, T& to) {
+    if (from == nullptr) return;
+    const std::size_t size = from->struct_size < sizeof(T) ? from->struct_size : sizeof(T);
+    if (size < sizeof(std::uint32_t)) config_error("struct_size is not set; call the _init function");
+    __builtin_memcpy(&to, from, size);
+}
+
+template <typename T>
+void write_struct(const T& from, T* to) {
+    const std::uint32_t size = given(to, "the structure").struct_size;
+    if (size < sizeof(std::uint32_t)) config_error("struct_size is not set; set it to the structure's size");
+    __builtin_memcpy(to, &from, size < sizeof(T) ? size : sizeof(T));
+    to->struct_size = size;
+}
+
+}  // namespace l2a::core

@@ -1,0 +1,132 @@
+#include "engine.hpp"
+
+#include <algorithm>
+#include <chrono>
+
+namespace l2a::core {
+namespace {
+
+double now() {
+    const auto since = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(since).count();
+}
+
+std::vector<const Graph*> serving(const Runtime& runtime, bool variants) {
+    std::vector<const Graph*> found;
+    for (const auto& graph : runtime.graphs()) {
+        if (graph->entry().kind == (variants ? Kind::variant : Kind::any)) found.push_back(graph.get());
+    }
+    if (found.empty()) {
+        bundle_error(runtime.bundle().folder + ": no " + (variants ? "variants are" : "If graph is") +
+                     " open to serve; open with it, or export with " + (variants ? "--variants" : "--if-graph"));
+    }
+    return found;
+}
+
+}  // namespace
+
+void Limits::check() const {
+    if (max_think_tokens < 0) config_error("max_think_tokens must be at least 0");
+    if (max_answer_tokens < 1) config_error("max_answer_tokens must be at least 1");
+}
+
+Engine::Engine(std::shared_ptr<const Runtime> runtime, const EngineOptions& options)
+    : runtime_(std::move(runtime)), options_(options), graphs_(serving(*runtime_, options.variants)), caches_(graphs_) {
+    if (options_.max_rows < 1) config_error("max_rows must be at least 1, found " + std::to_string(options_.max_rows));
+}
+
+std::uint64_t Engine::submit(std::vector<std::int64_t> prompt, const Budget& budget, const Limits& limits,
+                             const Sampling& sampling) {
+    limits.check();
+    sampling.check();
+    const Told what = told(budget);
+    check(prompt, limits.cap(budget) + limits.max_answer_tokens + kWrittenTags);
+    const Manifest& manifest = runtime_->manifest();
+    const std::uint64_t id = next_++;
+    auto made = std::make_unique<Request>(id, std::move(prompt), budget, limits, what, manifest.tags, sampling);
+    made->asks_gate = limits.tau_threshold >= 0 && manifest.tokens;
+    made->submitted = now();
+    waiting_.push_back(made.get());
+    requests_[id] = std::move(made);
+    return id;
+}
+
+void Engine::set_budget(Request& request, const Budget& budget) {
+    if (request.done()) return;
+    const Told what = told(budget);
+    const std::int64_t cap = request.limits.cap(budget);
+    check(request.prompt, cap + request.limits.max_answer_tokens + kWrittenTags);
+    Widths kept;
+    if (!request.kept.empty()) kept = choose(request, budget, what);
+    request.budget = budget;
+    request.told = what;
+    request.reasoning.cap = cap;
+    if (kept.empty() || kept == request.kept) return;
+    bool grows = false;
+    for (std::size_t layer = 0; layer < kept.size(); ++layer) grows = grows || kept[layer] > request.kept[layer];
+    request.kept = std::move(kept);
+    if (options_.variants) request.graph = graph_of(request.kept);
+    const bool holes = options_.variants || !runtime_->manifest().whole_cache;
+    if (grows && holes && request.row >= 0) interrupt(request);
+}
+
+void Engine::cancel(Request& request) {
+    if (request.done()) return;
+    end(request);
+    waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &request), waiting_.end());
+}
+
+void Engine::forget(std::uint64_t id) {
+    Request& found = request(id);
+    cancel(found);
+    if (found.row >= 0) remove(found.row);
+    requests_.erase(id);
+}
+
+Request& Engine::request(std::uint64_t id) const {
+    const auto found = requests_.find(id);
+    if (found == requests_.end()) config_error("request " + std::to_string(id) + ": there is no such one any more");
+    return *found->second;
+}
+
+std::int64_t Engine::running() const {
+    return std::count_if(rows_.begin(), rows_.end(), [](const Request* request) { return !request->done(); });
+}
+
+bool Engine::busy() const {
+    return !waiting_.empty() || running() > 0;
+}
+
+double Engine::oldest_seconds() const {
+    return waiting_.empty() ? 0.0 : now() - waiting_.front()->submitted;
+}
+
+Told Engine::told(const Budget& budget) const {
+    budget.check();
+    if (options_.variants && fitting(budget).empty()) {
+        budget_error("no variant of the bundle keeps to the budget " + std::to_string(budget.compute) +
+                     " and its caps; export one with --ladder");
+    }
+    return runtime_->told(budget);
+}
+
+void Engine::check(const std::vector<std::int64_t>& prompt, std::int64_t new_tokens) const {
+    const Manifest& manifest = runtime_->manifest();
+    for (const std::int64_t token : prompt) {
+        if (token < 0 || token >= manifest.shape.vocab_size) {
+            config_error("prompt: token id " + std::to_string(token) + " is not in the vocabulary of " +
+                         std::to_string(manifest.shape.vocab_size));
+        }
+    }
+    if (prompt.empty() || prompt.back() != manifest.tags.think) {
+        config_error("prompt: must end in <think>, token id " + std::to_string(manifest.tags.think));
+    }
+    const auto size = static_cast<std::int64_t>(prompt.size());
+    if (new_tokens > manifest.positions || size > manifest.positions - new_tokens) {
+        config_error("prompt: " + std::to_string(size) + " tokens and at most " + std::to_string(new_tokens) +
+                     " new ones are more than the " + std::to_string(manifest.positions) +
+                     " positions of the bundle; shorten it or lower its limits");
+    }
+}
+
+}  // namespace l2a::core

@@ -1,0 +1,100 @@
+// Continuous batching over a runtime: requests of any budget and length come and go between steps.
+//
+//     waiting --prefill, one by one, into a free row of the caches--> running --decode, all rows together--> done
+//        ^                                                               |
+//        +---- memory is short, or the new budget needs other caches ----+
+//
+// A row's computation does not depend on the others, so neither does its text. One thread at a time; engines over one
+// runtime share nothing that is written. The rules are those of l2a_compress/runtime/engine.py.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <unordered_map>
+
+#include "caches.hpp"
+#include "request.hpp"
+#include "runtime.hpp"
+
+namespace l2a::core {
+
+struct EngineOptions {
+    bool variants = false;  // served by static variants instead of the If graph
+    std::int64_t max_rows = 8;
+    std::int64_t max_cache_bytes = 0;  // 0: any
+};
+
+class Engine {
+  public:
+    Engine(std::shared_ptr<const Runtime> runtime, const EngineOptions& options);
+
+    // Queues a request and returns its number. Throws Error (budget, config), and nothing is queued.
+    std::uint64_t submit(std::vector<std::int64_t> prompt, const Budget& budget, const Limits& limits,
+                         const Sampling& sampling);
+    // Changes what a request may spend from its next token on. Throws Error, and the old budget stays.
+    void set_budget(Request& request, const Budget& budget);
+    void cancel(Request& request);
+    void forget(std::uint64_t id);
+    // Admits what there is room for and writes one token of every row.
+    void step();
+
+    // Throws Error (config) where there is no such request.
+    [[nodiscard]] Request& request(std::uint64_t id) const;
+    [[nodiscard]] const Runtime& runtime() const noexcept { return *runtime_; }
+    [[nodiscard]] bool busy() const;
+    [[nodiscard]] std::int64_t waiting() const { return static_cast<std::int64_t>(waiting_.size()); }
+    [[nodiscard]] std::int64_t running() const;
+    [[nodiscard]] double oldest_seconds() const;
+    [[nodiscard]] std::int64_t cache_bytes() const { return caches_.bytes(); }
+    [[nodiscard]] std::int64_t copied_rows() const { return copied_; }
+    [[nodiscard]] std::int64_t recomputed_rows() const { return recomputed_; }
+
+  private:
+    std::shared_ptr<const Runtime> runtime_;
+    EngineOptions options_;
+    std::vector<const Graph*> graphs_;  // that requests may run on
+    Caches caches_;
+    std::unordered_map<std::uint64_t, std::unique_ptr<Request>> requests_;
+    std::deque<Request*> waiting_;
+    std::vector<Request*> rows_;
+    std::int64_t full_ = -1;  // so many rows were too many; -1: not known
+    std::uint64_t next_ = 0;
+    std::int64_t copied_ = 0;
+    std::int64_t recomputed_ = 0;
+    int stumbles_ = 0;  // runs that failed, one after another
+
+    // Inputs and outputs of one run.
+    struct Arrays {
+        std::vector<std::int64_t> ids, mask, limits, allocation, kept, variant;
+        std::vector<float> budget, price, logits, tau;
+    };
+    Arrays arrays_;
+
+    [[nodiscard]] Told told(const Budget& budget) const;
+    void check(const std::vector<std::int64_t>& prompt, std::int64_t new_tokens) const;
+    // Places of the variants that keep to a budget, the largest first.
+    [[nodiscard]] std::vector<std::size_t> fitting(const Budget& budget) const;
+    // KV groups of each layer that a prompt gets under a budget.
+    Widths choose(Request& request, const Budget& budget, const Told& told);
+    Widths fixed(const Request& request, const Budget& budget, Told told);
+    void route(const Request& request, const Told& told);
+    [[nodiscard]] const Graph* graph_of(const Widths& kept) const;
+
+    void admit_all();
+    bool admit(Request& request);
+    void prefill(Request& request);
+    void failed(Request& request, const Error& error);
+    void interrupt(Request& request);
+    void retire();
+    void remove(std::int64_t row);
+    void arrange();
+    void decode();
+    void decode_rows(const Graph& graph, std::size_t start, std::size_t count);
+    void stumbled(std::size_t start, std::size_t count, const Error& error);
+    void fill(const std::vector<Request*>& requests);
+    Run run_of(std::int64_t batch, std::int64_t sequence, std::int64_t total);
+    void take(Request& request, std::size_t row);
+    void end(Request& request, l2a_code error = L2A_OK, const std::string& message = {});
+};
+
+}  // namespace l2a::core

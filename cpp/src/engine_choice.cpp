@@ -1,0 +1,77 @@
+// Which allocation a request gets, and the graph that runs it.
+#include <algorithm>
+
+#include "engine.hpp"
+
+namespace l2a::core {
+
+std::vector<std::size_t> Engine::fitting(const Budget& budget) const {
+    const Manifest& manifest = runtime_->manifest();
+    std::vector<std::size_t> found;
+    for (const std::size_t place : manifest.variants) {
+        if (manifest.cost.fits(manifest.graphs[place].widths, budget)) found.push_back(place);
+    }
+    return found;
+}
+
+const Graph* Engine::graph_of(const Widths& kept) const {
+    const auto found =
+        std::find_if(graphs_.begin(), graphs_.end(), [&](const Graph* graph) { return graph->entry().widths == kept; });
+    if (found == graphs_.end()) throw Error(L2A_ERROR_INTERNAL, "a request has an allocation that no variant has");
+    return *found;
+}
+
+Widths Engine::choose(Request& request, const Budget& budget, const Told& told) {
+    for (const auto& [known, kept] : request.chosen) {
+        if (known == told) return kept;
+    }
+    Widths kept;
+    if (options_.variants) {
+        kept = fixed(request, budget, told);
+    } else {
+        route(request, told);
+        kept = arrays_.kept;
+    }
+    request.chosen.emplace_back(told, kept);
+    return kept;
+}
+
+// Of the variants that keep to a budget the largest; of several, what the router says.
+Widths Engine::fixed(const Request& request, const Budget& budget, Told told) {
+    const Manifest& manifest = runtime_->manifest();
+    const std::vector<std::size_t> fit = fitting(budget);
+    const GraphEntry& largest = manifest.graphs[fit.front()];
+    const auto same = std::count_if(fit.begin(), fit.end(),
+                                    [&](std::size_t place) { return manifest.graphs[place].budget == largest.budget; });
+    if (same == 1) return largest.widths;
+    told.compute = static_cast<float>(largest.budget);
+    route(request, told);
+    const auto place = static_cast<std::size_t>(arrays_.variant.front());
+    if (place >= manifest.variants.size()) {
+        throw Error(L2A_ERROR_SESSION, "the router names a variant that the bundle has not; export it again");
+    }
+    return manifest.graphs[manifest.variants[place]].widths;
+}
+
+// Asks the router graph, which leaves its answer in the arrays.
+void Engine::route(const Request& request, const Told& told) {
+    const Graph* router = runtime_->first(Kind::router);
+    if (router == nullptr) {
+        bundle_error(runtime_->bundle().folder + ": no router graph is open to ask the gates again; export it again");
+    }
+    const auto size = static_cast<std::int64_t>(request.prompt.size());
+    const std::vector<std::int64_t> mask(request.prompt.size(), 1);
+    const float budget[] = {told.compute, told.share};
+    const std::int64_t limits[] = {told.units, told.layers, told.heads};
+    arrays_.kept.resize(static_cast<std::size_t>(runtime_->manifest().shape.num_layers));
+    arrays_.variant.resize(1);
+    Run run = run_of(1, size, size);
+    run.input_ids = request.prompt.data();
+    run.mask = mask.data();
+    run.budget = budget;
+    run.limits = limits;
+    run.price = &told.price;
+    router->run(run);
+}
+
+}  // namespace l2a::core

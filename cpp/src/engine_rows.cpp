@@ -1,0 +1,186 @@
+// Rows: who gets one, runs on, moves and leaves.
+#include <algorithm>
+
+#include "engine.hpp"
+
+namespace l2a::core {
+namespace {
+
+constexpr int kTries = 3;  // of a run that fails for another reason than memory
+
+}  // namespace
+
+void Engine::step() {
+    retire();
+    admit_all();
+    retire();
+    if (!rows_.empty()) decode();
+}
+
+void Engine::admit_all() {
+    while (!waiting_.empty() && static_cast<std::int64_t>(rows_.size()) < options_.max_rows &&
+           (full_ < 0 || static_cast<std::int64_t>(rows_.size()) < full_)) {
+        full_ = -1;
+        Request& request = *waiting_.front();
+        waiting_.pop_front();
+        try {
+            if (admit(request)) continue;
+            waiting_.push_front(&request);
+            full_ = static_cast<std::int64_t>(rows_.size());
+            break;
+        } catch (const Error& error) {
+            failed(request, error);
+            if (!request.done()) waiting_.push_front(&request);
+        }
+    }
+}
+
+// False where it must wait for memory.
+bool Engine::admit(Request& request) {
+    if (options_.variants && request.kept.empty()) request.kept = choose(request, request.budget, request.told);
+    request.graph = options_.variants ? graph_of(request.kept) : graphs_.front();
+    const auto used = static_cast<std::int64_t>(rows_.size());
+    std::int64_t rows = used + 1;
+    if (rows > caches_.rows()) rows = std::min(options_.max_rows, 2 * rows - 1);
+    const std::int64_t bytes = caches_.bytes_for(rows, request.most_tokens());
+    if (options_.max_cache_bytes > 0 && bytes > options_.max_cache_bytes) {
+        if (used > 0) return false;
+        throw Error(L2A_ERROR_OUT_OF_MEMORY, "request " + std::to_string(request.id) + ": " + std::to_string(bytes) +
+                                                 " bytes of keys and values are more than max_cache_bytes, " +
+                                                 std::to_string(options_.max_cache_bytes) + "; lower its limits");
+    }
+    caches_.reserve(rows, request.most_tokens());
+    prefill(request);
+    return true;
+}
+
+// Computes all tokens of a request into the row behind those that run, and lets it run.
+void Engine::prefill(Request& request) {
+    fill({&request});
+    arrays_.ids = request.prompt;
+    arrays_.ids.insert(arrays_.ids.end(), request.written.begin(), request.written.end());
+    const auto size = static_cast<std::int64_t>(arrays_.ids.size());
+    arrays_.mask.assign(arrays_.ids.size(), 1);
+    Run run = run_of(1, size, size);
+    const auto row = static_cast<std::int64_t>(rows_.size());
+    run.caches = &caches_.view(*request.graph, row, 1);
+    request.graph->run(run);
+    request.length = size;
+    request.row = row;
+    rows_.push_back(&request);
+    if (request.kept.empty()) request.kept = arrays_.kept;
+    request.chosen.emplace_back(request.told, request.kept);
+    take(request, 0);
+}
+
+// What becomes of the first that waits when it cannot run: it waits, is tried again, or ends.
+void Engine::failed(Request& request, const Error& error) {
+    if (error.code() == L2A_ERROR_OUT_OF_MEMORY && !rows_.empty()) {
+        full_ = static_cast<std::int64_t>(rows_.size());  // a row that ends makes room
+        return;
+    }
+    if (error.code() != L2A_ERROR_SESSION || ++request.failures >= kTries) end(request, error.code(), error.what());
+}
+
+// Takes a request out of its row to the head of the queue: it is computed again from its tokens.
+void Engine::interrupt(Request& request) {
+    remove(request.row);
+    waiting_.push_front(&request);
+    ++recomputed_;
+}
+
+void Engine::retire() {
+    for (std::size_t row = rows_.size(); row-- > 0;) {
+        if (rows_[row]->done()) remove(static_cast<std::int64_t>(row));
+    }
+    if (rows_.empty()) full_ = -1;
+}
+
+// The last row takes the place of one that leaves.
+void Engine::remove(std::int64_t row) {
+    Request* last = rows_.back();
+    rows_.pop_back();
+    Request*& place = row == last->row ? last : rows_[static_cast<std::size_t>(row)];
+    place->row = -1;
+    if (place == last) return;
+    caches_.copy(static_cast<std::int64_t>(rows_.size()), row, last->length);
+    ++copied_;
+    last->row = row;
+    place = last;
+}
+
+// Rows of one graph come to stand beside one another, where they do not.
+void Engine::arrange() {
+    for (std::size_t place = 1; place + 1 < rows_.size(); ++place) {
+        const Graph* before = rows_[place - 1]->graph;
+        if (rows_[place]->graph == before) continue;
+        const auto from = rows_.begin() + static_cast<std::ptrdiff_t>(place);
+        const auto later = std::find_if(from, rows_.end(), [&](const Request* row) { return row->graph == before; });
+        if (later == rows_.end()) continue;
+        caches_.swap((*from)->row, (*later)->row, std::max((*from)->length, (*later)->length));
+        copied_ += 2;
+        std::swap((*from)->row, (*later)->row);
+        std::iter_swap(from, later);
+    }
+}
+
+void Engine::decode() {
+    std::int64_t longest = 0;  // a cap may have been raised since a request came
+    for (const Request* request : rows_) longest = std::max(longest, request->length + 1);
+    try {
+        caches_.reserve(static_cast<std::int64_t>(rows_.size()), longest);
+    } catch (const Error& error) {
+        return stumbled(0, rows_.size(), error);
+    }
+    if (options_.variants) arrange();
+    for (std::size_t start = 0; start < rows_.size();) {
+        const Graph& graph = *rows_[start]->graph;
+        std::size_t count = 1;
+        while (!graph.is_narrow() && start + count < rows_.size() && rows_[start + count]->graph == &graph) ++count;
+        try {
+            decode_rows(graph, start, count);
+            stumbles_ = 0;
+        } catch (const Error& error) {
+            return stumbled(start, count, error);
+        }
+        start += count;
+    }
+}
+
+// One token of some rows of one graph.
+void Engine::decode_rows(const Graph& graph, std::size_t start, std::size_t count) {
+    const std::vector<Request*> requests(rows_.begin() + static_cast<std::ptrdiff_t>(start),
+                                         rows_.begin() + static_cast<std::ptrdiff_t>(start + count));
+    fill(requests);
+    std::int64_t total = 0;
+    for (const Request* request : requests) total = std::max(total, request->length + 1);
+    arrays_.ids.clear();
+    arrays_.mask.clear();
+    for (const Request* request : requests) {
+        arrays_.ids.push_back(request->written.back());
+        for (std::int64_t place = 0; place < total; ++place) arrays_.mask.push_back(place <= request->length ? 1 : 0);
+    }
+    Run run = run_of(static_cast<std::int64_t>(count), 1, total);
+    run.caches = &caches_.view(graph, static_cast<std::int64_t>(start), static_cast<std::int64_t>(count));
+    graph.run(run);
+    for (std::size_t row = 0; row < count; ++row) {
+        ++requests[row]->length;
+        if (!requests[row]->done()) take(*requests[row], row);
+    }
+}
+
+// A step that failed is run again: with a row less where memory was short.
+void Engine::stumbled(std::size_t start, std::size_t count, const Error& error) {
+    if (error.code() == L2A_ERROR_OUT_OF_MEMORY && rows_.size() > 1) {
+        Request* newest = *std::max_element(
+            rows_.begin(), rows_.end(), [](const Request* one, const Request* other) { return one->id < other->id; });
+        interrupt(*newest);
+        full_ = static_cast<std::int64_t>(rows_.size());
+        return;
+    }
+    if (error.code() == L2A_ERROR_SESSION && ++stumbles_ < kTries) return;
+    stumbles_ = 0;
+    for (std::size_t row = start; row < start + count; ++row) end(*rows_[row], error.code(), error.what());
+}
+
+}  // namespace l2a::core

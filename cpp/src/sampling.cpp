@@ -1,0 +1,139 @@
+#include "sampling.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <numeric>
+#include <string>
+
+#include "error.hpp"
+
+namespace l2a::core {
+namespace {
+
+// numpy.random.SeedSequence, after O'Neill's seed_seq_fe: a pool of four words of 32 bits.
+class SeedSequence {
+  public:
+    explicit SeedSequence(std::uint64_t seed) {
+        const std::array<std::uint32_t, 4> entropy{static_cast<std::uint32_t>(seed),
+                                                   static_cast<std::uint32_t>(seed >> 32), 0, 0};
+        std::uint32_t constant = 0x43b0d7e5;
+        for (std::size_t at = 0; at < pool_.size(); ++at) pool_[at] = hashed(entropy[at], constant);
+        for (std::size_t from = 0; from < pool_.size(); ++from) {
+            for (std::size_t to = 0; to < pool_.size(); ++to) {
+                if (from != to) pool_[to] = mixed(pool_[to], hashed(pool_[from], constant));
+            }
+        }
+    }
+    // Four words of 64 bits.
+    [[nodiscard]] std::array<std::uint64_t, 4> words() const {
+        std::array<std::uint64_t, 4> found{};
+        std::uint32_t constant = 0x8b51f9dd;
+        for (std::size_t at = 0; at < 8; ++at) {
+            std::uint32_t value = pool_[at % 4] ^ constant;
+            constant *= 0x58f38ded;
+            value *= constant;
+            value ^= value >> 16;
+            found[at / 2] |= static_cast<std::uint64_t>(value) << (at % 2 * 32);
+        }
+        return found;
+    }
+
+  private:
+    std::array<std::uint32_t, 4> pool_{};
+
+    static std::uint32_t hashed(std::uint32_t value, std::uint32_t& constant) {
+        value ^= constant;
+        constant *= 0x931e8875;
+        value *= constant;
+        return value ^ (value >> 16);
+    }
+    static std::uint32_t mixed(std::uint32_t one, std::uint32_t other) {
+        const std::uint32_t value = 0xca01f9dd * one - 0x4973f715 * other;
+        return value ^ (value >> 16);
+    }
+};
+
+// Indices of the tokens that may be drawn, the most likely first; of equal ones the smaller index.
+std::vector<std::size_t> ranked(const std::vector<double>& scaled, std::int64_t top_k) {
+    std::vector<std::size_t> order(scaled.size());
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    const auto before = [&](std::size_t one, std::size_t other) {
+        return scaled[one] != scaled[other] ? scaled[one] > scaled[other] : one < other;
+    };
+    if (top_k > 0 && static_cast<std::size_t>(top_k) < order.size()) {
+        const auto end = order.begin() + top_k;
+        std::partial_sort(order.begin(), end, order.end(), before);
+        order.erase(end, order.end());
+    } else {
+        std::sort(order.begin(), order.end(), before);
+    }
+    return order;
+}
+
+void normalize(std::vector<double>& weights) {
+    const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
+    for (double& weight : weights) weight /= sum;
+}
+
+std::vector<double> sums(const std::vector<double>& weights) {
+    std::vector<double> found(weights.size());
+    std::partial_sum(weights.begin(), weights.end(), found.begin());
+    return found;
+}
+
+}  // namespace
+
+void Sampling::check() const {
+    if (!(temperature >= 0) || std::isinf(temperature)) {
+        config_error("temperature must be at least 0 and finite, found " + std::to_string(temperature));
+    }
+    if (top_k < 0) config_error("top_k must be at least 0, found " + std::to_string(top_k));
+    if (!(top_p > 0 && top_p <= 1)) config_error("top_p must be in (0, 1], found " + std::to_string(top_p));
+}
+
+Pcg64::Pcg64(std::uint64_t seed) {
+    const auto words = SeedSequence(seed).words();
+    increment_ = (((static_cast<Wide>(words[2]) << 64) | words[3]) << 1) | 1;
+    step();
+    state_ += (static_cast<Wide>(words[0]) << 64) | words[1];
+    step();
+}
+
+void Pcg64::step() {
+    const Wide multiplier = (static_cast<Wide>(2549297995355413924ULL) << 64) | 4865540595714422341ULL;
+    state_ = state_ * multiplier + increment_;
+}
+
+std::uint64_t Pcg64::next() {
+    step();
+    const auto folded = static_cast<std::uint64_t>(state_ >> 64) ^ static_cast<std::uint64_t>(state_);
+    const auto turn = static_cast<unsigned>(state_ >> 122);
+    return (folded >> turn) | (folded << ((64 - turn) & 63));
+}
+
+double Pcg64::uniform() {
+    return static_cast<double>(next() >> 11) * 0x1.0p-53;
+}
+
+std::int64_t Sampler::token(const float* logits, std::size_t size) {
+    if (settings_.temperature == 0) return std::max_element(logits, logits + size) - logits;
+    std::vector<double> scaled(logits, logits + size);
+    for (double& value : scaled) value /= settings_.temperature;
+    std::vector<std::size_t> order = ranked(scaled, settings_.top_k);
+    std::vector<double> weights(order.size());
+    for (std::size_t at = 0; at < order.size(); ++at) weights[at] = std::exp(scaled[order[at]] - scaled[order[0]]);
+    normalize(weights);
+    if (settings_.top_p < 1) {
+        const std::vector<double> upto = sums(weights);
+        const auto end = std::lower_bound(upto.begin(), upto.end(), settings_.top_p) - upto.begin() + 1;
+        weights.resize(std::min(weights.size(), static_cast<std::size_t>(end)));
+        normalize(weights);
+    }
+    const std::vector<double> upto = sums(weights);
+    const auto place =
+        static_cast<std::size_t>(std::upper_bound(upto.begin(), upto.end(), draw_.uniform()) - upto.begin());
+    return static_cast<std::int64_t>(order[std::min(place, upto.size() - 1)]);
+}
+
+}  // namespace l2a::core

@@ -1,0 +1,45 @@
+// What the machine has left: the readings of docs/signals.md, one small class per source. Reading never throws: what
+// cannot be read has no value and says why.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace l2a::core {
+
+struct Reading {
+    const char* name;  // constants, as is the unit
+    const char* unit;
+    double value;  // NaN where it is not available
+    std::string why;
+};
+
+class Source {
+  public:
+    virtual ~Source() = default;
+    // Appends all readings of the source, always the same ones.
+    virtual void read(std::vector<Reading>& into) = 0;
+
+  protected:
+    // Appends what `value` returns, or the text of the exception that it throws.
+    static void add(std::vector<Reading>& into, const char* name, const char* unit,
+                    const std::function<double()>& value);
+};
+
+// Memory and load of the whole host, from `root`/proc.
+std::unique_ptr<Source> host_source(const std::string& root);
+// Shares of about the last second in which tasks waited, from `root`/proc/pressure.
+std::unique_ptr<Source> pressure_source(const std::string& root);
+// The control group, version 1 or 2, of this process; the tightest of nested groups.
+std::unique_ptr<Source> cgroup_source(const std::string& root);
+// An NVIDIA device by index or UUID, through NVML where its library is installed.
+std::unique_ptr<Source> gpu_source(const std::string& device);
+
+// Lines of a small text file. Throws std::runtime_error.
+std::vector<std::string> lines_of(const std::string& path);
+bool is_file(const std::string& path);
+
+}  // namespace l2a::core

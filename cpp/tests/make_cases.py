@@ -1,0 +1,147 @@
+"""Bundles and what the Python runtime writes with them, for the tests of the C++ runtime.
+
+    python cpp/tests/make_cases.py OUT                       # of a tiny random model, in seconds
+    python cpp/tests/make_cases.py OUT --artifact ARTIFACT   # of a trained one
+
+OUT gets a bundle of each precision, with two head levels and two variants of one budget, and cases.json: 64 prompts at
+6 budgets by the If graph and by variants, alone; the same with budgets that change in the middle; sampled text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "unit"))
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.cost import CostModel, ModelShape
+from l2a_compress.exporters.onnx import ExportOptions, export
+from l2a_compress.runtime.engine import Engine, Serve
+from l2a_compress.runtime.request import Limits, Request
+from l2a_compress.runtime.sampling import Sampling
+from l2a_compress.training.calibration import calibration_prompts
+from l2a_compress.training.store import load_artifact
+from toy_models import new_artifact
+
+BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+PRECISIONS = ("fp32", "int8")
+CHANGES = ((5, 0.6), (11, 1.0), (16, 0.8))  # from so many tokens on: down, up to where keys are missing, down
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--artifact", type=Path)
+    parser.add_argument("--prompts", type=int, default=64)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        _make(options, options.artifact or new_artifact(Path(folder), "llama"))
+
+
+def _make(options: argparse.Namespace, artifact: Path) -> None:
+    loaded = load_artifact(artifact)
+    chunks = calibration_prompts(loaded.recipe, loaded.tokenizer, options.prompts, batch_size=16)
+    prompts = [row[mask.bool()].tolist() for ids, masks in chunks for row, mask in zip(ids, masks, strict=True)]
+    ladder = tuple(_ladder(loaded.gated.shape))
+    found = []
+    for precision in PRECISIONS:
+        block = 32 if precision == "int8" else None
+        folder = options.out / precision
+        export(
+            artifact,
+            folder,
+            ExportOptions(precision=precision, block=block, allocations=ladder, per_budget=2),
+            force=True,
+        )
+        serves: tuple[Serve, ...] = ("if", "variants")
+        found += [case for serve in serves for case in _cases(folder, serve, prompts)]
+    (options.out / "cases.json").write_text(json.dumps({"cases": found}) + "\n")
+    print(f"{len(found)} cases: {options.out / 'cases.json'}")
+
+
+def _ladder(shape: ModelShape) -> Iterator[tuple[float, Allocation]]:
+    """Nested: all; without a layer; two with other layers; the latter's first with fewer groups; half."""
+    layers, groups = shape.num_layers, shape.num_groups
+    cost = CostModel(shape=shape)
+
+    def widths(skipped: set[int], narrow: set[int]) -> Allocation:
+        kept = [0 if at in skipped else 1 if at in narrow else groups for at in range(layers)]
+        return Allocation(num_groups=groups, groups=tuple(tuple(range(count)) for count in kept))
+
+    levels = [
+        [widths(set(), set())],
+        [widths({2}, set())],
+        [widths({2, 3}, set()), widths({2, 4}, set())],
+        [widths({2, 3}, {layers - 1, layers - 2})],
+        [widths({2, 3, 4, *range(5, layers // 2)}, {layers - 1, layers - 2})],
+    ]
+    for level in levels:
+        budget = max(math.ceil(cost.fraction(each) * 100) / 100 for each in level)
+        yield from ((budget, each) for each in level)
+
+
+def _cases(folder: Path, serve: Serve, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
+    engine = Engine(folder, max_rows=1, threads=1, serve=serve, max_graphs=16)
+    limits = Limits(max_think_tokens=24, max_answer_tokens=6, tau_threshold=0.6)
+    for number, (prompt, budget) in enumerate(itertools.product(prompts, BUDGETS)):
+        think = 7 if number % 5 == 4 else None
+        yield _case(engine, folder.name, prompt, Budget(compute=budget, think_tokens=think), limits, Sampling(), ())
+    for number, prompt in enumerate(prompts):
+        budget = Budget(compute=BUDGETS[number % 6])
+        yield _case(engine, folder.name, prompt, budget, limits, Sampling(), CHANGES)
+        sampling = Sampling(temperature=0.9, top_k=(0, 20)[number % 2], top_p=(1.0, 0.8)[number % 3 == 0], seed=number)
+        yield _case(engine, folder.name, prompt, budget, limits, sampling, ())
+
+
+def _case(
+    engine: Engine,
+    bundle: str,
+    prompt: list[int],
+    budget: Budget,
+    limits: Limits,
+    sampling: Sampling,
+    changes: tuple[tuple[int, float], ...],
+) -> dict[str, Any]:
+    (request,) = engine.submit([prompt], [budget], limits=limits, sampling=sampling)
+    left = list(changes)
+    while not request.done:
+        engine.step()
+        while left and len(request.written) >= left[0][0]:
+            engine.set_budget(request, Budget(compute=left.pop(0)[1]))
+    if request.error is not None:
+        raise request.error
+    return {
+        "bundle": bundle,
+        "serve": engine.serve,
+        "prompt": prompt,
+        "budget": budget.compute,
+        "think_tokens": budget.think_tokens,
+        "limits": [limits.max_think_tokens, limits.max_answer_tokens, limits.tau_threshold],
+        "sampling": [sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed],
+        "changes": changes,
+        "expect": _expected(request),
+    }
+
+
+def _expected(request: Request) -> dict[str, Any]:
+    return {
+        "written": request.written,
+        "kept": request.kept,
+        "stopped_by": ("model", "cap", "tau").index(request.reasoning.stopped_by),
+        "think": len(request.reasoning.think),
+    }
+
+
+if __name__ == "__main__":
+    main()

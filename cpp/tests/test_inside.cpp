@@ -1,0 +1,78 @@
+// Parts that the interface does not show one by one.
+#include <doctest/doctest.h>
+
+#include "cost.hpp"
+#include "error.hpp"
+#include "files.hpp"
+#include "json.hpp"
+#include "onnx_reader.hpp"
+#include "sampling.hpp"
+
+namespace core = l2a::core;
+
+TEST_SUITE_BEGIN("inside");
+
+TEST_CASE("draws are those of numpy.random.default_rng") {
+    // numpy.random.default_rng(seed).random(2)
+    core::Pcg64 zero(0);
+    CHECK(zero.uniform() == 0.6369616873214543);
+    CHECK(zero.uniform() == 0.2697867137638703);
+    core::Pcg64 large(12345678901234567890U);
+    CHECK(large.uniform() == 0.004224879795573511);
+    CHECK(large.uniform() == 0.6523439976170509);
+}
+
+TEST_CASE("limits are exact") {
+    core::Shape shape{3, 8, 16, 4, 2, 2, 11, true};
+    const auto cost = core::CostModel::of(shape);
+    REQUIRE(cost);
+    CHECK(cost->dense_units() == 3 * (6 * 8 * 16 + 2 * 2 * (2 * 2 + 2) * 2 * 8));
+    CHECK(cost->limit(1.0) == cost->dense_units());
+    CHECK(cost->limit(0.1 + 0.2) == cost->limit(0.3));  // meant as 0.3
+    CHECK(cost->limit(5e-324) == 0);
+    shape.hidden_size = 1LL << 40;
+    shape.intermediate_size = 1LL << 40;
+    CHECK_FALSE(core::CostModel::of(shape));
+    shape = {1000, 1LL << 20, 1LL << 29, 1, 1, 1, 11, true};  // near 2^62
+    const auto big = core::CostModel::of(shape);
+    REQUIRE(big);
+    CHECK(big->limit(0.5) == big->dense_units() / 2 + big->dense_units() / 1000000000000);
+}
+
+TEST_CASE("JSON is read strictly") {
+    CHECK(core::parse_json(R"({"a": [1, 2.5, "x", null, true]})")["a"].size() == 5);
+    for (const char* text : {"", "{", R"({"a": 1, "a": 2})", "NaN", "1e999", "99999999999999999999", "\xEF\xBB\xBF{}",
+                             R"("\ud800")", "\"\xFF\"", "[1,]", "{} {}"}) {
+        CAPTURE(text);
+        CHECK_THROWS_AS(core::parse_json(text), std::invalid_argument);
+    }
+    CHECK_NOTHROW(core::parse_json(std::string(32, '[') + std::string(32, ']')));
+    CHECK_THROWS_AS(core::parse_json(std::string(33, '[') + std::string(33, ']')), std::invalid_argument);
+    CHECK_THROWS_AS(core::parse_json(std::string(100000, '[')), std::invalid_argument);
+}
+
+TEST_CASE("paths stay inside") {
+    for (const char* name : {"a", "a/b", "a.onnx", "..a", "a..b/c"}) CHECK(core::is_inside(name));
+    for (const char* name : {"", "/", "/a", "..", "../a", "a/..", "a/../b", ".", "./a", "a//b", "a/", "a\\b", "c:x"}) {
+        CAPTURE(name);
+        CHECK_FALSE(core::is_inside(name));
+    }
+}
+
+TEST_CASE("digests") {
+    const auto text = std::string("abc");
+    CHECK(core::sha256_of(reinterpret_cast<const std::byte*>(text.data()), 3) ==
+          "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    CHECK(core::sha256_of(nullptr, 0) == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+}
+
+TEST_CASE("what is no ONNX graph is refused") {
+    const auto read = [](std::string_view bytes) { return core::external_tensors(bytes); };
+    CHECK(read("").empty());
+    CHECK(read(std::string("\x3a\x00", 2)).empty());  // an empty graph
+    CHECK_THROWS_AS(read("\x3a\x05"), core::Error);   // cut off
+    CHECK_THROWS_AS(read("\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"), core::Error);
+    CHECK_THROWS_AS(read("\x3b"), core::Error);  // a group, which ONNX has not
+}
+
+TEST_SUITE_END();
