@@ -14,7 +14,7 @@
 
 namespace l2a::core {
 
-enum class Kind { any, variant, fixed, router };  // `if`, `variant`, `static`, `router` in the manifest
+enum class Kind { any, told, variant, fixed, router };  // `if`, `told`, `variant`, `static`, `router` in the manifest
 
 struct GraphEntry {
     std::string name;

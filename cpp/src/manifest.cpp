@@ -144,7 +144,7 @@ Manifest Manifest::parse(std::string_view text) {
     if (!cost) bundle_error("shape: the cost of all layers must be an integer of 64 bits with a sign, found more");
     found.cost = *cost;
     found.dialect = one_of(data["dialect"], "dialect", {"ort", "standard"});
-    found.precision = one_of(data["precision"], "precision", {"fp32", "fp16", "bf16", "int8", "int4"});
+    found.precision = one_of(data["precision"], "precision", {"fp32", "fp16", "bf16", "int8", "fp8", "int4"});
     check.sha256(data["artifact"], "artifact");
     found.positions = check.integer(data["positions"], "positions", 1);
     found.whole_cache = check.flag(data["whole_cache"], "whole_cache");

@@ -69,7 +69,7 @@ Graph graph_of(const Json& data, std::size_t place) {
     entry.name = check.line(data["name"], what + ": graph.name");
     entry.file = check.line(data["file"], what + ": graph.file");
     what += ": graph " + entry.name;
-    const std::vector<std::string> kinds{"if", "variant", "static", "router"};
+    const std::vector<std::string> kinds{"if", "told", "variant", "static", "router"};
     const std::string& kind = one_of(data["kind"], what + ": kind", kinds);
     entry.kind = static_cast<Kind>(std::find(kinds.begin(), kinds.end(), kind) - kinds.begin());
     const bool fixed = entry.kind == Kind::variant || entry.kind == Kind::fixed;
