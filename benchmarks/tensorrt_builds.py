@@ -5,9 +5,9 @@
 
 `smollm2-135m` has its real weights (``fetch_models.py``); the others are full in width, with random weights and fewer
 layers. `llama-3-8b` is made with one and with two gated layers beside its two always-on ones, from which 32 layers are
-extrapolated. Gates are not trained: what they choose does not change what is built. Each
-export and each build runs alone in a process of its own, whose peak of resident memory is read when it ends. Every plan
-is checked for a clean header. Figures go to benchmarks/results/tensorrt_builds.json.
+extrapolated. Gates are not trained: what they choose does not change what is built. Each export and each build runs
+alone in a process of its own, whose peak of resident memory is read when it ends. Every plan is checked for a clean
+header. Figures go to benchmarks/results/tensorrt_builds.json.
 """
 
 from __future__ import annotations

@@ -93,6 +93,7 @@ def header_diagnostics(engine: bytes) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # some 80 processor seconds, of which a busy machine may give little
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_every_engine_of_the_embedded_model_is_built_for_three_gpus(
     precision: str, artifact: Path, tmp_path: Path
