@@ -8,7 +8,8 @@ benchmarks/results/native.json.
 
 - ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
   opened the same way; with layers skipped alone, and with two levels of heads among the variants.
-- ``speed``: a prefill of 512 tokens and decode steps. onnxruntime-genai runs the very same dense graph and weights.
+- ``speed``: processor time of a prefill of 512 tokens and of decode steps, one thread, which other work on the machine
+  does not stretch much. onnxruntime-genai runs the very same dense graph and weights.
 - ``switch``: a budget that changes in the middle of a request, and the step after it.
 - ``threads``: processor time of a token where 8 threads share a runtime, over that of one thread: 1 without contention.
 """

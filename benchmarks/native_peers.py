@@ -25,7 +25,7 @@ class Python:
         self.engines = {serve: Engine(folder, threads=threads, serve=serve) for serve in ("if", "variants")}
 
     def step(self, *, serve: str, batch: int, length: int, tokens: int) -> dict[str, float]:
-        """Seconds of the first step, which computes the prompts, less a decode step; and of a decode step."""
+        """Processor time of the first step, which computes the prompts, less a decode step; and of a decode step."""
         from l2a_compress.runtime.request import Limits
 
         engine = self.engines[serve]
@@ -33,15 +33,15 @@ class Python:
         prompts[:, -1] = engine.tags.think
         limits = Limits(max_think_tokens=tokens + 8, tau_threshold=None)
         requests = engine.submit(prompts.tolist(), [None] * batch, limits=limits)
-        began = time.perf_counter()
+        began = time.process_time()
         engine.step()
-        first = time.perf_counter() - began
+        first = time.process_time() - began
         engine.step()
-        warm, count = time.perf_counter(), 0
+        warm, count = time.process_time(), 0
         while count < tokens and len(engine.running) == batch:
             engine.step()
             count += 1
-        decode = (time.perf_counter() - warm) / max(1, count)
+        decode = (time.process_time() - warm) / max(1, count)
         for request in requests:
             engine.cancel(request)
         engine.step()
@@ -57,10 +57,21 @@ class GenAI:
         self.engine = Engine(folder, threads)
 
     def step(self, *, serve: str, batch: int, length: int, tokens: int) -> dict[str, float]:
-        """As the other; ``serve`` means nothing here."""
-        asked = {"batch": batch, "length": length}
-        prefill = self.engine.run("prefill", tokens=2, **asked)
-        return {"prefill": prefill, "decode": self.engine.run("decode", tokens=max(2, tokens), **asked)}
+        """As the other, by greedy search; ``serve`` means nothing here."""
+        og, model = self.engine.og, self.engine.model
+        params, longest = og.GeneratorParams(model), length + tokens + 4
+        params.set_search_options(max_length=longest, min_length=longest, batch_size=batch, do_sample=False)
+        generator = og.Generator(model, params)
+        ids = _draw.integers(1_000, 20_000, (batch, length)).astype(np.int32)
+        began = time.process_time()
+        generator.append_tokens(ids if batch > 1 else ids[0])
+        generator.generate_next_token()  # takes the prompt's logits
+        first = time.process_time() - began
+        generator.generate_next_token()
+        began = time.process_time()
+        for _ in range(tokens):
+            generator.generate_next_token()
+        return {"prefill": first, "decode": (time.process_time() - began) / tokens}
 
 
 def main() -> None:

@@ -86,25 +86,24 @@ class Bench {
         return found;
     }
 
-    // Of `batch` prompts of `length` tokens: the first step, which computes them, less a decode step; and a decode
-    // step.
+    // Processor time of `batch` prompts of `length` tokens: of the first step, which computes them, less a decode step;
+    // and of a decode step.
     Json step(const Json& asked) {
         const auto batch = asked["batch"].get<int32_t>();
         const auto tokens = asked["tokens"].get<int64_t>();
         l2a::Engine engine = this->engine(asked, batch);
         for (int32_t row = 0; row < batch; ++row) {
-            (void)engine.submit(prompt(asked["length"].get<std::size_t>()),
-                                options(asked.value("budget", 1.0), tokens + 8));
+            (void)engine.submit(prompt(asked["length"].get<std::size_t>()), options(1.0, tokens + 8));
         }
-        const auto began = Clock::now();
+        const double began = cpu_seconds();
         engine.step();
-        const double first = since(began);
+        const double first = cpu_seconds() - began;
         engine.step();
-        const auto warm = Clock::now();
+        const double warm = cpu_seconds();
         int64_t count = 0;
         for (; count < tokens && engine.statistics().running == batch; ++count) engine.step();
-        const double decode = since(warm) / static_cast<double>(std::max<int64_t>(1, count));
-        return {{"prefill", first - decode}, {"decode", decode}, {"tokens", count}};
+        const double decode = (cpu_seconds() - warm) / static_cast<double>(std::max<int64_t>(1, count));
+        return {{"prefill", first - decode}, {"decode", decode}};
     }
 
     // Budgets that change in the middle of a request, in the order given, over and over.
