@@ -48,7 +48,9 @@ def compared(pairs: Sequence[tuple[Point, Point]]) -> dict[str, Any]:
         "n": len(ours),
         "cost": [round(fmean(point["cost"] for point in side), 4) for side in zip(*pairs, strict=True)],
         "accuracy": [round(_accuracy(side), 5) for side in zip(*pairs, strict=True)],
-        "layer_sparsity": round(fmean(ours["layer_sparsity"] for ours, _ in pairs), 4),
+        "layer_sparsity": [
+            round(fmean(point["layer_sparsity"] for point in side), 4) for side in zip(*pairs, strict=True)
+        ],
     }
 
 
@@ -74,7 +76,7 @@ def against(
     """Main under ``mean`` against every point of the others at a cost that is not above theirs, by budget."""
     rows: dict[tuple[str, float], list[tuple[Point, Point]]] = defaultdict(list)
     for record in others:
-        (ours,) = [one for one in main if one["seed"] == record["seed"]] or [None]
+        ours = next((one for one in main if one["seed"] == record["seed"]), None)
         if ours is None:
             continue
         for point in choose(record):
@@ -217,17 +219,16 @@ def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]])
     for subset in ("terse", "crowded"):
         inside, outside = [], []
         for record in main:
-            point = at_sparsity(record, 0.34)
-            if point is None or subset not in record["reports"]:
+            if subset not in record["reports"]:
                 continue
             there = record["reports"][subset]
-            (other,) = [p for p in there["points"] if p["budget"] == point["budget"]] or [None]
-            if other is not None:
-                inside.append((record["reports"]["capped"]["dense"], point))
-                outside.append((there["dense"], other))
+            other = min(there["points"], key=lambda point: point["budget"])
+            point = next(p for p in points(record) if (p["contract"], p["budget"]) == ("mean", other["budget"]))
+            inside.append((record["reports"]["capped"]["dense"], point))
+            outside.append((there["dense"], other))
         if outside:
             near, far = compared(inside), compared(outside)
-            extra[subset] = {"value": round(far["delta"] - near["delta"], 5), "out": far, "in": near["delta"]}
+            extra[subset] = {"value": round(far["delta"] - near["delta"], 5), "out": far, "in": near}
     summary["ood_gap_extra"] = extra
     return summary
 
@@ -294,6 +295,7 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=[2, 1], layout="constrained")
+    lines: list[tuple[str, Sequence[Point], str, str | None]]
     lines = [("L2A, mean", [p for p in _frontier(main) if p["contract"] == "mean"], "o-", "#1565c0")]
     lines.append(("L2A, cap", [p for p in _frontier(main) if p["contract"] == "cap"], "s-", "#64b5f6"))
     if "blind" in found:
