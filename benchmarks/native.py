@@ -6,6 +6,8 @@ Builds cpp/bench, fetches the checkpoint, and exports bundles of it with untrain
 those of trained ones. Every figure compares processes that are measured in turns. Figures go to
 benchmarks/results/native.json.
 
+All processes ask for huge pages (glibc.malloc.hugetlb): without them the place of the weights alone decides.
+
 - ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
   opened the same way; with layers skipped alone, and with two levels of heads among the variants.
 - ``speed``: processor time of a prefill of 512 tokens and of decode steps, one thread, which other work on the machine
@@ -47,6 +49,7 @@ LADDER = (
     (0.7, 9, 2),
     (0.6, 12, 1),
 )  # budget, skipped layers, groups of the last
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 BARS = {"layers": 1.10, "heads": 1.25}
 
 
@@ -54,7 +57,7 @@ class Worker:
     """A process that answers a line of JSON with one."""
 
     def __init__(self, *command: str | Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | ENVIRONMENT
         self.process = subprocess.Popen(
             [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
