@@ -35,8 +35,6 @@ CAPS = (1.0, 0.8, 0.7, 0.66, 0.6, 0.5, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
 MEANS = (0.8, 0.7, 0.66, 0.64, 0.62, 0.6, 0.5)
 THINK = (0.5, 0.25)
-# A third style of traces, which was not learned; docs/results.md.
-COMMON = ("draws.brief_below=0.35",)
 UNTRAINED = ("uniform", "block_influence", "oracle", "early_exit", "think_cap")
 OUT_OF_DISTRIBUTION = ("terse", "crowded")
 
@@ -68,6 +66,15 @@ EXPERIMENTS = {
     "untrained": Experiment("methods on the frozen model; no training of its own", means=(), baselines=UNTRAINED),
     "blind": Experiment("gates that see the budget alone", ("gates.summary=none", "gates.demand=false"), means=()),
     "layers": Experiment("no head gates", without="heads"),
+    "brief": Experiment(
+        "a third style of traces, for tight think budgets, and 2,500 steps",
+        (
+            *("draws.brief_below=0.35", "draws.minimum=0.4", "gates.least_compute=0.4", "gates.think_reference=104"),
+            *("optim.steps=2500", "optim.batch_size=16", "annealing.settle=0.35", "objective.swap=2.0"),
+        ),
+        baselines=("fixed_budget",),
+        probes=True,
+    ),
     "no-kl": Experiment("without logical consistency", without="kl"),
     "no-budget": Experiment(
         "the paper's own form of the gates, without the resource term",
@@ -93,7 +100,7 @@ def run(name: str, args: argparse.Namespace) -> Path:
     """Trains and measures one experiment and writes its record."""
     experiment = EXPERIMENTS[name]
     settings = [f"seed={args.seed}", f"optim.steps={args.steps}", f"optim.threads={args.threads}"]
-    settings += [f"optim.batch_size={args.batch_size}", *COMMON, *experiment.settings]
+    settings += [f"optim.batch_size={args.batch_size}", *experiment.settings]
     if experiment.static == "fixed_budget":
         settings.append(f'static.artifact="{args.work}/main-s{args.seed}/artifact"')
     recipe = Recipe.named("mini", settings)
@@ -172,8 +179,8 @@ def main() -> None:
     one = commands.add_parser("run", help="train and measure one experiment")
     one.add_argument("name", choices=sorted(EXPERIMENTS))
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--steps", type=int, default=2500)
-    one.add_argument("--batch-size", type=int, default=16)
+    one.add_argument("--steps", type=int, default=1000)
+    one.add_argument("--batch-size", type=int, default=8)
     one.add_argument("--problems", type=int, default=2000)
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--parts", default="capped,mean,probes", help="what to measure anew; the rest of a record stays")

@@ -90,9 +90,10 @@ def against(
 def summarize() -> None:
     """Writes results/frontier.json and the pictures."""
     found = records()
-    main = found.get("main", [])
-    if not main:
+    lead = next((name for name in ("main", "brief") if name in found), None)
+    if lead is None:
         raise SystemExit("no record of 'main' yet: python benchmarks/frontier.py run main --seed 0")
+    main = found[lead]
     dense = main[0]["reports"]["capped"]["dense"]
     tables = {
         "untrained": against(main, main, lambda record: record["reports"]["capped"]["baselines"]),
@@ -110,11 +111,12 @@ def summarize() -> None:
     result = {
         "summary": _summary(main, tables),
         "dense": {"accuracy": dense["accuracy"], "interval": list(wilson(dense["outcomes"].count("1"), dense["n"]))},
+        "lead": lead,
         "seeds": [record["seed"] for record in main],
         "frontier": _frontier(main),
         "think": _think(main),
         **tables,
-        "ablations": {name: _frontier(group) for name, group in found.items() if name not in ("main", "blind")},
+        "ablations": {name: _frontier(group) for name, group in found.items() if name not in (lead, "blind")},
         "runs": {
             f"{name}-s{record['seed']}": {
                 key: record[key] for key in ("about", "settings", "without", "machine", "seconds")

@@ -92,22 +92,23 @@ def cross_entropy(student: Tensor, where: Supervised) -> Tensor:
     return (functional.nll_loss(student, where.targets, reduction="none") * where.weights).sum()
 
 
-def row_sums(student: Tensor, where: Supervised) -> Tensor:
-    """Negative log-likelihood of each row's labelled tokens together, in nats. [n, vocabulary] -> [batch]."""
-    losses = functional.nll_loss(student, where.targets, reduction="none")
+def row_losses(student: Tensor, where: Supervised) -> Tensor:
+    """Cross entropy of each row, the mean over its own tokens. ``student`` as in :func:`cross_entropy`; [batch]."""
+    losses = functional.nll_loss(student, where.targets, reduction="none") * where.weights * where.mask.shape[0]
     return losses.new_zeros(where.mask.shape[0]).index_add(0, where.rows, losses)
 
 
 def failure(nll: Tensor) -> Tensor:
     """A stand-in for the chance that a row comes out wrong: 0 at 0 nats, a half at 1 nat, and never quite 1.
 
-    ``1 - exp(-nll)`` would be that chance itself, but is as good as 1, and says nothing, while a network still learns.
+    ``nll`` is the sum over the row's labelled tokens. ``1 - exp(-nll)`` would be that chance itself, but is as good as
+    1, and says nothing, while a network still learns.
     """
     return nll / (1 + nll)
 
 
 def swap_ranking(kept: Tensor, skipped: Tensor, gain: Tensor, temperature: float) -> Tensor:
-    """Ranks two layers of one prompt by what changing their places does to its failure; all tensors are [batch].
+    """Ranks two layers of one prompt by what changing their places does to its loss; all tensors are [batch].
 
     The straight-through gradient extrapolates a whole layer from a slope. This measures: the logistic loss of the order
     that the measurement asks for, weighted by how much it asks (as RankNet weighs its pairs).
@@ -115,7 +116,7 @@ def swap_ranking(kept: Tensor, skipped: Tensor, gain: Tensor, temperature: float
     Args:
         kept: score of a layer that runs.
         skipped: score of one that does not.
-        gain: :func:`failure` with the two changed, less that as it is; 0 leaves a row out.
+        gain: loss with the two changed, less the loss as it is; 0 leaves a row out.
         temperature: of the gates.
     """
     wrong_way = functional.softplus(-gain.sign() * (kept - skipped) / temperature)

@@ -100,7 +100,8 @@ class TrainingStep(nn.Module):
         assert gates.summary is not None
         told = torch.stack([gates.compute, request.budgets.think], dim=-1)
         with torch.no_grad():
-            failed = self._failures(states, where)
+            counts = where.mask.sum(1)
+            failed = objective.failure(self._row_losses(states, where) * counts)
         logits = demand(gates.summary.detach(), told)
         found = functional.binary_cross_entropy_with_logits(logits, failed, reduction="none")
         return (found * steady).mean()
@@ -122,21 +123,20 @@ class TrainingStep(nn.Module):
             offset = self.gated.think_offset(ids, request.budgets.features[chosen])
             with self.gated.masked(self.gated.allocator.by_group(ranks), offset):
                 swapped = self.gated(ids, batch["attention_mask"][chosen]).hidden[part.mask]
-            gain = self._failures(swapped, part) - self._failures(states, where)[chosen]
+            gain = self._row_losses(swapped, part) - self._row_losses(states, where)[chosen]
         scores = gates.layer_scores if request.noise is None else gates.layer_scores - request.noise[..., 0]
         scores = scores[chosen]
         term = objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
         return term * (len(chosen) / len(possible))  # a mean over all rows, as every term
 
-    def _failures(self, states: Tensor, where: Supervised) -> Tensor:
-        """How far each row is from coming out right: [batch], in [0, 1)."""
+    def _row_losses(self, states: Tensor, where: Supervised) -> Tensor:
         size = max(1, PART_NUMBERS // int(self.gated.model.config.vocab_size))
         found = states.new_zeros(where.mask.shape[0], dtype=torch.float32)
         for start in range(0, states.shape[0], size):
             part = slice(start, start + size)
             student = objective.log_probabilities(self.gated.logits(states[part]))
-            found += objective.row_sums(student, where.part(part))
-        return objective.failure(found)
+            found += objective.row_losses(student, where.part(part))
+        return found
 
     def request(self, batch: Batch) -> GateRequest:
         """Budgets, noise and switch of a batch, as the gates take them."""

@@ -180,8 +180,8 @@ def test_allocations_keep_their_budgets_and_ignore_the_other_rows(family: str, m
 
 @torch.no_grad()
 def test_allocations_depend_on_the_prompt_unless_the_gates_are_blind() -> None:
-    ids, mask = prompts(32)
-    budgets = [Budget(compute=0.5)] * 32
+    ids, mask = prompts(16)
+    budgets = [Budget(compute=0.5)] * 16
     assert len(set(new_gated().allocate(ids, mask, budgets))) > 3
     assert len(set(new_gated(summary="none").allocate(ids, mask, budgets))) == 1
 

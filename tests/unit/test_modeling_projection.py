@@ -208,7 +208,7 @@ def test_no_allocation_of_10000_exceeds_its_budget(mode: str, contract: str) -> 
 
 def test_the_result_of_a_forward_is_what_is_allocated() -> None:
     gated = new_gated()
-    result = GateResult(torch.tensor([[True, False]]), torch.tensor([[[True, False], [False, False]]]), *[NOTHING] * 3)
+    result = GateResult(torch.tensor([[True, False]]), torch.tensor([[[True, False], [False, False]]]), *[NOTHING] * 4)
     (found,) = gated.allocations_of(result, [Budget(think_tokens=7)])
     assert found == Allocation(num_groups=2, groups=((0, 1), (0,), ()), think_tokens=7)
 

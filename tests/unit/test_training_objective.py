@@ -18,7 +18,7 @@ from l2a_compress.training.objective import (
     kl_divergence,
     kl_top_k,
     log_probabilities,
-    row_sums,
+    row_losses,
     stop_targets,
     swap_ranking,
     token_terms,
@@ -193,15 +193,21 @@ def test_weights_are_not_negative(value: float) -> None:
         ObjectiveConfig(kl=value)
 
 
-def test_row_sums_are_the_whole_rows_likelihoods() -> None:
+def test_row_losses_average_to_the_cross_entropy() -> None:
     student, where = words(0), Supervised.of(LABELS)
-    found = row_sums(student[where.mask], where)
+    found = row_losses(student[where.mask], where)
     expected = [
-        -sum(row[at][label] for at, label in enumerate(LABELS[number][LABELS[number] != -100].tolist())) if row else 0.0
+        -sum(row[at][label] for at, label in enumerate(LABELS[number][LABELS[number] != -100].tolist())) / len(row)
+        if row
+        else 0.0
         for number, row in enumerate(rows_of(student))
     ]
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
-    assert failure(found)[0].item() == pytest.approx(expected[0] / (1 + expected[0]))
+    assert found.mean().item() == pytest.approx(cross_entropy(student[where.mask], where).item(), abs=1e-6)
+
+
+def test_a_failure_is_a_half_at_one_nat() -> None:
+    assert failure(torch.tensor([0.0, 1.0, 9.0])).tolist() == pytest.approx([0.0, 0.5, 0.9])
 
 
 def test_swapped_layers_are_ranked_by_what_the_swap_did() -> None:

@@ -119,7 +119,7 @@ def test_the_swap_term_measures_what_changing_places_does() -> None:
         order, count = gated.allocator.group_order[comes - stem], len(now.groups[goes])
         groups = list(now.groups)
         groups[goes], groups[comes] = (), tuple(sorted(order[:count].tolist()))
-        gain = failed(gated, one, Allocation(num_groups=GROUPS, groups=tuple(groups))) - failed(gated, one, now)
+        gain = row_loss(gated, one, Allocation(num_groups=GROUPS, groups=tuple(groups))) - row_loss(gated, one, now)
         scores = output.gates.layer_scores[row].detach()
         apart = (scores[goes - stem] - scores[comes - stem]) / step.temperature
         expected.append(gain.abs() * torch.nn.functional.softplus(-gain.sign() * apart))
@@ -129,15 +129,14 @@ def test_the_swap_term_measures_what_changing_places_does() -> None:
 
 
 @torch.no_grad()
-def failed(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
-    """The failure of one row under an allocation, the budget shown at the think tag as in training."""
+def row_loss(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
+    """Mean cross entropy of one row under an allocation, the budget shown at the think tag as in training."""
     labels = row["labels"][0, 1:]
     told = torch.stack([row["compute"], row["think"]], dim=-1)
     with gated.forced([allocation]):
         gated.state.offset = gated.think_offset(row["input_ids"], told)
         hidden = gated(row["input_ids"], row["attention_mask"]).hidden
-    nll = torch.nn.functional.cross_entropy(gated.logits(hidden)[0, :-1], labels, ignore_index=-100, reduction="sum")
-    return nll / (1 + nll)
+    return torch.nn.functional.cross_entropy(gated.logits(hidden)[0, :-1], labels, ignore_index=-100)
 
 
 def test_the_swap_term_teaches_the_layer_gates_alone() -> None:
@@ -191,7 +190,8 @@ def test_the_demand_head_learns_whether_rows_fail_and_nothing_else_does() -> Non
             expected.append(torch.zeros(()))
             continue
         one = {name: value[row : row + 1] for name, value in batch.items()}
-        wrong, chance = failed(gated, one, allocations[row]), torch.sigmoid(logits[row])
+        nll = row_loss(gated, one, allocations[row]) * (one["labels"][0, 1:] != -100).sum()
+        wrong, chance = nll / (1 + nll), torch.sigmoid(logits[row])
         expected.append(-wrong * chance.log() - (1 - wrong) * (1 - chance).log())
     torch.testing.assert_close(terms["demand"].detach(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-3)
 

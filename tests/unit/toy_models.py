@@ -78,10 +78,14 @@ def new_gated(
 def scramble(gated: GatedModel, seed: int = 0) -> None:
     """Random values for everything that is trained, and a random order of the KV groups."""
     generator = torch.Generator().manual_seed(seed + 1)
-    for parameter in trainable(gated).values():
-        nn.init.normal_(parameter, std=0.3, generator=generator)
+    demand = {name: value for name, value in trainable(gated).items() if ".demand." in name}
+    for name, parameter in trainable(gated).items():
+        if name not in demand:
+            nn.init.normal_(parameter, std=0.3, generator=generator)
     order = torch.rand(gated.allocator.group_order.shape, generator=generator).argsort(-1)
     gated.allocator.group_order.data.copy_(order)
+    for parameter in demand.values():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
 
 
 def trainable(gated: GatedModel) -> dict[str, nn.Parameter]:
