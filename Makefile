@@ -32,10 +32,11 @@ $(TRAIN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(TRAIN_STAMP)  ## train the embedded default for every budget, evaluate it, draw the frontier
 	$(BIN)/l2a compress train
 
-test: setup cpp-test  ## run the tests
+test: setup  ## run the tests: those of the C++ runtime without sanitizers and fuzzing, then pytest
+	cpp/check 'release install'
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-cpp-test: setup  ## build and test the C++ runtime, as far as this machine has what it needs (cpp/prepare fetches it)
+cpp-test: setup  ## all tests of the C++ runtime, as far as this machine has what it needs (cpp/prepare fetches it)
 	cpp/check
 
 check: setup  ## format, lint, types, import rules, docs
