@@ -46,7 +46,9 @@ class Experiment:
     about: str
     settings: tuple[str, ...] = ()
     without: str = ""
+    caps: tuple[float, ...] = CAPS
     means: tuple[float, ...] = MEANS
+    threshold: bool = False  # gates run as the paper's do: open above 0, whatever the budget they are told
     baselines: tuple[str, ...] = ()
     probes: bool = False
     static: str = ""
@@ -63,7 +65,9 @@ def _static(method: str, compute: float) -> Experiment:
 
 EXPERIMENTS = {
     "main": Experiment("the recipe as it is", baselines=("fixed_budget",), probes=True),
-    "untrained": Experiment("methods on the frozen model; no training of its own", means=(), baselines=UNTRAINED),
+    "untrained": Experiment(
+        "methods on the frozen model; no training of its own", caps=UNTRAINED_CAPS, means=(), baselines=UNTRAINED
+    ),
     "blind": Experiment("gates that see the budget alone", ("gates.summary=none", "gates.demand=false"), means=()),
     "layers": Experiment("no head gates", without="heads"),
     "brief": Experiment(
@@ -80,10 +84,12 @@ EXPERIMENTS = {
         "the paper's own form of the gates, without the resource term",
         ("gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
         without="budget",
+        threshold=True,
     ),
     "paper": Experiment(
         "the paper's own form of the gates: a threshold at 0 that the resource term keeps calibrated",
         ("gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
+        threshold=True,
     ),
     "no-tokens": Experiment("without the token terms", without="tokens"),
     "inline": Experiment("each layer's gate reads that layer's input", ("gates.mode=inline",)),
@@ -134,14 +140,10 @@ def run(name: str, args: argparse.Namespace) -> Path:
 
 def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts: Sequence[str]) -> dict[str, Any]:
     """The reports on held-out problems under either contract, and on problems of kinds that are never trained on."""
-    caps: tuple[float, ...] = CAPS
-    contracts: tuple[str, ...] = ("cap",)
-    if experiment.baselines == UNTRAINED:
-        caps = UNTRAINED_CAPS
+    caps, contracts = experiment.caps, ("cap",)
     if experiment.static:
         caps = (loaded.config.metrics["static"]["budget"],)
-    if experiment.about.startswith("the paper's own form"):
-        # As the paper runs its gates: open above 0, whatever the budget it is told.
+    if experiment.threshold:
         loaded.gated.prices, caps, contracts = ((0.0, 0.0), (1.0, 0.0)), MEANS, ("mean",)
     common = replace(loaded.recipe.evaluation, problems=problems, contracts=contracts, budgets=caps, baselines=())
     data, seed = DataConfig(), 7  # the same problems for every experiment and seed

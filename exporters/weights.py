@@ -29,7 +29,7 @@ from l2a_compress.bundle import WEIGHT_FILE
 from l2a_compress.errors import ConfigError
 from l2a_compress.modeling.families import attention_of, decoder_layers
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.gates import Demand, TransitionGate
+from l2a_compress.modeling.gates import BudgetedLogit
 from l2a_compress.modeling.layers import GatedLayer
 from l2a_compress.modeling.physical import sliced_linear
 
@@ -182,7 +182,7 @@ def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
         yield f"gates.{name}.inner_bias", _array(mlp.inner_bias.flatten())
         yield f"gates.{name}.outer", _array(mlp.outer)  # [gates, hidden, outputs]
         yield f"gates.{name}.outer_bias", _array(mlp.outer_bias[:, None])
-    perceptrons: list[tuple[str, Demand | TransitionGate]] = [("transition", transition)]
+    perceptrons: list[tuple[str, BudgetedLogit]] = [("transition", transition)]
     if allocator.demand is not None:
         perceptrons.insert(0, ("gates.demand", allocator.demand))
     for name, perceptron in perceptrons:

@@ -125,10 +125,13 @@ def _confirm(bench: Bench, run: Run, found: dict[int, Row], tick: Tick | None) -
         before = len(found)
         for batch in plan_batches(allocations, lengths, bench.batch_size):
             rows = [some[at] for at in batch]
+            known = [(*problems[row].prompt, *drafts[row][:-1]) for row in rows]
+            ids, mask = left_padded(known, bench.pad, bench.gated.model.device)
             outputs = confirm(
                 bench.gated,
                 tags,
-                [problems[row].prompt for row in rows],
+                ids,
+                mask,
                 [drafts[row] for row in rows],
                 budgets=[run.budget] * len(rows),
                 allocations=[run.allocations[row] for row in rows],

@@ -133,7 +133,23 @@ class StackedMLP(nn.Module):
         return nn.functional.silu(hidden) @ self.outer[index] + self.outer_bias[index]
 
 
-class Demand(nn.Module):
+class BudgetedLogit(nn.Module):
+    """A 2-layer MLP on a state and e(b): [..., width], [..., 2] -> [...]."""
+
+    def __init__(self, config: GateConfig, *, width: int) -> None:
+        super().__init__()
+        self.embedding = BudgetEmbedding(config.budget_dim)
+        self.inner = nn.Linear(width + config.budget_dim, config.hidden)
+        self.outer = nn.Linear(config.hidden, 1)
+
+    def logit(self, state: Tensor, embedded: Tensor) -> Tensor:
+        """The logit of a state [..., width] and its embedded budget [..., budget_dim]."""
+        inner = self.inner(torch.cat([state.to(embedded.dtype), embedded], dim=-1))
+        logit: Tensor = self.outer(nn.functional.silu(inner)).squeeze(-1)
+        return logit
+
+
+class Demand(BudgetedLogit):
     """What an input needs: the chance that it fails at each compute budget, and the budget worth its price.
 
     The layer and head gates say what to run with a budget; this says how much of a shared budget an input should get.
@@ -144,17 +160,12 @@ class Demand(nn.Module):
     levels: Tensor
 
     def __init__(self, config: GateConfig, *, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding = BudgetEmbedding(config.budget_dim)
-        self.inner = nn.Linear(2 * hidden_size + config.budget_dim, config.hidden)
-        self.outer = nn.Linear(config.hidden, 1)
+        super().__init__(config, width=2 * hidden_size)
         self.register_buffer("levels", demand_levels(config), persistent=False)
 
     def forward(self, summary: Tensor, budget: Tensor) -> Tensor:
         """Logit of the failure. ``summary`` [..., 2 * width], ``budget`` (compute, think share) [..., 2] -> [...]."""
-        hidden = self.inner(torch.cat([summary, self.embedding(budget)], dim=-1))
-        logit: Tensor = self.outer(nn.functional.silu(hidden)).squeeze(-1)
-        return logit
+        return self.logit(summary, self.embedding(budget))
 
     @torch.no_grad()
     def chosen(self, summary: Tensor, think: Tensor, price: Tensor) -> Tensor:
@@ -262,14 +273,11 @@ def _full_precision(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-class TransitionGate(nn.Module):
+class TransitionGate(BudgetedLogit):
     """tau_t = sigmoid(MLP([h_t; e(b)])): whether reasoning may stop after token t; also shows b at ``<think>``."""
 
     def __init__(self, config: GateConfig, *, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding = BudgetEmbedding(config.budget_dim)
-        self.inner = nn.Linear(hidden_size + config.budget_dim, config.hidden)
-        self.outer = nn.Linear(config.hidden, 1)
+        super().__init__(config, width=hidden_size)
         self.at_think = nn.Linear(config.budget_dim, hidden_size, bias=False)
         nn.init.zeros_(self.at_think.weight)  # an untrained gate leaves the network as it was
         nn.init.zeros_(self.outer.weight)
@@ -278,9 +286,7 @@ class TransitionGate(nn.Module):
     def forward(self, hidden: Tensor, budget: Tensor) -> Tensor:
         """Logit of tau. [batch, length, width], [batch, 2] -> [batch, length]."""
         embedded = self.embedding(budget)[:, None].expand(-1, hidden.shape[1], -1)
-        inner = self.inner(torch.cat([hidden.to(embedded.dtype), embedded], dim=-1))
-        logit: Tensor = self.outer(nn.functional.silu(inner)).squeeze(-1)
-        return logit
+        return self.logit(hidden, embedded)
 
     def think_offset(self, budget: Tensor) -> Tensor:
         """What is added to the input embedding at ``<think>``. [batch, 2] -> [batch, width]."""

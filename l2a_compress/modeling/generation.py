@@ -123,7 +123,8 @@ def generate(
 def confirm(
     gated: GatedModel,
     tags: Tags,
-    prompts: Sequence[Sequence[int]],
+    input_ids: Tensor,
+    attention_mask: Tensor,
     drafts: Sequence[Sequence[int]],
     *,
     budgets: Sequence[Budget],
@@ -141,8 +142,9 @@ def confirm(
     Args:
         gated: the model; it is left dense.
         tags: ids of the tags.
-        prompts: token ids that end in ``<think>``.
-        drafts: token ids that may follow, up to and with ``</answer>``.
+        input_ids: [batch, length], left-padded: prompts that end in ``<think>``, each with its draft but for its end.
+        attention_mask: [batch, length].
+        drafts: token ids that may follow the prompts, up to and with ``</answer>``.
         budgets: as of :func:`generate`.
         allocations: one per row.
         config: limits; its temperature must be 0.
@@ -153,19 +155,13 @@ def confirm(
         Reasoning(tags, cap=cap, max_answer=config.max_answer_tokens, opening=draft[:opened])
         for cap, draft in zip(_caps(budgets, allocations, config, len(drafts)), drafts, strict=True)
     ]
-    width = max(len(prompt) + len(draft) for prompt, draft in zip(prompts, drafts, strict=True)) - 1
-    ids = torch.full((len(rows), width), tags.end_answer, device=gated.model.device)
-    mask = torch.zeros_like(ids)
-    for at, (prompt, draft) in enumerate(zip(prompts, drafts, strict=True)):
-        known = [*prompt, *draft[:-1]]
-        ids[at, width - len(known) :] = torch.tensor(known, device=ids.device)
-        mask[at, width - len(known) :] = 1
-    features = batch_budgets(budgets, gated.cost, gated.gate_config).to(ids.device).features
+    features = batch_budgets(budgets, gated.cost, gated.gate_config).to(input_ids.device).features
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     tokens = gated.gate_config.tokens and not teacher
     with gated.teacher() if teacher else nullcontext(), gated.forced(allocations):
         if tokens:
-            gated.state.offset = gated.think_offset(ids, features)
-        hidden = gated(ids, mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).hidden
+            gated.state.offset = gated.think_offset(input_ids, features)
+        hidden = gated(input_ids, attention_mask, position_ids=positions).hidden
         hidden = hidden[:, -max(map(len, drafts)) :]
         logits = gated.logits(hidden).float()
         stop = torch.zeros(hidden.shape[:2], dtype=torch.bool)
@@ -183,11 +179,9 @@ def _confirmed(row: Reasoning, draft: Sequence[int], best: list[list[int]], stop
         banned = row.begins_answer and first == row.tags.end_answer
         if row.advance(second if banned else first, end) != token:
             return None
-    return (
-        None
-        if row.stage != "done"
-        else Generated(think=row.think, answer=row.answer, stopped_by=row.stopped_by, allocation=None)
-    )
+    if row.stage != "done":
+        return None
+    return Generated(think=row.think, answer=row.answer, stopped_by=row.stopped_by, allocation=None)
 
 
 def _allocate(

@@ -145,12 +145,7 @@ def _inline_cost(gated: GatedModel, prompts: Prompts, budget: float, price: floa
 
 
 def _mean_fraction(gated: GatedModel, layers: Tensor, groups: Tensor) -> float:
-    return float(_fractions(gated, layers, groups).mean())
-
-
-def _fractions(gated: GatedModel, layers: Tensor, groups: Tensor) -> Tensor:
-    """The cost of each row, as a share of the dense one: [batch]."""
     cost = gated.cost
     units = layers.sum(1) * cost.layer_units + groups.sum((1, 2)) * cost.group_units
     stem = cost.dense_units * gated.gate_config.stem_layers // gated.shape.num_layers
-    return (units + stem).double() / cost.dense_units
+    return float((units + stem).double().mean()) / cost.dense_units

@@ -75,9 +75,9 @@ class Example:
             found = ", ".join(self.traces) or "none"
             raise DataError(f"no {style!r} trace in this example, which has: {found} (prompt {self.prompt[:60]!r})")
         trace = self.traces[style]
-        if self.names_style:
-            opening = self.opening(style)
-            return opening, f"{' ' if opening else chr(10)}{trace}\n"
+        opening = self.opening(style)
+        if opening:
+            return opening, f" {trace}\n"
         return "", f"\n{trace}\n" if trace else ""
 
     def opening(self, style: Style) -> str:

@@ -76,13 +76,16 @@ class TrainingStep(nn.Module):
                 loss = loss + self.objective.tokens * terms["tokens"] + self.objective.transition * terms["transition"]
             else:
                 loss = loss + 0.0 * terms["transition"]
-        if self.objective.swap and self.gated.gate_config.mode == "stem":
-            terms["swap"] = loss.new_zeros(())
-            if self.noise > 0:  # once the exploration has settled, the order has too
-                terms["swap"] = self._swap(batch, request, gates, states.detach(), where)
-            loss = loss + self.objective.swap * terms["swap"]
-        if self.gated.allocator.demand is not None:
-            terms["demand"] = self._demand(batch, request, gates, states.detach(), where)
+        demand, swaps = self.gated.allocator.demand, self.objective.swap and self.gated.gate_config.mode == "stem"
+        exploring = self.noise > 0  # once that has settled, the order of layers has too
+        if demand is not None or (swaps and exploring):
+            losses = self._row_losses(states.detach(), where)
+        if swaps:
+            swapped = self._swap(batch, request, gates, losses) if exploring else loss.new_zeros(())
+            terms["swap"] = swapped
+            loss = loss + self.objective.swap * swapped
+        if demand is not None:
+            terms["demand"] = self._demand(batch, request, gates, losses * where.mask.sum(1))
             loss = loss + self.objective.demand * terms["demand"]
         terms |= _realized(gates, self.gated)
         terms["loss"] = loss
@@ -91,44 +94,40 @@ class TrainingStep(nn.Module):
             raise TrainingError(f"the loss is not finite ({shown}); lower the learning rate or check the data")
         return terms
 
-    def _demand(
-        self, batch: Batch, request: GateRequest, gates: GateResult, states: Tensor, where: Supervised
-    ) -> Tensor:
+    def _demand(self, batch: Batch, request: GateRequest, gates: GateResult, nll: Tensor) -> Tensor:
         """What the demand head should have said: whether each row fails under the budget that it had."""
         demand, steady = self.gated.allocator.demand, batch["switch"] >= 1
         assert demand is not None
         assert gates.summary is not None
         told = torch.stack([gates.compute, request.budgets.think], dim=-1)
-        with torch.no_grad():
-            counts = where.mask.sum(1)
-            failed = objective.failure(self._row_losses(states, where) * counts)
         logits = demand(gates.summary.detach(), told)
-        found = functional.binary_cross_entropy_with_logits(logits, failed, reduction="none")
+        found = functional.binary_cross_entropy_with_logits(logits, objective.failure(nll), reduction="none")
         return (found * steady).mean()
 
-    def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, states: Tensor, where: Supervised) -> Tensor:
+    def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, losses: Tensor) -> Tensor:
         """One kept and one skipped layer of each row change places, at the same cost; see ``swap_ranking``."""
         possible = gates.layers.any(1) & ~gates.layers.all(1) & (batch["switch"] >= 1)
         chosen = possible.nonzero()[:, 0]
         if not len(chosen):
             return 0.0 * gates.layer_scores.sum()
         drawn = [swap_draw(self.seed, int(index)) for index in batch["index"][chosen].tolist()]
-        shares, layers = torch.tensor(drawn, device=states.device), gates.layers[chosen]
+        shares, layers = torch.tensor(drawn, device=gates.layers.device), gates.layers[chosen]
         kept, skipped = _pick(layers, shares[:, 0]), _pick(~layers, shares[:, 1])
         with torch.no_grad():
-            counts, rows = gates.groups[chosen].sum(-1), torch.arange(len(chosen), device=states.device)
+            counts, rows = gates.groups[chosen].sum(-1), torch.arange(len(chosen), device=gates.layers.device)
             counts[rows, skipped], counts[rows, kept] = counts[rows, kept], counts[rows, skipped]
             ranks = torch.arange(gates.groups.shape[-1], device=counts.device) < counts[..., None]
             ids, part = batch["input_ids"][chosen], Supervised.of(batch["labels"][chosen])
             offset = self.gated.think_offset(ids, request.budgets.features[chosen])
             with self.gated.masked(self.gated.allocator.by_group(ranks), offset):
                 swapped = self.gated(ids, batch["attention_mask"][chosen]).hidden[part.mask]
-            gain = self._row_losses(swapped, part) - self._row_losses(states, where)[chosen]
+            gain = self._row_losses(swapped, part) - losses[chosen]
         scores = gates.layer_scores if request.noise is None else gates.layer_scores - request.noise[..., 0]
         scores = scores[chosen]
         term = objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
         return term * (len(chosen) / len(possible))  # a mean over all rows, as every term
 
+    @torch.no_grad()
     def _row_losses(self, states: Tensor, where: Supervised) -> Tensor:
         size = max(1, PART_NUMBERS // int(self.gated.model.config.vocab_size))
         found = states.new_zeros(where.mask.shape[0], dtype=torch.float32)

@@ -16,6 +16,7 @@ from l2a_compress.errors import AllocationError
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import Generated, GenerationConfig, confirm, generate
 from l2a_compress.modeling.tags import Tags, read_tags
+from l2a_compress.training.collate import left_padded
 from toy_data import word_tokenizer
 from toy_models import FAMILIES, GROUPS, LAYERS, new_gated, new_model, prompts, random_allocations
 
@@ -101,12 +102,17 @@ def test_a_draft_is_confirmed_if_it_is_what_generation_writes(teacher: bool) -> 
     written = generate(gated, ends, ids, mask, **common)  # type: ignore[arg-type]
     drafts = [[*one.think, ends.end_think, ends.answer, *one.answer, ends.end_answer] for one in written]
     known = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
-    found = confirm(gated, ends, known, drafts, **common)  # type: ignore[arg-type]
+    found = confirm(gated, ends, *padded(known, drafts), drafts, **common)  # type: ignore[arg-type]
     assert found == [dataclasses.replace(one, allocation=None) for one in written]
     assert len({one.stopped_by for one in written}) > 1 - teacher
     for draft in drafts:
         draft[len(draft) // 2] += 1 if draft[len(draft) // 2] < 40 else -1
-    assert confirm(gated, ends, known, drafts, **common) == [None] * 12  # type: ignore[arg-type]
+    assert confirm(gated, ends, *padded(known, drafts), drafts, **common) == [None] * 12  # type: ignore[arg-type]
+
+
+def padded(prompts: list[list[int]], drafts: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Prompts with their drafts but for the last token, as ``confirm`` reads them."""
+    return left_padded([[*prompt, *draft[:-1]] for prompt, draft in zip(prompts, drafts, strict=True)], 0)
 
 
 def test_an_allocation_without_the_first_layer_is_refused() -> None:
