@@ -87,24 +87,46 @@ def log_probabilities(logits: Tensor) -> Tensor:
     return functional.log_softmax(logits.float(), -1)
 
 
-def cross_entropy(student: Tensor, where: Supervised) -> Tensor:
-    """L_ce. ``student`` [n, vocabulary]: log-probabilities at the supervised positions."""
-    return (functional.nll_loss(student, where.targets, reduction="none") * where.weights).sum()
+def label_nll(student: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each label: [n, vocabulary] log-probabilities, [n] -> [n]. By ``Supervised.weights`` they give L_ce."""
+    return functional.nll_loss(student, targets, reduction="none")
 
 
-def row_losses(student: Tensor, where: Supervised) -> Tensor:
-    """Cross entropy of each row, the mean over its own tokens. ``student`` as in :func:`cross_entropy`; [batch]."""
-    losses = functional.nll_loss(student, where.targets, reduction="none") * where.weights * where.mask.shape[0]
-    return losses.new_zeros(where.mask.shape[0]).index_add(0, where.rows, losses)
+def label_nll_top_k(values: Tensor, indices: Tensor, targets: Tensor) -> Tensor:
+    """As :func:`label_nll`, of cached log-probabilities; a label outside the top k costs what all those words do.
+
+    Args:
+        values: [n, k] log-probabilities of the best words.
+        indices: [n, k] their ids.
+        targets: [n].
+    """
+    found, values = indices == targets[:, None], values.float()
+    rest = (1 - values.exp().sum(-1)).clamp(min=1e-6)
+    return -torch.where(found.any(-1), (values * found).sum(-1), rest.log())
 
 
-def failure(nll: Tensor) -> Tensor:
+def excess(nll: Tensor, dense_nll: Tensor, where: Supervised) -> Tensor:
+    """What each row's labels cost beyond what they cost the dense model, in nats; [batch].
+
+    What the dense model is itself in doubt about is no fault of an allocation: how to begin, which of several wordings.
+    On the embedded model one such word is 97 % of the loss. A token that the student knows better makes up for no
+    other: one wrong digit is a wrong answer.
+
+    Args:
+        nll: the student's [n], by label.
+        dense_nll: the teacher's [n].
+        where: the supervised positions.
+    """
+    return nll.new_zeros(where.mask.shape[0]).index_add(0, where.rows, (nll - dense_nll).clamp(min=0))
+
+
+def failure(nats: Tensor) -> Tensor:
     """A stand-in for the chance that a row comes out wrong: 0 at 0 nats, a half at 1 nat, and never quite 1.
 
-    ``nll`` is the sum over the row's labelled tokens. ``1 - exp(-nll)`` would be that chance itself, but is as good as
-    1, and says nothing, while a network still learns.
+    ``nats`` is the row's :func:`excess`. ``1 - exp(-nats)`` would be that chance itself, but is as good as 1, and says
+    nothing, while a network still learns.
     """
-    return nll / (1 + nll)
+    return nats / (1 + nats)
 
 
 def swap_ranking(kept: Tensor, skipped: Tensor, gain: Tensor, temperature: float) -> Tensor:

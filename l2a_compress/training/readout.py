@@ -29,6 +29,23 @@ class Teacher:
     indices: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Readout:
+    """What was read out of the labelled positions.
+
+    Attributes:
+        loss: ce + kl_weight * kl, with gradient.
+        terms: both, without.
+        nll: [n], nats that the student needs for each label, without gradient.
+        dense_nll: [n], those that the teacher needs; 0 without a teacher.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    nll: Tensor
+    dense_nll: Tensor
+
+
 def readout(
     hidden: Tensor,
     output: Callable[[Tensor], Tensor],
@@ -37,8 +54,8 @@ def readout(
     *,
     kl_weight: float,
     vocabulary: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss ce + kl_weight * kl, with gradient, and both terms without.
+) -> Readout:
+    """Cross entropy and KL, their gradient, and what each label cost.
 
     Args:
         hidden: [n, width], states of the labelled positions.
@@ -50,11 +67,12 @@ def readout(
     """
     size = max(1, PART_NUMBERS // vocabulary)
     terms: dict[str, Tensor] = {}
-    gradients = []
+    gradients, losses = [], []
     for start in range(0, max(hidden.shape[0], 1), size):
         part = slice(start, start + size)
         states = hidden[part].detach().requires_grad_(torch.is_grad_enabled())
-        found = _part_terms(states, output, where.part(part), teacher, part)
+        found, nll = _part_terms(states, output, where.part(part), teacher, part)
+        losses.append(nll)
         for name, value in found.items():
             terms[name] = terms.get(name, torch.zeros_like(value.detach())) + value.detach()
         if states.requires_grad:
@@ -63,25 +81,41 @@ def readout(
     total = terms["ce"] + kl_weight * terms["kl"] if "kl" in terms else terms["ce"].clone()
     if gradients and hidden.requires_grad:
         total = _Known.apply(hidden, torch.cat(gradients), total)  # type: ignore[no-untyped-call]
-    return total, terms
+    nll, dense_nll = torch.cat(losses, dim=1)
+    return Readout(total, terms, nll, dense_nll)
+
+
+@torch.no_grad()
+def label_losses(hidden: Tensor, output: Callable[[Tensor], Tensor], where: Supervised, vocabulary: int) -> Tensor:
+    """Nats of each label [n], a part of the logits at a time. Arguments as of :func:`readout`."""
+    size = max(1, PART_NUMBERS // vocabulary)
+    found = [hidden.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, hidden.shape[0], size):
+        part = slice(start, start + size)
+        found.append(objective.label_nll(objective.log_probabilities(output(hidden[part])), where.targets[part]))
+    return torch.cat(found)
 
 
 def _part_terms(
     states: Tensor, output: Callable[[Tensor], Tensor], where: Supervised, teacher: Teacher | None, part: slice
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The terms of a part, and [2, n] the nats of its labels, the student's and the teacher's."""
     student = objective.log_probabilities(output(states))
-    terms = {"ce": objective.cross_entropy(student, where)}
-    if teacher is None:
-        return terms
-    if teacher.hidden is not None:
+    nll = objective.label_nll(student, where.targets)
+    terms = {"ce": (nll * where.weights).sum()}
+    dense_nll = torch.zeros_like(nll)
+    if teacher is not None and teacher.hidden is not None:
         with torch.no_grad():
             dense = objective.log_probabilities(output(teacher.hidden[part]))
+            dense_nll = objective.label_nll(dense, where.targets)
         terms["kl"] = objective.kl_divergence(student, dense, where)
-    else:
+    elif teacher is not None:
         assert teacher.values is not None
         assert teacher.indices is not None
-        terms["kl"] = objective.kl_top_k(student, teacher.values[part], teacher.indices[part].long(), where)
-    return terms
+        values, indices = teacher.values[part], teacher.indices[part].long()
+        terms["kl"] = objective.kl_top_k(student, values, indices, where)
+        dense_nll = objective.label_nll_top_k(values, indices, where.targets)
+    return terms, torch.stack([nll.detach(), dense_nll])
 
 
 class _Known(torch.autograd.Function):

@@ -22,7 +22,7 @@ from l2a_compress.modeling.projection import Limits
 from l2a_compress.training import objective
 from l2a_compress.training.draws import gumbel_noise, swap_draw
 from l2a_compress.training.objective import ObjectiveConfig, Supervised
-from l2a_compress.training.readout import PART_NUMBERS, Teacher, readout
+from l2a_compress.training.readout import Readout, Teacher, label_losses, readout
 
 Batch = Mapping[str, Tensor]
 
@@ -61,7 +61,8 @@ class TrainingStep(nn.Module):
         output = self.gated(batch["input_ids"], batch["attention_mask"], request=request)
         states = output.hidden[where.mask]
         gamma, vocabulary = self.objective.weight("kl"), int(self.gated.model.config.vocab_size)
-        loss, terms = readout(states, self.gated.logits, where, teacher, kl_weight=gamma, vocabulary=vocabulary)
+        read = readout(states, self.gated.logits, where, teacher, kl_weight=gamma, vocabulary=vocabulary)
+        loss, terms = read.loss, read.terms
         gates = output.gates
         assert gates is not None
         if self.objective.weight("budget"):
@@ -78,14 +79,13 @@ class TrainingStep(nn.Module):
                 loss = loss + 0.0 * terms["transition"]
         demand, swaps = self.gated.allocator.demand, self.objective.swap and self.gated.gate_config.mode == "stem"
         exploring = self.noise > 0  # once that has settled, the order of layers has too
-        if demand is not None or (swaps and exploring):
-            losses = self._row_losses(states.detach(), where)
         if swaps:
-            swapped = self._swap(batch, request, gates, losses) if exploring else loss.new_zeros(())
+            swapped = self._swap(batch, request, gates, where, read) if exploring else loss.new_zeros(())
             terms["swap"] = swapped
             loss = loss + self.objective.swap * swapped
         if demand is not None:
-            terms["demand"] = self._demand(batch, request, gates, losses * where.mask.sum(1))
+            excess = objective.excess(read.nll, read.dense_nll, where)
+            terms["demand"] = self._demand(batch, request, gates, excess)
             loss = loss + self.objective.demand * terms["demand"]
         terms |= _realized(gates, self.gated)
         terms["loss"] = loss
@@ -94,17 +94,17 @@ class TrainingStep(nn.Module):
             raise TrainingError(f"the loss is not finite ({shown}); lower the learning rate or check the data")
         return terms
 
-    def _demand(self, batch: Batch, request: GateRequest, gates: GateResult, nll: Tensor) -> Tensor:
+    def _demand(self, batch: Batch, request: GateRequest, gates: GateResult, excess: Tensor) -> Tensor:
         """What the demand head should have said: whether each row fails under the budget that it had."""
         demand, steady = self.gated.allocator.demand, batch["switch"] >= 1
         assert demand is not None
         assert gates.summary is not None
         told = torch.stack([gates.compute, request.budgets.think], dim=-1)
         logits = demand(gates.summary.detach(), told)
-        found = functional.binary_cross_entropy_with_logits(logits, objective.failure(nll), reduction="none")
+        found = functional.binary_cross_entropy_with_logits(logits, objective.failure(excess), reduction="none")
         return (found * steady).mean()
 
-    def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, losses: Tensor) -> Tensor:
+    def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, where: Supervised, read: Readout) -> Tensor:
         """One kept and one skipped layer of each row change places, at the same cost; see ``swap_ranking``."""
         possible = gates.layers.any(1) & ~gates.layers.all(1) & (batch["switch"] >= 1)
         chosen = possible.nonzero()[:, 0]
@@ -121,21 +121,14 @@ class TrainingStep(nn.Module):
             offset = self.gated.think_offset(ids, request.budgets.features[chosen])
             with self.gated.masked(self.gated.allocator.by_group(ranks), offset):
                 swapped = self.gated(ids, batch["attention_mask"][chosen]).hidden[part.mask]
-            gain = self._row_losses(swapped, part) - losses[chosen]
+            nll = label_losses(swapped, self.gated.logits, part, int(self.gated.model.config.vocab_size))
+            same = torch.isin(where.rows, chosen)
+            gain = objective.excess(nll, read.dense_nll[same], part)
+            gain = (gain - objective.excess(read.nll[same], read.dense_nll[same], part)) / part.mask.sum(1).clamp(min=1)
         scores = gates.layer_scores if request.noise is None else gates.layer_scores - request.noise[..., 0]
         scores = scores[chosen]
         term = objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
         return term * (len(chosen) / len(possible))  # a mean over all rows, as every term
-
-    @torch.no_grad()
-    def _row_losses(self, states: Tensor, where: Supervised) -> Tensor:
-        size = max(1, PART_NUMBERS // int(self.gated.model.config.vocab_size))
-        found = states.new_zeros(where.mask.shape[0], dtype=torch.float32)
-        for start in range(0, states.shape[0], size):
-            part = slice(start, start + size)
-            student = objective.log_probabilities(self.gated.logits(states[part]))
-            found += objective.row_losses(student, where.part(part))
-        return found
 
     def request(self, batch: Batch) -> GateRequest:
         """Budgets, noise and switch of a batch, as the gates take them."""

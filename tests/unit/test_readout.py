@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from l2a_compress.training import readout as module
-from l2a_compress.training.objective import Supervised, kl_top_k
-from l2a_compress.training.readout import Teacher, readout
+from l2a_compress.training.objective import Supervised, kl_top_k, label_nll_top_k
+from l2a_compress.training.readout import Teacher, label_losses, readout
 
 LABELS = torch.tensor([[-100, -100, 3, 1, 4], [-100, 5, 9, 2, 6], [-100, -100, -100, -100, 8]])
 WHERE = Supervised.of(LABELS)
@@ -39,14 +39,17 @@ def test_parts_add_up_to_the_whole(
     hidden, dense, weight = states
     monkeypatch.setattr(module, "PART_NUMBERS", positions * WORDS)
     teacher = Teacher(hidden=dense)
-    loss, terms = readout(hidden, lambda part: part @ weight.T, WHERE, teacher, kl_weight=0.7, vocabulary=WORDS)
-    (2.5 * loss).backward()
+    read = readout(hidden, lambda part: part @ weight.T, WHERE, teacher, kl_weight=0.7, vocabulary=WORDS)
+    (2.5 * read.loss).backward()
     found, hidden.grad = hidden.grad, None
     ce, kl = reference(hidden, dense, weight)
     (2.5 * (ce + 0.7 * kl)).backward()
-    torch.testing.assert_close(loss, ce + 0.7 * kl)
-    torch.testing.assert_close((terms["ce"], terms["kl"]), (ce.detach(), kl.detach()))
+    torch.testing.assert_close(read.loss, ce + 0.7 * kl)
+    torch.testing.assert_close((read.terms["ce"], read.terms["kl"]), (ce.detach(), kl.detach()))
     torch.testing.assert_close(found, hidden.grad)
+    nll = [functional.cross_entropy(part @ weight.T, WHERE.targets, reduction="none") for part in (hidden, dense)]
+    torch.testing.assert_close((read.nll, read.dense_nll), (nll[0].detach(), nll[1]))
+    torch.testing.assert_close(label_losses(hidden, lambda part: part @ weight.T, WHERE, WORDS), nll[0].detach())
 
 
 def test_cached_words_are_cut_with_the_parts(
@@ -56,15 +59,18 @@ def test_cached_words_are_cut_with_the_parts(
     best = (dense @ weight.T).log_softmax(-1).topk(4)
     monkeypatch.setattr(module, "PART_NUMBERS", 2 * WORDS)
     cached = Teacher(values=best.values, indices=best.indices.int())
-    _, terms = readout(hidden, lambda part: part @ weight.T, WHERE, cached, kl_weight=1.0, vocabulary=WORDS)
+    read = readout(hidden, lambda part: part @ weight.T, WHERE, cached, kl_weight=1.0, vocabulary=WORDS)
     expected = kl_top_k((hidden @ weight.T).log_softmax(-1), best.values, best.indices, WHERE)
-    torch.testing.assert_close(terms["kl"], expected.detach())
+    torch.testing.assert_close(read.terms["kl"], expected.detach())
+    expected = label_nll_top_k(best.values, best.indices, WHERE.targets)
+    torch.testing.assert_close(read.dense_nll, expected)
 
 
 def test_without_teacher_or_gradient(states: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     hidden, dense, weight = states
     with torch.no_grad():
-        loss, terms = readout(hidden, lambda part: part @ weight.T, WHERE, None, kl_weight=1.0, vocabulary=WORDS)
-    assert terms.keys() == {"ce"}
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, reference(hidden, dense, weight)[0].detach())
+        read = readout(hidden, lambda part: part @ weight.T, WHERE, None, kl_weight=1.0, vocabulary=WORDS)
+    assert read.terms.keys() == {"ce"}
+    assert not read.loss.requires_grad
+    assert read.dense_nll.tolist() == [0.0] * COUNT
+    torch.testing.assert_close(read.loss, reference(hidden, dense, weight)[0].detach())

@@ -13,12 +13,13 @@ from l2a_compress.training.objective import (
     ObjectiveConfig,
     Supervised,
     budget_gap,
-    cross_entropy,
+    excess,
     failure,
     kl_divergence,
     kl_top_k,
+    label_nll,
+    label_nll_top_k,
     log_probabilities,
-    row_losses,
     stop_targets,
     swap_ranking,
     token_terms,
@@ -59,7 +60,8 @@ def test_cross_entropy() -> None:
     values, where = words(0), Supervised.of(LABELS)
     first, second, _ = rows_of(values)
     expected = (-(first[0][3] + first[1][4] + first[2][5]) / 3 - second[0][2]) / 3
-    assert cross_entropy(values[where.mask], where).item() == pytest.approx(expected, rel=1e-6)
+    found = (label_nll(values[where.mask], where.targets) * where.weights).sum()
+    assert found.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_kl_divergence() -> None:
@@ -173,7 +175,7 @@ def test_terms_without_any_token_are_zero_not_nan() -> None:
     labels = torch.full((2, 3), -100)
     where = Supervised.of(labels)
     empty = torch.zeros(0, VOCABULARY)
-    assert cross_entropy(empty, where).item() == 0
+    assert label_nll(empty, where.targets).tolist() == []
     assert kl_divergence(empty, empty, where).item() == 0
     nothing = torch.zeros(2, 3, dtype=torch.long)
     assert [term.item() for term in token_terms(torch.zeros(2, 3), nothing, nothing)] == [0, 0]
@@ -193,17 +195,23 @@ def test_weights_are_not_negative(value: float) -> None:
         ObjectiveConfig(kl=value)
 
 
-def test_row_losses_average_to_the_cross_entropy() -> None:
-    student, where = words(0), Supervised.of(LABELS)
-    found = row_losses(student[where.mask], where)
-    expected = [
-        -sum(row[at][label] for at, label in enumerate(LABELS[number][LABELS[number] != -100].tolist())) / len(row)
-        if row
-        else 0.0
-        for number, row in enumerate(rows_of(student))
-    ]
-    assert found.tolist() == pytest.approx(expected, abs=1e-5)
-    assert found.mean().item() == pytest.approx(cross_entropy(student[where.mask], where).item(), abs=1e-6)
+def test_excess_is_what_labels_cost_beyond_the_dense_model_row_by_row() -> None:
+    where = Supervised.of(LABELS)
+    nll, dense = torch.tensor([0.7, 0.1, 3.0, 0.5]), torch.tensor([0.7, 0.4, 0.0, 0.2])
+    # A label that the student knows better than the teacher makes up for no other.
+    assert excess(nll, dense, where).tolist() == pytest.approx([3.0, 0.3, 0.0])
+
+
+def test_nats_of_a_cached_label() -> None:
+    student, targets = words(0)[0], torch.tensor([0, 1, 2, 3, 4])
+    best = student.topk(VOCABULARY - 2)
+    found, exact = label_nll_top_k(best.values, best.indices, targets), label_nll(student, targets)
+    for row in range(5):
+        if targets[row] in best.indices[row]:
+            assert found[row].item() == pytest.approx(exact[row].item(), rel=1e-6)
+        else:
+            both = student[row].exp().sort().values[:2].sum()
+            assert found[row].item() == pytest.approx(-math.log(both), rel=1e-4)
 
 
 def test_a_failure_is_a_half_at_one_nat() -> None:
