@@ -61,8 +61,8 @@ def readout(
         hidden: [n, width], states of the labelled positions.
         output: hidden states to vocabulary logits; its own parameters get no gradient.
         where: the labelled positions.
-        teacher: None leaves the KL term out.
-        kl_weight: gamma.
+        teacher: None leaves the KL term out, and ``dense_nll`` at 0.
+        kl_weight: gamma; at 0 the KL term is left out.
         vocabulary: words that ``output`` gives logits of.
     """
     size = max(1, PART_NUMBERS // vocabulary)
@@ -71,7 +71,7 @@ def readout(
     for start in range(0, max(hidden.shape[0], 1), size):
         part = slice(start, start + size)
         states = hidden[part].detach().requires_grad_(torch.is_grad_enabled())
-        found, nll = _part_terms(states, output, where.part(part), teacher, part)
+        found, nll = _part_terms(states, output, where.part(part), teacher, part, with_kl=kl_weight > 0)
         losses.append(nll)
         for name, value in found.items():
             terms[name] = terms.get(name, torch.zeros_like(value.detach())) + value.detach()
@@ -97,7 +97,13 @@ def label_losses(hidden: Tensor, output: Callable[[Tensor], Tensor], where: Supe
 
 
 def _part_terms(
-    states: Tensor, output: Callable[[Tensor], Tensor], where: Supervised, teacher: Teacher | None, part: slice
+    states: Tensor,
+    output: Callable[[Tensor], Tensor],
+    where: Supervised,
+    teacher: Teacher | None,
+    part: slice,
+    *,
+    with_kl: bool,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The terms of a part, and [2, n] the nats of its labels, the student's and the teacher's."""
     student = objective.log_probabilities(output(states))
@@ -108,12 +114,14 @@ def _part_terms(
         with torch.no_grad():
             dense = objective.log_probabilities(output(teacher.hidden[part]))
             dense_nll = objective.label_nll(dense, where.targets)
-        terms["kl"] = objective.kl_divergence(student, dense, where)
+        if with_kl:
+            terms["kl"] = objective.kl_divergence(student, dense, where)
     elif teacher is not None:
         assert teacher.values is not None
         assert teacher.indices is not None
         values, indices = teacher.values[part], teacher.indices[part].long()
-        terms["kl"] = objective.kl_top_k(student, values, indices, where)
+        if with_kl:
+            terms["kl"] = objective.kl_top_k(student, values, indices, where)
         dense_nll = objective.label_nll_top_k(values, indices, where.targets)
     return terms, torch.stack([nll.detach(), dense_nll])
 

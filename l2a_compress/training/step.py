@@ -175,8 +175,9 @@ class TrainingStep(nn.Module):
 
     @torch.no_grad()
     def _teacher(self, batch: Batch, where: Supervised) -> Teacher | None:
-        """The dense model's states at the labelled positions, or what the cache has of them; None without KL."""
-        if not self.objective.weight("kl"):
+        """The dense model's states at the labelled positions, or what the cache has of them; None if nobody asks."""
+        judged = self.gated.gate_config.has_demand or (self.objective.swap and self.noise > 0)
+        if not self.objective.weight("kl") and not judged:
             return None
         if "teacher_values" in batch:
             return Teacher(values=batch["teacher_values"][where.mask], indices=batch["teacher_indices"][where.mask])

@@ -119,7 +119,8 @@ def test_the_swap_term_measures_what_changing_places_does() -> None:
         order, count = gated.allocator.group_order[comes - stem], len(now.groups[goes])
         groups = list(now.groups)
         groups[goes], groups[comes] = (), tuple(sorted(order[:count].tolist()))
-        gain = row_loss(gated, one, Allocation(num_groups=GROUPS, groups=tuple(groups))) - row_loss(gated, one, now)
+        gain = row_excess(gated, one, Allocation(num_groups=GROUPS, groups=tuple(groups))) - row_excess(gated, one, now)
+        gain = gain / (one["labels"][0, 1:] != -100).sum()
         scores = output.gates.layer_scores[row].detach()
         apart = (scores[goes - stem] - scores[comes - stem]) / step.temperature
         expected.append(gain.abs() * torch.nn.functional.softplus(-gain.sign() * apart))
@@ -129,14 +130,19 @@ def test_the_swap_term_measures_what_changing_places_does() -> None:
 
 
 @torch.no_grad()
-def row_loss(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
-    """Mean cross entropy of one row under an allocation, the budget shown at the think tag as in training."""
-    labels = row["labels"][0, 1:]
+def row_excess(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
+    """What a row's labels cost beyond the dense model, the budget shown at the think tag as in training."""
     told = torch.stack([row["compute"], row["think"]], dim=-1)
+    with gated.teacher():
+        dense = label_losses(gated, row)
     with gated.forced([allocation]):
         gated.state.offset = gated.think_offset(row["input_ids"], told)
-        hidden = gated(row["input_ids"], row["attention_mask"]).hidden
-    return torch.nn.functional.cross_entropy(gated.logits(hidden)[0, :-1], labels, ignore_index=-100)
+        return (label_losses(gated, row) - dense).clamp(min=0).sum()
+
+
+def label_losses(gated: GatedModel, row: Batch) -> Tensor:
+    logits, labels = gated.logits(gated(row["input_ids"], row["attention_mask"]).hidden)[0, :-1], row["labels"][0, 1:]
+    return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
 
 
 def test_the_swap_term_teaches_the_layer_gates_alone() -> None:
@@ -190,8 +196,8 @@ def test_the_demand_head_learns_whether_rows_fail_and_nothing_else_does() -> Non
             expected.append(torch.zeros(()))
             continue
         one = {name: value[row : row + 1] for name, value in batch.items()}
-        nll = row_loss(gated, one, allocations[row]) * (one["labels"][0, 1:] != -100).sum()
-        wrong, chance = nll / (1 + nll), torch.sigmoid(logits[row])
+        nats = row_excess(gated, one, allocations[row])
+        wrong, chance = nats / (1 + nats), torch.sigmoid(logits[row])
         expected.append(-wrong * chance.log() - (1 - wrong) * (1 - chance).log())
     torch.testing.assert_close(terms["demand"].detach(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-3)
 
