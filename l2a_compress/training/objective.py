@@ -109,7 +109,7 @@ def excess(nll: Tensor, dense_nll: Tensor, where: Supervised) -> Tensor:
     """What each row's labels cost beyond what they cost the dense model, in nats; [batch].
 
     What the dense model is itself in doubt about is no fault of an allocation: how to begin, which of several wordings.
-    On the embedded model one such word is 97 % of the loss. A token that the student knows better makes up for no
+    On the embedded model one such word is nine tenths of the loss. A token that the student knows better makes up for no
     other: one wrong digit is a wrong answer.
 
     Args:
