@@ -87,6 +87,10 @@ def against(
     return [{"other": name, "budget": budget, **compared(pairs)} for (name, budget), pairs in sorted(rows.items())]
 
 
+def _baselines(record: Record) -> Sequence[Point]:
+    return record["reports"]["capped"]["baselines"]  # type: ignore[no-any-return]
+
+
 def summarize() -> None:
     """Writes results/frontier.json and the pictures."""
     found = records()
@@ -96,7 +100,7 @@ def summarize() -> None:
     main = found[lead]
     dense = main[0]["reports"]["capped"]["dense"]
     tables = {
-        "untrained": against(main, main, lambda record: record["reports"]["capped"]["baselines"]),
+        "untrained": against(main, [*main, *found.get("untrained", [])], _baselines),
         "fine_tuned": [
             row
             for name, group in found.items()
@@ -308,8 +312,9 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
             tuned[name.rpartition("-")[0]] += _frontier(group)
     lines += [(f"{name.replace('_', ' ')}, fine-tuned", side, "^:", None) for name, side in tuned.items()]
     others: dict[str, list[Point]] = defaultdict(list)
-    for point in main[0]["reports"]["capped"]["baselines"]:
-        if point["name"] not in ("think_cap", "fixed_budget"):
+    frozen = _baselines(found["untrained"][0]) if "untrained" in found else ()
+    for point in frozen:
+        if point["name"] != "think_cap":
             others[point["name"]].append(point)
     lines += [(f"{name.replace('_', ' ')}, untrained", side, "x:", None) for name, side in others.items()]
     for label, side, style, color in lines:
@@ -325,7 +330,7 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
     report = main[0]["reports"]["capped"]
     for label, side, style in (
         ("L2A", [*report["think_points"], *[p for p in report["points"] if p["budget"] == 1.0]], "o-"),
-        ("dense, cut off", [*[p for p in report["baselines"] if p["name"] == "think_cap"], dense], "x:"),
+        ("dense, cut off", [*[p for p in frozen if p["name"] == "think_cap"], dense], "x:"),
     ):
         side = sorted(side, key=lambda point: point["think_tokens"])
         right.plot([p["think_tokens"] for p in side], [100 * p["accuracy"] for p in side], style, label=label)
