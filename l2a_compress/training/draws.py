@@ -118,6 +118,9 @@ class Annealing:
     The first ``explore`` share of the steps runs allocations that are random apart from the prior (phase 1 of the
     method: make the network robust to many allocations); from there the noise falls linearly to ``noise_end`` at
         ``settle``.
+
+    ``search_rows`` samples are what the order of the layers is measured on behind the exploration, once and for all
+    inputs; with 0 the layer gates learn it, by gradient.
     """
 
     temperature_start: float = 1.0
@@ -126,6 +129,7 @@ class Annealing:
     noise_end: float = 0.0
     explore: float = 0.3
     settle: float = 0.8
+    search_rows: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.explore <= self.settle <= 1:

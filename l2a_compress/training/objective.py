@@ -109,8 +109,8 @@ def excess(nll: Tensor, dense_nll: Tensor, where: Supervised) -> Tensor:
     """What each row's labels cost beyond what they cost the dense model, in nats; [batch].
 
     What the dense model is itself in doubt about is no fault of an allocation: how to begin, which of several wordings.
-    On the embedded model one such word is nine tenths of the loss. A token that the student knows better makes up for no
-    other: one wrong digit is a wrong answer.
+    On the embedded model one such word is nine tenths of the loss. A token that the student knows better makes up for
+    no other: one wrong digit is a wrong answer.
 
     Args:
         nll: the student's [n], by label.

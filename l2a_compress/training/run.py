@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -26,6 +27,7 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
+from l2a_compress.modeling.search import layer_order
 from l2a_compress.modeling.tags import ensure_tags
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.data import load_examples
@@ -91,10 +93,14 @@ def train(
         samples.draws = dataclasses.replace(recipe.draws, minimum=budget, minimum_share=1.0, dense_share=0.0)
     elif start is None:
         _set_prior(gated, samples, collate, recipe.optim.prior_rows)
+    searched = bool(recipe.annealing.search_rows) and not recipe.static.method
+    if searched:
+        gated.allocator.layer_gates.requires_grad_(False)
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
     trainer = L2ATrainer(
         annealing=recipe.annealing,
         optim=recipe.optim,
+        explored=(lambda: _reorder(gated, samples, collate, recipe.annealing.search_rows)) if searched else None,
         model=step,
         args=training_arguments(
             recipe.optim,
@@ -188,6 +194,16 @@ def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, row
     gated.eval()
     with gated.teacher():  # adapters still do nothing: leaving them out is the same and faster
         gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches), gated.cost))
+    gated.train()
+
+
+def _reorder(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:
+    """Puts the layers in the order in which the explored model can do without them; the same one in all processes."""
+    gated.eval()
+    order = torch.tensor(layer_order(gated, _batches(samples, collate, rows)), device=gated.model.device)
+    order = broadcast(order) - gated.gate_config.stem_layers
+    gated.allocator.reorder(order.tolist())
+    log.info("layers are given up in the order %s", [index + gated.gate_config.stem_layers for index in order.tolist()])
     gated.train()
 
 

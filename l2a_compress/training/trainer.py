@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from l2a_compress.artifact import describe_files
@@ -33,12 +34,17 @@ class L2ATrainer(Trainer):
     Args:
         annealing: temperature and noise over the run.
         optim: learning rates (the Trainer's own ``learning_rate`` is not looked at).
+        explored: called once, behind the last step of the exploration.
         **kwargs: of the Trainer.
     """
 
-    def __init__(self, *, annealing: Annealing, optim: OptimConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, *, annealing: Annealing, optim: OptimConfig, explored: Callable[[], None] | None = None, **kwargs: Any
+    ) -> None:
         self.annealing, self.optim = annealing, optim
         super().__init__(**kwargs)
+        if explored is not None:
+            self.add_callback(_Explored(round(annealing.explore * self.args.max_steps), explored))
         self._terms: dict[str, Tensor] = {}
         self._term_count = 0
         self._saving = False
@@ -163,6 +169,18 @@ class L2ATrainer(Trainer):
             load_trained_tensors(self._step, safetensors.torch.load_file(path))
         except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise TrainingError(f"{path}: cannot resume from it: {error}; delete that checkpoint folder") from error
+
+
+class _Explored(TrainerCallback):
+    """Calls a function behind one step, before a checkpoint of that step is written."""
+
+    def __init__(self, step: int, call: Callable[[], None]) -> None:
+        self.step, self.call = step, call
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """As of every callback."""
+        if state.global_step == self.step:
+            self.call()
 
 
 def trained_tensors(step: TrainingStep) -> dict[str, Tensor]:

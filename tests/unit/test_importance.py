@@ -13,6 +13,7 @@ from l2a_compress.modeling.families import shape_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
 from l2a_compress.modeling.importance import drop_losses, prior_scores
+from l2a_compress.modeling.search import layer_order
 from toy_models import FAMILIES, GROUPS, LAYERS, new_model
 
 STEM = 2
@@ -68,6 +69,36 @@ def test_without_head_gates_only_layers_are_measured() -> None:
     assert len(cuts) == LAYERS - STEM
     assert layers.abs().max() > 0
     assert groups.abs().max() == 0
+
+
+def test_each_layer_that_is_given_up_is_the_one_that_is_missed_least_then() -> None:
+    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
+    batches = [batch_of(0, 2, 9), batch_of(1, 3, 7)]
+    order = layer_order(gated, batches)
+    assert sorted(order) == list(range(STEM, LAYERS))
+    every, gone = tuple(range(GROUPS)), set[int]()
+    for layer in order:
+        losses = {}
+        for other in set(range(STEM, LAYERS)) - gone:
+            kept = tuple(() if index in gone | {other} else every for index in range(LAYERS))
+            losses[other] = loss_of(gated, batches, Allocation(num_groups=GROUPS, groups=kept))
+        assert losses[layer] == pytest.approx(min(losses.values()), abs=1e-6)
+        gone.add(layer)
+
+
+def test_layers_that_are_given_up_first_get_the_lowest_scores() -> None:
+    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=0))
+    count = LAYERS - STEM
+    bias = gated.allocator.layer_gates.outer_bias
+    with torch.no_grad():
+        bias.copy_(torch.randn(count, 1, generator=torch.Generator().manual_seed(0)))
+    before, order = bias.detach().clone(), torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
+    gated.allocator.reorder(order)
+    assert bias[order, 0].tolist() == before[:, 0].sort().values.tolist()
+    with torch.no_grad():
+        bias.zero_()
+    gated.allocator.reorder(order)
+    assert bias[order, 0].diff().min() > 5e-4  # equals come apart
 
 
 def test_scores_rank_by_increase_and_put_groups_in_proportion() -> None:

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 from l2a_compress.errors import ConfigError, StorageError, TrainingError
+from l2a_compress.modeling.search import layer_order
 from l2a_compress.training.objective import ObjectiveConfig
 from l2a_compress.training.recipe import OptimConfig, Recipe
 from l2a_compress.training.run import train
@@ -29,7 +30,7 @@ from l2a_compress.training.trainer import (
     training_arguments,
     verify_checkpoint,
 )
-from toy_models import new_gated, save_base, tiny_recipe
+from toy_models import LAYERS, new_gated, save_base, tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,33 @@ def test_a_resumed_run_continues_bit_by_bit(recipe: Recipe, straight: Path, tmp_
     after = safetensors.torch.load_file(straight / "checkpoints" / "checkpoint-6" / "model.safetensors")
     numbers = [name for name, value in before.items() if value.is_floating_point()]  # not the order of the groups
     assert all(not torch.equal(before[name], after[name]) for name in numbers)  # everything was trained in between
+
+
+@pytest.mark.parametrize("explore", [0.5, 0.8])  # behind step 3, whose checkpoint is gone on from, and behind step 5
+def test_the_order_of_layers_is_searched_once_behind_the_exploration(
+    base: Path, tmp_path: Path, explore: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = tiny_recipe(base, annealing={"explore": explore, "settle": explore, "search_rows": 4})
+    orders = []
+
+    def search(*args: Any) -> list[int]:
+        orders.append(layer_order(*args))
+        return orders[-1]
+
+    monkeypatch.setattr("l2a_compress.training.run.layer_order", search)
+    whole = tmp_path / "whole"
+    train(searched, whole, quiet=True)
+    (order,) = orders
+    gates = safetensors.torch.load_file(whole / "artifact" / "gates.safetensors")
+    scores = gates["allocator.layer_gates.outer_bias"][:, 0]
+    assert [layer + LAYERS - len(scores) for layer in scores.argsort().tolist()] == order
+    assert not gates["allocator.layer_gates.outer"].any()  # the order is the same for all inputs and budgets
+    rest = copy_until(whole, 3, tmp_path / "rest")
+    train(searched, rest, quiet=True)
+    assert orders == [order] * (1 if explore == 0.5 else 2)
+    assert (rest / "artifact" / "gates.safetensors").read_bytes() == (
+        whole / "artifact" / "gates.safetensors"
+    ).read_bytes()
 
 
 def test_a_finished_run_can_be_started_again(recipe: Recipe, straight: Path, tmp_path: Path) -> None:
