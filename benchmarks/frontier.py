@@ -32,7 +32,10 @@ from l2a_compress.training.run import train
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 # What a run has beyond the recipe's: time, and the budgets that it meets.
-LONG = ("draws.minimum=0.4", "gates.least_compute=0.4", "annealing.settle=0.35", "evaluation.calibration=1024")
+LONG = (
+    *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024"),
+    *("annealing.explore=0.2", "annealing.settle=0.2"),
+)
 CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
 MEANS = (0.8, 0.7, 0.66, 0.62, 0.6, 0.5)
@@ -72,6 +75,12 @@ EXPERIMENTS = {
         "methods on the frozen model; no training of its own", caps=UNTRAINED_CAPS, means=(), baselines=UNTRAINED
     ),
     "blind": Experiment("gates that see the budget alone", ("gates.summary=none", "gates.demand=false"), means=()),
+    "gradient": Experiment(
+        "the order of layers learned by the layer gates",
+        ("annealing.search_rows=0", "annealing.noise_start=1.0", "annealing.explore=0.05", "annealing.settle=0.35"),
+        baselines=("fixed_budget",),
+        probes=True,
+    ),
     "layers": Experiment("no head gates", without="heads"),
     "brief": Experiment(
         "a third style of traces, for tight think budgets",

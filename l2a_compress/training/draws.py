@@ -105,12 +105,6 @@ def gumbel_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray[tu
     return _generator(seed, index, 1).gumbel(size=shape).astype(np.float32)
 
 
-def swap_draw(seed: int, index: int) -> tuple[float, float]:
-    """Which kept and which skipped layer sample ``index`` changes places of, each as a share in [0, 1)."""
-    kept, skipped = _generator(seed, index, 2).random(2)
-    return float(kept), float(skipped)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Annealing:
     """How the gates' temperature and the exploration noise fall over a run.

@@ -29,8 +29,6 @@ class ObjectiveConfig:
         transition: weight of the supervised targets of tau (our addition: R_tok alone only pushes tau up).
         demand: weight of the demand head's cross entropy (our addition): how likely each input is to fail under its
             budget. It reaches no other parameter.
-        swap: weight of :func:`swap_ranking` (our addition). Above 0, each step runs the student once more, without
-            gradient, as long as there is noise (see ``Annealing``).
         without: terms that are switched off, of :data:`TERMS`.
     """
 
@@ -39,14 +37,13 @@ class ObjectiveConfig:
     tokens: float = 0.01
     transition: float = 0.1
     demand: float = 1.0
-    swap: float = 0.0
     without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.without if name not in TERMS]
         if unknown:
             raise ConfigError(f"--without {','.join(unknown)}: unknown term; choose of {', '.join(TERMS)}")
-        for name in ("kl", "budget", "tokens", "transition", "demand", "swap"):
+        for name in ("kl", "budget", "tokens", "transition", "demand"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"objective weight {name} = {getattr(self, name)}: must be 0 or more")
 
@@ -127,22 +124,6 @@ def failure(nats: Tensor) -> Tensor:
     nothing, while a network still learns.
     """
     return nats / (1 + nats)
-
-
-def swap_ranking(kept: Tensor, skipped: Tensor, gain: Tensor, temperature: float) -> Tensor:
-    """Ranks two layers of one prompt by what changing their places does to its loss; all tensors are [batch].
-
-    The straight-through gradient extrapolates a whole layer from a slope. This measures: the logistic loss of the order
-    that the measurement asks for, weighted by how much it asks (as RankNet weighs its pairs).
-
-    Args:
-        kept: score of a layer that runs.
-        skipped: score of one that does not.
-        gain: loss with the two changed, less the loss as it is; 0 leaves a row out.
-        temperature: of the gates.
-    """
-    wrong_way = functional.softplus(-gain.sign() * (kept - skipped) / temperature)
-    return (gain.abs() * wrong_way).mean()
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, where: Supervised) -> Tensor:

@@ -85,17 +85,6 @@ def readout(
     return Readout(total, terms, nll, dense_nll)
 
 
-@torch.no_grad()
-def label_losses(hidden: Tensor, output: Callable[[Tensor], Tensor], where: Supervised, vocabulary: int) -> Tensor:
-    """Nats of each label [n], a part of the logits at a time. Arguments as of :func:`readout`."""
-    size = max(1, PART_NUMBERS // vocabulary)
-    found = [hidden.new_zeros(0, dtype=torch.float32)]
-    for start in range(0, hidden.shape[0], size):
-        part = slice(start, start + size)
-        found.append(objective.label_nll(objective.log_probabilities(output(hidden[part])), where.targets[part]))
-    return torch.cat(found)
-
-
 def _part_terms(
     states: Tensor,
     output: Callable[[Tensor], Tensor],

@@ -20,9 +20,9 @@ from l2a_compress.modeling.deciders import GateRequest, GateResult
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.projection import Limits
 from l2a_compress.training import objective
-from l2a_compress.training.draws import gumbel_noise, swap_draw
+from l2a_compress.training.draws import gumbel_noise
 from l2a_compress.training.objective import ObjectiveConfig, Supervised
-from l2a_compress.training.readout import Readout, Teacher, label_losses, readout
+from l2a_compress.training.readout import Teacher, readout
 
 Batch = Mapping[str, Tensor]
 
@@ -77,13 +77,7 @@ class TrainingStep(nn.Module):
                 loss = loss + self.objective.tokens * terms["tokens"] + self.objective.transition * terms["transition"]
             else:
                 loss = loss + 0.0 * terms["transition"]
-        demand, swaps = self.gated.allocator.demand, self.objective.swap and self.gated.gate_config.mode == "stem"
-        exploring = self.noise > 0  # once that has settled, the order of layers has too
-        if swaps:
-            swapped = self._swap(batch, request, gates, where, read) if exploring else loss.new_zeros(())
-            terms["swap"] = swapped
-            loss = loss + self.objective.swap * swapped
-        if demand is not None:
+        if self.gated.allocator.demand is not None:
             excess = objective.excess(read.nll, read.dense_nll, where)
             terms["demand"] = self._demand(batch, request, gates, excess)
             loss = loss + self.objective.demand * terms["demand"]
@@ -103,32 +97,6 @@ class TrainingStep(nn.Module):
         logits = demand(gates.summary.detach(), told)
         found = functional.binary_cross_entropy_with_logits(logits, objective.failure(excess), reduction="none")
         return (found * steady).mean()
-
-    def _swap(self, batch: Batch, request: GateRequest, gates: GateResult, where: Supervised, read: Readout) -> Tensor:
-        """One kept and one skipped layer of each row change places, at the same cost; see ``swap_ranking``."""
-        possible = gates.layers.any(1) & ~gates.layers.all(1) & (batch["switch"] >= 1)
-        chosen = possible.nonzero()[:, 0]
-        if not len(chosen):
-            return 0.0 * gates.layer_scores.sum()
-        drawn = [swap_draw(self.seed, int(index)) for index in batch["index"][chosen].tolist()]
-        shares, layers = torch.tensor(drawn, device=gates.layers.device), gates.layers[chosen]
-        kept, skipped = _pick(layers, shares[:, 0]), _pick(~layers, shares[:, 1])
-        with torch.no_grad():
-            counts, rows = gates.groups[chosen].sum(-1), torch.arange(len(chosen), device=gates.layers.device)
-            counts[rows, skipped], counts[rows, kept] = counts[rows, kept], counts[rows, skipped]
-            ranks = torch.arange(gates.groups.shape[-1], device=counts.device) < counts[..., None]
-            ids, part = batch["input_ids"][chosen], Supervised.of(batch["labels"][chosen])
-            offset = self.gated.think_offset(ids, request.budgets.features[chosen])
-            with self.gated.masked(self.gated.allocator.by_group(ranks), offset):
-                swapped = self.gated(ids, batch["attention_mask"][chosen]).hidden[part.mask]
-            nll = label_losses(swapped, self.gated.logits, part, int(self.gated.model.config.vocab_size))
-            same = torch.isin(where.rows, chosen)
-            gain = objective.excess(nll, read.dense_nll[same], part)
-            gain = (gain - objective.excess(read.nll[same], read.dense_nll[same], part)) / part.mask.sum(1).clamp(min=1)
-        scores = gates.layer_scores if request.noise is None else gates.layer_scores - request.noise[..., 0]
-        scores = scores[chosen]
-        term = objective.swap_ranking(scores[rows, kept], scores[rows, skipped], gain, self.temperature)
-        return term * (len(chosen) / len(possible))  # a mean over all rows, as every term
 
     def request(self, batch: Batch) -> GateRequest:
         """Budgets, noise and switch of a batch, as the gates take them."""
@@ -176,20 +144,12 @@ class TrainingStep(nn.Module):
     @torch.no_grad()
     def _teacher(self, batch: Batch, where: Supervised) -> Teacher | None:
         """The dense model's states at the labelled positions, or what the cache has of them; None if nobody asks."""
-        judged = self.gated.gate_config.has_demand or (self.objective.swap and self.noise > 0)
-        if not self.objective.weight("kl") and not judged:
+        if not self.objective.weight("kl") and not self.gated.gate_config.has_demand:
             return None
         if "teacher_values" in batch:
             return Teacher(values=batch["teacher_values"][where.mask], indices=batch["teacher_indices"][where.mask])
         with self.gated.teacher():
             return Teacher(hidden=self.gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask])
-
-
-def _pick(allowed: Tensor, share: Tensor) -> Tensor:
-    """The place of one of the allowed layers of each row: [batch, layers] bool, [batch] in [0, 1) -> [batch]."""
-    count = allowed.sum(1)
-    wanted = (share * count).long().clamp(max=(count - 1).clamp(min=0))
-    return ((allowed.cumsum(1) == wanted[:, None] + 1) & allowed).long().argmax(1)
 
 
 def _realized(gates: GateResult, gated: GatedModel) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from l2a_compress.training import readout as module
 from l2a_compress.training.objective import Supervised, kl_top_k, label_nll_top_k
-from l2a_compress.training.readout import Teacher, label_losses, readout
+from l2a_compress.training.readout import Teacher, readout
 
 LABELS = torch.tensor([[-100, -100, 3, 1, 4], [-100, 5, 9, 2, 6], [-100, -100, -100, -100, 8]])
 WHERE = Supervised.of(LABELS)
@@ -49,7 +49,6 @@ def test_parts_add_up_to_the_whole(
     torch.testing.assert_close(found, hidden.grad)
     nll = [functional.cross_entropy(part @ weight.T, WHERE.targets, reduction="none") for part in (hidden, dense)]
     torch.testing.assert_close((read.nll, read.dense_nll), (nll[0].detach(), nll[1]))
-    torch.testing.assert_close(label_losses(hidden, lambda part: part @ weight.T, WHERE, WORDS), nll[0].detach())
 
 
 def test_cached_words_are_cut_with_the_parts(

@@ -21,7 +21,6 @@ from l2a_compress.training.objective import (
     label_nll_top_k,
     log_probabilities,
     stop_targets,
-    swap_ranking,
     token_terms,
 )
 
@@ -216,17 +215,3 @@ def test_nats_of_a_cached_label() -> None:
 
 def test_a_failure_is_a_half_at_one_nat() -> None:
     assert failure(torch.tensor([0.0, 1.0, 9.0])).tolist() == pytest.approx([0.0, 0.5, 0.9])
-
-
-def test_swapped_layers_are_ranked_by_what_the_swap_did() -> None:
-    kept = torch.tensor([1.0, 1.0, 1.0], requires_grad=True)
-    skipped = torch.tensor([0.0, 0.0, 0.0], requires_grad=True)
-    gain = torch.tensor([0.5, -0.5, 0.0])  # worse when changed, better, and not measured
-    term = swap_ranking(kept, skipped, gain, 0.5)
-    assert term.item() == pytest.approx((0.5 * math.log1p(math.exp(-2)) + 0.5 * math.log1p(math.exp(2))) / 3)
-    term.backward()
-    assert kept.grad is not None
-    assert skipped.grad is not None
-    assert kept.grad[0] < 0 < kept.grad[1]  # a step down the gradient keeps the first and gives up the second
-    assert kept.grad[2] == 0
-    torch.testing.assert_close(skipped.grad, -kept.grad)

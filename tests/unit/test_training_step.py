@@ -12,13 +12,13 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.errors import TrainingError
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.training.draws import DrawConfig, swap_draw
+from l2a_compress.training.draws import DrawConfig
 from l2a_compress.training.embedded_examples import EmbeddedExamples
 from l2a_compress.training.objective import ObjectiveConfig
 from l2a_compress.training.samples import SampleCollator, Samples
 from l2a_compress.training.step import TrainingStep
 from toy_data import word_tokenizer
-from toy_models import FAMILIES, GROUPS, LAYERS, new_gated, new_model, trainable
+from toy_models import FAMILIES, LAYERS, new_gated, new_model, trainable
 
 Batch = dict[str, Tensor]
 
@@ -96,39 +96,6 @@ def test_without_each_term() -> None:
     torch.testing.assert_close(terms["loss"], full["loss"] - 0.01 * full["tokens"] - 0.1 * full["transition"])
 
 
-def test_the_swap_term_measures_what_changing_places_does() -> None:
-    batch = new_batch(6, contract="cap", switch_share=0.0, dense_share=0.0)
-    step = new_step(swap=1.0)
-    step.noise = 1e-9  # it is measured while there is noise
-    term = step(batch)["swap"]
-    gated, expected, measured = step.gated, [], 0
-    stem = gated.gate_config.stem_layers
-    output = gated(batch["input_ids"], batch["attention_mask"], request=step.request(batch))
-    gated.state.reset()
-    assert output.gates is not None
-    for row in range(6):
-        one = {name: value[row : row + 1] for name, value in batch.items()}
-        (now,) = gated.allocations_of(output.gates, [Budget()] * 6)[row : row + 1]
-        kept = [layer for layer in range(stem, LAYERS) if now.groups[layer]]
-        skipped = [layer for layer in range(stem, LAYERS) if not now.groups[layer]]
-        if not kept or not skipped:
-            expected.append(torch.zeros(()))
-            continue
-        shares = swap_draw(0, int(one["index"]))
-        goes, comes = kept[int(shares[0] * len(kept))], skipped[int(shares[1] * len(skipped))]
-        order, count = gated.allocator.group_order[comes - stem], len(now.groups[goes])
-        groups = list(now.groups)
-        groups[goes], groups[comes] = (), tuple(sorted(order[:count].tolist()))
-        gain = row_excess(gated, one, Allocation(num_groups=GROUPS, groups=tuple(groups))) - row_excess(gated, one, now)
-        gain = gain / (one["labels"][0, 1:] != -100).sum()
-        scores = output.gates.layer_scores[row].detach()
-        apart = (scores[goes - stem] - scores[comes - stem]) / step.temperature
-        expected.append(gain.abs() * torch.nn.functional.softplus(-gain.sign() * apart))
-        measured += 1
-    assert measured >= 4
-    torch.testing.assert_close(term.detach(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-3)
-
-
 @torch.no_grad()
 def row_excess(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
     """What a row's labels cost beyond the dense model, the budget shown at the think tag as in training."""
@@ -143,34 +110,6 @@ def row_excess(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
 def label_losses(gated: GatedModel, row: Batch) -> Tensor:
     logits, labels = gated.logits(gated(row["input_ids"], row["attention_mask"]).hidden)[0, :-1], row["labels"][0, 1:]
     return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
-
-
-def test_the_swap_term_teaches_the_layer_gates_alone() -> None:
-    step, batch = new_step(swap=1.0), new_batch(8, switch_share=0.0)
-    step.noise = 1e-9
-    step(batch)["swap"].backward()
-    reached = {name for name, p in trainable(step.gated).items() if p.grad is not None and p.grad.abs().max() > 0}
-    assert "allocator.layer_gates.outer_bias" in reached
-    assert not any("head_gates" in name or "layers.1." in name for name in reached)  # layer 0 is what the gates read
-
-
-def test_nothing_is_swapped_once_the_exploration_has_settled() -> None:
-    step, batch = new_step(swap=1.0), new_batch(4, switch_share=0.0)
-    other = new_step()
-    step.noise = other.noise = 0.0
-    terms, plain = step(batch), other(batch)
-    assert float(terms["swap"]) == 0
-    torch.testing.assert_close(terms["loss"], plain["loss"])
-
-
-def test_checkpointing_recomputes_what_ran_and_not_what_was_swapped() -> None:
-    batch = new_batch(4, switch_share=0.0)
-    step = new_step(swap=1.0)
-    step.noise = 1e-9
-    expected = gradients(step, batch)
-    step.activation_checkpointing_enable()
-    for name, value in gradients(step, batch).items():
-        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-4)
 
 
 def test_the_demand_head_learns_whether_rows_fail_and_nothing_else_does() -> None:
