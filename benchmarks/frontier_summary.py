@@ -304,6 +304,9 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
     lines: list[tuple[str, Sequence[Point], str, str | None]]
     lines = [("L2A, mean", [p for p in _frontier(main) if p["contract"] == "mean"], "o-", "#1565c0")]
     lines.append(("L2A, cap", [p for p in _frontier(main) if p["contract"] == "cap"], "s-", "#64b5f6"))
+    if "gradient" in found:
+        learned = [p for p in _frontier(found["gradient"]) if p["contract"] == "cap"]
+        lines.append(("L2A, cap, order of layers by gradient", learned, "s:", "#ef6c00"))
     if "blind" in found:
         lines.append(("the same, gates blind to the input", _frontier(found["blind"]), "d--", "#7b1fa2"))
     tuned: dict[str, list[Point]] = defaultdict(list)
@@ -324,7 +327,7 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
     left.axhline(100 * dense["accuracy"], color="black", linewidth=0.8, linestyle=":")
     left.annotate("dense", (0.37, 100 * dense["accuracy"] + 0.6), fontsize=8)
     left.set(
-        xlabel="realized cost, share of the dense compute", ylabel="exact match, %", ylim=(30, 102), xlim=(0.36, 1.02)
+        xlabel="realized cost, share of the dense compute", ylabel="exact match, %", ylim=(None, 101), xlim=(0.36, 1.02)
     )
     left.legend(fontsize=7, loc="lower right")
     report = main[0]["reports"]["capped"]
