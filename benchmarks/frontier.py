@@ -31,6 +31,11 @@ from l2a_compress.training.recipe import EvalConfig, Recipe
 from l2a_compress.training.run import train
 from l2a_compress.training.store import LoadedArtifact, load_artifact
 
+# The layer gates learn the order of the layers, as the paper's do.
+GRADIENT = (
+    *("annealing.search_rows=0", "annealing.noise_start=1.0"),
+    *("annealing.explore=0.05", "annealing.settle=0.35"),
+)
 # What a run has beyond the recipe's: time, and the budgets that it meets.
 LONG = (
     *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024"),
@@ -77,7 +82,7 @@ EXPERIMENTS = {
     "blind": Experiment("gates that see the budget alone", ("gates.summary=none", "gates.demand=false"), means=()),
     "gradient": Experiment(
         "the order of layers learned by the layer gates",
-        ("annealing.search_rows=0", "annealing.noise_start=1.0", "annealing.explore=0.05", "annealing.settle=0.35"),
+        GRADIENT,
         baselines=("fixed_budget",),
         probes=True,
     ),
@@ -91,17 +96,17 @@ EXPERIMENTS = {
     "no-kl": Experiment("without logical consistency", without="kl"),
     "no-budget": Experiment(
         "the paper's own form of the gates, without the resource term",
-        ("gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
+        (*GRADIENT, "gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
         without="budget",
         threshold=True,
     ),
     "paper": Experiment(
         "the paper's own form of the gates: a threshold at 0 that the resource term keeps calibrated",
-        ("gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
+        (*GRADIENT, "gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
         threshold=True,
     ),
     "no-tokens": Experiment("without the token terms", without="tokens"),
-    "inline": Experiment("each layer's gate reads that layer's input", ("gates.mode=inline",)),
+    "inline": Experiment("each layer's gate reads that layer's input", (*GRADIENT, "gates.mode=inline")),
     "chain-only": Experiment("trained on one family of problems", ("data.subset=chain",)),
     **{
         f"{method}-{round(100 * compute)}": _static(method, compute)

@@ -114,7 +114,7 @@ class Annealing:
         ``settle``.
 
     ``search_rows`` samples are what the order of the layers is measured on behind the exploration, once and for all
-    inputs; with 0 the layer gates learn it, by gradient.
+    inputs (``stem`` gates only); with 0 the layer gates learn it, by gradient.
     """
 
     temperature_start: float = 1.0
@@ -129,6 +129,10 @@ class Annealing:
         if not 0 <= self.explore <= self.settle <= 1:
             raise ConfigError(
                 f"annealing: explore {self.explore} and settle {self.settle} must be 0 <= explore <= settle <= 1"
+            )
+        if self.search_rows < 0 or (self.search_rows and not self.explore):
+            raise ConfigError(
+                f"annealing.search_rows {self.search_rows}: must be 0 or more, and 0 where nothing is explored"
             )
         if not (self.temperature_start > 0 and self.temperature_end > 0 and min(self.noise_start, self.noise_end) >= 0):
             raise ConfigError("annealing: temperatures must be above 0 and noise 0 or more")

@@ -93,7 +93,7 @@ def train(
         samples.draws = dataclasses.replace(recipe.draws, minimum=budget, minimum_share=1.0, dense_share=0.0)
     elif start is None:
         _set_prior(gated, samples, collate, recipe.optim.prior_rows)
-    searched = bool(recipe.annealing.search_rows) and not recipe.static.method
+    searched = bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
     if searched:
         gated.allocator.layer_gates.requires_grad_(False)
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)

@@ -44,7 +44,7 @@ class L2ATrainer(Trainer):
         self.annealing, self.optim = annealing, optim
         super().__init__(**kwargs)
         if explored is not None:
-            self.add_callback(_Explored(round(annealing.explore * self.args.max_steps), explored))
+            self.add_callback(_Explored(max(1, round(annealing.explore * self.args.max_steps)), explored))
         self._terms: dict[str, Tensor] = {}
         self._term_count = 0
         self._saving = False

@@ -91,7 +91,13 @@ def test_annealing() -> None:
     assert [sudden.noise(at) for at in (0.5, 0.51)] == [3, 1]
 
 
-@pytest.mark.parametrize("values", [{"explore": 0.9}, {"settle": 1.1}, {"temperature_end": 0}, {"noise_end": -1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"explore": 0.9}, {"settle": 1.1}, {"temperature_end": 0}, {"noise_end": -1}),
+        *({"search_rows": -1}, {"search_rows": 8, "explore": 0.0}),
+    ],
+)
 def test_wrong_annealing(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="annealing"):
         Annealing(**values)
