@@ -98,8 +98,12 @@ def label_nll_top_k(values: Tensor, indices: Tensor, targets: Tensor) -> Tensor:
         targets: [n].
     """
     found, values = indices == targets[:, None], values.float()
-    rest = (1 - values.exp().sum(-1)).clamp(min=1e-6)
-    return -torch.where(found.any(-1), (values * found).sum(-1), rest.log())
+    return -torch.where(found.any(-1), (values * found).sum(-1), _outside(values).log())
+
+
+def _outside(known: Tensor) -> Tensor:
+    """Probability of all words but those whose log-probabilities are given: [n, k] -> [n]."""
+    return (1 - known.exp().sum(-1)).clamp(min=1e-6)
 
 
 def excess(nll: Tensor, dense_nll: Tensor, where: Supervised) -> Tensor:
@@ -142,8 +146,7 @@ def kl_top_k(student: Tensor, values: Tensor, indices: Tensor, where: Supervised
     """
     student = student.gather(-1, indices)
     teacher = values.float()
-    rest_teacher = (1 - teacher.exp().sum(-1)).clamp(min=1e-6)
-    rest_student = (1 - student.exp().sum(-1)).clamp(min=1e-6)
+    rest_teacher, rest_student = _outside(teacher), _outside(student)
     divergence = (teacher.exp() * (teacher - student)).sum(-1)
     divergence = divergence + rest_teacher * (rest_teacher.log() - rest_student.log())
     return (divergence * where.weights).sum()
