@@ -33,13 +33,13 @@ from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 # The layer gates learn the order of the layers, as the paper's do.
 GRADIENT = (
-    *("annealing.search_rows=0", "annealing.noise_start=1.0"),
+    *("annealing.search_rows=0", "annealing.search_trials=0", "annealing.noise_start=1.0"),
     *("annealing.explore=0.05", "annealing.settle=0.35"),
 )
 # What a run has beyond the recipe's: time, and the budgets that it meets.
 LONG = (
     *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024"),
-    *("annealing.explore=0.2", "annealing.settle=0.2"),
+    *("annealing.explore=0.2", "annealing.settle=0.2", "annealing.search_trials=11"),
 )
 CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
@@ -195,7 +195,7 @@ def main() -> None:
     one = commands.add_parser("run", help="train and measure one experiment")
     one.add_argument("name", choices=sorted(EXPERIMENTS))
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--steps", type=int, default=2500)
+    one.add_argument("--steps", type=int, default=3000)
     one.add_argument("--batch-size", type=int, default=16)
     one.add_argument("--problems", type=int, default=2000)
     one.add_argument("--threads", type=int, default=1)

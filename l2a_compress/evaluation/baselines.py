@@ -50,7 +50,7 @@ class Context:
     def path(self) -> list[Allocation]:
         """Allocations of the frozen model by greedy search, from dense down."""
         with self.gated.teacher():
-            return greedy_path(self.gated, self.batches, _LEAST)
+            return greedy_path(self.gated, self.batches)
 
     def dropped(self, cost: float) -> int:
         """How many whole layers can go before the cost falls below ``cost``."""
@@ -83,7 +83,6 @@ GATED = {"fixed_budget"}  # run the trained model, not the frozen one
 OTHERS = ("early_exit", "think_cap")  # not one allocation for all inputs and tokens
 EXIT_ENTROPIES = (0.003, 0.03, 0.1, 0.3, 1.0)  # nats
 _SLACK = 0.006  # of the cost: what rounding to whole groups may leave unspent
-_LEAST = 0.4  # of the cost: where the search for a static allocation ends
 
 
 def register(name: str) -> Callable[[Baseline], Baseline]:

@@ -7,7 +7,6 @@ inference. All layers' MLPs are stacked in one module, which is one batched prod
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -252,14 +251,6 @@ class Allocator(nn.Module):
         ranked, order = group_scores.sort(dim=-1, descending=True, stable=True)
         self.head_gates.outer_bias.copy_(ranked)
         self.group_order.copy_(order)
-
-    @torch.no_grad()
-    def reorder(self, order: Sequence[int]) -> None:
-        """Deals the layers' scores out anew: the first of ``order``, by gated layer, gets the lowest one."""
-        bias = self.layer_gates.outer_bias
-        scores = bias[:, 0].sort().values
-        apart = scores[0] + 1e-3 * torch.arange(len(scores), device=bias.device)  # the prior may have equals
-        bias[torch.as_tensor(order, device=bias.device), 0] = torch.maximum(scores, apart)
 
     @torch.no_grad()
     def fix(self, allocation: Allocation) -> None:

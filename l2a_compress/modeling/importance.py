@@ -27,7 +27,8 @@ def drop_losses(
 
     Args:
         gated: The model; adapters count unless the caller turned them off.
-        batches: Of input_ids, attention_mask and labels (-100: not counted), all [batch, length].
+        batches: Of input_ids, attention_mask and labels (-100: not counted), all [batch, length]; with inputs_embeds
+            [batch, length, width] these are the network's input.
         progress: Called after each cut.
 
     Returns:
@@ -35,7 +36,7 @@ def drop_losses(
     """
     shape, stem = gated.shape, gated.gate_config.stem_layers
     every = tuple(range(shape.num_groups))
-    states: list[Tensor] = [gated.model.get_input_embeddings()(batch["input_ids"]) for batch in batches]
+    states = [inputs_of(gated, batch) for batch in batches]
     base = mean_loss(gated, batches, states, [every] * shape.num_layers)
     layers = torch.zeros(shape.num_layers - stem)
     groups = torch.zeros(shape.num_layers - stem, shape.num_groups)
@@ -54,6 +55,14 @@ def drop_losses(
                 progress()
         states = [_after(gated, batch, state, index) for batch, state in zip(batches, states, strict=True)]
     return layers, groups
+
+
+def inputs_of(gated: GatedModel, batch: Batch) -> Tensor:
+    """The input of the first layer, [batch, length, width]."""
+    found: Tensor = (
+        batch["inputs_embeds"] if "inputs_embeds" in batch else gated.model.get_input_embeddings()(batch["input_ids"])
+    )
+    return found
 
 
 def mean_loss(

@@ -1,8 +1,9 @@
-"""Static allocations by search: the best fixed configuration that calibration data finds."""
+"""Static allocations by search: what calibration data can best do without, from the whole model down."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,81 +11,93 @@ from torch import Tensor
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.importance import drop_losses, mean_loss
+from l2a_compress.modeling.importance import drop_losses, inputs_of, mean_loss
 
 Batch = Mapping[str, Any]
-Groups = tuple[tuple[int, ...], ...]
+Item = tuple[int, tuple[int, ...]]  # a layer and the groups that are left of it
 
 
 @torch.no_grad()
-def greedy_path(gated: GatedModel, batches: Sequence[Batch], least: float) -> list[Allocation]:
-    """Allocations from dense down to a cost of at least ``least``, each the one before with a layer or group less.
+def greedy_path(gated: GatedModel, batches: Sequence[Batch], first: Sequence[int] = ()) -> list[Allocation]:
+    """Allocations from dense down to the stem, each the one before with one group, or one narrowest layer, less.
 
-    What goes is what raises the loss least for what it saves, measured anew on ``batches`` at every step: any layer
-    behind the stem, or of any such layer the group that mattered least when it was dropped alone.
+    Two kinds of steps of like cost are compared by what they raise the loss for what they save, measured anew on
+    ``batches`` each time: giving up a layer, and narrowing the layers that are left by a group each, up to the cost of
+    a layer. One group alone is never missed much, so one at a time they would all go first. Within a layer groups go by
+    what they were worth when each was dropped alone.
 
     Args:
-        gated: the model; adapters count unless the caller turned them off.
-        batches: of input_ids, attention_mask and labels (-100: not counted), all [batch, length].
-        least: share of the dense cost.
+        gated: the model; adapters count unless the caller turned them off. A model that has met many allocations says
+            more than one that never missed a layer.
+        batches: as of :func:`drop_losses`.
+        first: layers that go before anything else does, in that order, groups and all.
     """
+    states = [inputs_of(gated, batch) for batch in batches]
     _, importance = drop_losses(gated, batches)
-    states = [gated.model.get_input_embeddings()(batch["input_ids"]) for batch in batches]
-    shape, cost = gated.shape, gated.cost
-    path = [Allocation.dense(shape.num_layers, shape.num_groups)]
+    path = [Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)]
     loss = mean_loss(gated, batches, states, path[0].groups)
     while True:
-        best: tuple[float, float, Allocation] | None = None
-        for kept in _smaller(path[-1].groups, gated, importance):
-            allocation = Allocation(num_groups=shape.num_groups, groups=kept)
-            if cost.fraction(allocation) < least - 1e-9:
-                continue
-            found = mean_loss(gated, batches, states, kept)
-            price = (found - loss) / (cost.units(path[-1]) - cost.units(allocation))
+        best: tuple[float, float, list[Allocation]] | None = None
+        for step in _steps(gated, path[-1], importance, first):
+            found = mean_loss(gated, batches, states, step[-1].groups)
+            price = (found - loss) / (gated.cost.units(path[-1]) - gated.cost.units(step[-1]))
             if best is None or price < best[0]:
-                best = price, found, allocation
+                best = price, found, step
         if best is None:
             return path
         loss = best[1]
-        path.append(best[2])
+        path += best[2]
 
 
-@torch.no_grad()
-def layer_order(gated: GatedModel, batches: Sequence[Batch]) -> list[int]:
-    """The layers behind the stem in the order in which they are given up, each the one that is missed least then.
+def given_up(path: Sequence[Allocation]) -> list[int]:
+    """The layers in the order in which a path gives them up."""
+    return [layer for before, after in pairwise(path) for layer in sorted({*before.layers} - {*after.layers})]
 
-    The loss is measured anew on ``batches`` after every layer, with all groups of the others: n (n + 1) / 2 times for n
-    layers. To be called on a model that has met many allocations: what a layer is worth to a network that never
-    missed one says little of what it is worth to one that can make up for it.
+
+def path_scores(path: Sequence[Allocation], stem: int) -> tuple[Tensor, Tensor]:
+    """Scores by which the gates give up layers and groups as a path does: the longer kept, the higher.
 
     Args:
-        gated: the model; adapters count unless the caller turned them off.
-        batches: of input_ids, attention_mask and labels (-100: not counted), all [batch, length].
+        path: of nested allocations, from dense down.
+        stem: layers that always run, and have no score.
+
+    Returns:
+        (layers [gated layers], groups [gated layers, groups]), from -3 to 3.
     """
-    states = [gated.model.get_input_embeddings()(batch["input_ids"]) for batch in batches]
-    every = tuple(range(gated.shape.num_groups))
-    left = list(range(gated.gate_config.stem_layers, gated.shape.num_layers))
-    order: list[int] = []
-
-    def loss(layer: int) -> float:
-        kept = [() if index in (*order, layer) else every for index in range(gated.shape.num_layers)]
-        return mean_loss(gated, batches, states, kept)
-
-    while left:
-        order.append(min(left, key=loss))
-        left.remove(order[-1])
-    return order
+    groups = torch.zeros(len(path[0].groups) - stem, path[0].num_groups)
+    for allocation in path:
+        for row, kept in zip(groups, allocation.groups[stem:], strict=True):
+            row[list(kept)] += 6.0 / len(path)
+    groups -= 3.0
+    return groups.amax(1), groups
 
 
-def _smaller(groups: Groups, gated: GatedModel, importance: Tensor) -> list[Groups]:
+def _steps(gated: GatedModel, now: Allocation, importance: Tensor, first: Sequence[int]) -> list[list[Allocation]]:
+    """What may be given up next, each as the allocations on the way there."""
     stem, least = gated.gate_config.stem_layers, gated.gate_config.min_groups
+    worth = importance.tolist()
+    kept = [layer for layer in range(stem, len(now.groups)) if now.groups[layer]]
+    kept = [layer for layer in first if layer in kept][:1] or kept
     found = []
-    for layer in range(stem, len(groups)):
-        kept = groups[layer]
-        if kept:
-            found.append((*groups[:layer], (), *groups[layer + 1 :]))
-        if gated.gate_config.heads and len(kept) > least:
-            worst = min(kept, key=lambda group: float(importance[layer - stem, group]))
-            rest = tuple(group for group in kept if group != worst)
-            found.append((*groups[:layer], rest, *groups[layer + 1 :]))
+    narrower: list[tuple[float, Item]] = []
+    for layer in kept:
+        groups, items = now.groups[layer], []
+        while gated.gate_config.heads and len(groups) > least:
+            worst = min(groups, key=lambda group: worth[layer - stem][group])  # used at once
+            groups = tuple(group for group in groups if group != worst)
+            items.append((layer, groups))
+            if len(items) == 1:
+                narrower.append((worth[layer - stem][worst], items[0]))
+        found.append(_on_the_way(now, [*items, (layer, ())]))
+    most = (gated.cost.layer_units + gated.shape.num_groups * gated.cost.group_units) // gated.cost.group_units
+    if narrower and kept[0] not in first:
+        found.append(_on_the_way(now, [item for _, item in sorted(narrower)[:most]]))
+    return found
+
+
+def _on_the_way(now: Allocation, items: Sequence[Item]) -> list[Allocation]:
+    found = []
+    for layer, groups in items:
+        now = Allocation(num_groups=now.num_groups, groups=(*now.groups[:layer], groups, *now.groups[layer + 1 :]))
+        found.append(now)
     return found

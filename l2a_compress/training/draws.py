@@ -14,7 +14,10 @@ from l2a_compress.training.examples import Style
 
 CONTRACTS = ("cap", "mean", "both")
 _PRICES = (0.003, 3.0)  # log-uniform: from hardly any saving to hardly anything kept
-_SHARES = ("minimum dense_share minimum_share full_think_share condensed_below brief_below switch_share").split()
+_MOST_LOST = 0.3  # tokens of a noised prompt
+_SHARES = (
+    "minimum dense_share minimum_share full_think_share condensed_below brief_below switch_share noised_share"
+).split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,8 @@ class DrawConfig:
         condensed_below: think share under which a sample is shown its condensed trace (``short``).
         brief_below: think share under which it is shown its ``brief`` one, where it has one.
         switch_share: share of samples whose budget changes in the middle of the sequence.
+        noised_share: share of samples whose prompt loses tokens at random, for the network to stay as the dense one on
+            prompts unlike those it is trained on. Of the loss they have the KL term alone.
     """
 
     minimum: float = 0.4
@@ -40,6 +45,7 @@ class DrawConfig:
     condensed_below: float = 0.6
     brief_below: float = 0.0
     switch_share: float = 0.1
+    noised_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.contract not in CONTRACTS:
@@ -56,6 +62,7 @@ class Draw:
     """One sample's draw. ``after`` is the compute budget behind the switch, ``switch`` the share before it.
 
     Of a ``mean`` sample ``price`` is what it pays, in failures for the dense compute, where there is a demand head.
+    ``lost`` is the chance of every token of the prompt to be left out.
     """
 
     compute: float
@@ -65,6 +72,7 @@ class Draw:
     after: float
     switch: float
     price: float
+    lost: float
 
 
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
@@ -73,7 +81,7 @@ def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
 
 def draw(config: DrawConfig, seed: int, index: int) -> Draw:
     """The draw of sample ``index``."""
-    u = _generator(seed, index, 0).random(9)
+    u = _generator(seed, index, 0).random(11)
     compute = _compute(config, u[0], u[1])
     think = 1.0 if u[2] < config.full_think_share else 0.1 + 0.9 * u[3]
     switched = u[4] < config.switch_share
@@ -85,6 +93,7 @@ def draw(config: DrawConfig, seed: int, index: int) -> Draw:
         after=_compute(config, u[5], u[6]) if switched else compute,
         switch=float(0.2 + 0.7 * u[6]) if switched else 1.0,
         price=float(_PRICES[0] * (_PRICES[1] / _PRICES[0]) ** u[8]),
+        lost=float(_MOST_LOST * u[10]) if u[9] < config.noised_share else 0.0,
     )
 
 
@@ -100,6 +109,11 @@ def _compute(config: DrawConfig, kind: float, value: float) -> float:
     return float(config.minimum + (1 - config.minimum) * value)
 
 
+def survivors(seed: int, index: int, count: int, lost: float) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which of ``count`` tokens of sample ``index`` are left when each is lost with that chance."""
+    return _generator(seed, index, 2).random(count) >= lost
+
+
 def gumbel_noise(seed: int, index: int, shape: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     """Standard Gumbel noise of that shape for sample ``index``: scores perturbed by it sample a ranking."""
     return _generator(seed, index, 1).gumbel(size=shape).astype(np.float32)
@@ -113,8 +127,10 @@ class Annealing:
     method: make the network robust to many allocations); from there the noise falls linearly to ``noise_end`` at
         ``settle``.
 
-    ``search_rows`` samples are what the order of the layers is measured on behind the exploration, once and for all
-    inputs (``stem`` gates only); with 0 the layer gates learn it, by gradient.
+    ``search_rows`` samples are what the order of layers and groups is measured on behind the exploration, once and for
+    all inputs (``stem`` gates only); with 0 the gates learn it, by gradient. With ``search_trials`` above 0 it is then
+    mended by trials of ``trial_steps`` training steps each: that many to find a set of layers for the middle of the
+    budgets, and as many as it takes to order the others around it.
     """
 
     temperature_start: float = 1.0
@@ -124,6 +140,8 @@ class Annealing:
     explore: float = 0.3
     settle: float = 0.8
     search_rows: int = 0
+    search_trials: int = 0
+    trial_steps: int = 40
 
     def __post_init__(self) -> None:
         if not 0 <= self.explore <= self.settle <= 1:
@@ -133,6 +151,11 @@ class Annealing:
         if self.search_rows < 0 or (self.search_rows and not self.explore):
             raise ConfigError(
                 f"annealing.search_rows {self.search_rows}: must be 0 or more, and 0 where nothing is explored"
+            )
+        if self.search_trials < 0 or (self.search_trials and not self.search_rows) or self.trial_steps < 1:
+            raise ConfigError(
+                f"annealing: search_trials {self.search_trials} must be 0 or more, and 0 without search_rows; "
+                f"trial_steps {self.trial_steps} must be 1 or more"
             )
         if not (self.temperature_start > 0 and self.temperature_end > 0 and min(self.noise_start, self.noise_end) >= 0):
             raise ConfigError("annealing: temperatures must be above 0 and noise 0 or more")

@@ -56,27 +56,31 @@ class ObjectiveConfig:
 class Supervised:
     """The positions that predict a labelled token, as flat lists.
 
-    ``rows`` [n] is each position's row, ``weights`` [n] makes a sum a mean of row means, ``targets`` [n] the token ids.
+    ``rows`` [n] is each position's row, ``weights`` [n] makes a sum a mean of row means, ``targets`` [n] the token ids;
+    ``label_weights`` [n] are the weights of the cross entropy: 0 in rows that only follow the teacher.
     """
 
     mask: Tensor
     rows: Tensor
     weights: Tensor
     targets: Tensor
+    label_weights: Tensor
 
     @classmethod
-    def of(cls, labels: Tensor) -> Supervised:
-        """From ``labels`` [batch, length], -100 where nothing is to be learned."""
+    def of(cls, labels: Tensor, following: Tensor | None = None) -> Supervised:
+        """From ``labels`` [batch, length], -100 where nothing is to be learned, and rows [batch] that only follow."""
         mask = torch.zeros_like(labels, dtype=torch.bool)
         mask[:, :-1] = labels[:, 1:] != -100
         rows = mask.nonzero()[:, 0]
         counts = mask.sum(1).clamp(min=1)
         weights = 1.0 / (counts[rows] * labels.shape[0])
-        return cls(mask, rows, weights, labels[:, 1:][mask[:, :-1]])
+        label_weights = weights if following is None else weights * ~following[rows]
+        return cls(mask, rows, weights, labels[:, 1:][mask[:, :-1]], label_weights)
 
     def part(self, positions: slice) -> Supervised:
         """Those of the flat lists; weights stay those of the whole."""
-        return Supervised(self.mask, self.rows[positions], self.weights[positions], self.targets[positions])
+        flat = (self.rows, self.weights, self.targets, self.label_weights)
+        return Supervised(self.mask, *(values[positions] for values in flat))
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def _part_terms(
     """The terms of a part, and [2, n] the nats of its labels, the student's and the teacher's."""
     student = objective.log_probabilities(output(states))
     nll = objective.label_nll(student, where.targets)
-    terms = {"ce": (nll * where.weights).sum()}
+    terms = {"ce": (nll * where.label_weights).sum()}
     dense_nll = torch.zeros_like(nll)
     if teacher is not None and teacher.hidden is not None:
         with torch.no_grad():

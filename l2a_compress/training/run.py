@@ -6,6 +6,7 @@ recipe -> base model + tokenizer -> wrap -> prior from single-drop losses -> Tra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -24,10 +25,10 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.importance import drop_losses, prior_scores
+from l2a_compress.modeling.importance import drop_losses, inputs_of, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
-from l2a_compress.modeling.search import layer_order
+from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.modeling.tags import ensure_tags
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.data import load_examples
@@ -37,6 +38,7 @@ from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples
 from l2a_compress.training.step import TrainingStep
 from l2a_compress.training.store import save_artifact
 from l2a_compress.training.trainer import L2ATrainer, last_checkpoint, training_arguments
+from l2a_compress.training.trials import Trials
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -90,17 +92,18 @@ def train(
         gated.allocator.fix(allocation)
         budget = math.ceil(1e4 * gated.cost.fraction(allocation)) / 1e4
         # Such a model is only ever asked for what it is.
-        samples.draws = dataclasses.replace(recipe.draws, minimum=budget, minimum_share=1.0, dense_share=0.0)
+        samples.draws = dataclasses.replace(samples.draws, minimum=budget, minimum_share=1.0, dense_share=0.0)
     elif start is None:
         _set_prior(gated, samples, collate, recipe.optim.prior_rows)
     searched = bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
     if searched:
         gated.allocator.layer_gates.requires_grad_(False)
+        gated.allocator.head_gates.requires_grad_(False)
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
     trainer = L2ATrainer(
         annealing=recipe.annealing,
         optim=recipe.optim,
-        explored=(lambda: _reorder(gated, samples, collate, recipe.annealing.search_rows)) if searched else None,
+        explored=(lambda: _search(gated, samples, collate, recipe)) if searched else None,
         model=step,
         args=training_arguments(
             recipe.optim,
@@ -163,10 +166,13 @@ def build(recipe: Recipe) -> tuple[GatedModel, PreTrainedTokenizerBase, str]:
 def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """All samples of the run, in order."""
     mixture = recipe.data if isinstance(recipe.data, MixtureConfig) else MixtureConfig(sources=(recipe.data,))
+    draws = recipe.draws
+    if not recipe.objective.weight("kl"):  # noised samples would have no loss at all
+        draws = dataclasses.replace(draws, noised_share=0.0)
     return Samples(
         load_examples(mixture, "train", recipe.seed),  # a mixture is shuffled
         tokenizer,
-        recipe.draws,
+        draws,
         count=recipe.optim.steps * recipe.optim.batch_size,
         seed=recipe.seed,
         max_length=recipe.data.max_length,
@@ -197,20 +203,34 @@ def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, row
     gated.train()
 
 
-def _reorder(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:
-    """Puts the layers in the order in which the explored model can do without them; the same one in all processes."""
+def _search(gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe) -> None:
+    """Gives the gates the order in which the explored model can best do without things; the same in all processes."""
     gated.eval()
-    order = torch.tensor(layer_order(gated, _batches(samples, collate, rows)), device=gated.model.device)
-    order = broadcast(order) - gated.gate_config.stem_layers
-    gated.allocator.reorder(order.tolist())
-    log.info("layers are given up in the order %s", [index + gated.gate_config.stem_layers for index in order.tolist()])
+    plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
+    rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
+    every, count = _batches(samples, collate, rows, size), math.ceil(plan.search_rows / size)
+    batches, trial = every[:count], every[count:]
+    with torch.no_grad():
+        for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
+            told = gated.think_offset(batch["input_ids"], torch.stack([batch["compute"], batch["think"]], dim=-1))
+            if told is not None:
+                batch["inputs_embeds"] = inputs_of(gated, batch) + told
+    path = greedy_path(gated, batches)
+    if plan.search_trials:
+        fewest = (1 - recipe.draws.minimum) * gated.shape.num_layers
+        trials, pivot = Trials(gated, recipe, trial, batches), math.floor(2 * fewest / 3 + 0.5)
+        order = trials.order(given_up(path), pivot=pivot, deepest=math.floor(fewest), most=plan.search_trials)
+        path = greedy_path(gated, batches, order)
+    log.info("layers are given up in the order %s", given_up(path))
+    layers, groups = (broadcast(scores.to(gated.model.device)) for scores in path_scores(path, stem))
+    gated.allocator.set_prior(layers, groups)
     gated.train()
 
 
-def _batches(samples: Samples, collate: SampleCollator, rows: int) -> list[dict[str, Tensor]]:
-    rows = min(rows, len(samples))
-    starts = range(0, rows, 16)
-    return [collate([samples[at] for at in range(start, min(start + 16, rows))])["batch"] for start in starts]
+def _batches(samples: Samples, collate: SampleCollator, rows: int, size: int = 16) -> list[dict[str, Tensor]]:
+    whole = (sample for sample in map(samples.__getitem__, range(len(samples))) if not sample["lost"])
+    found = list(itertools.islice(whole, rows))
+    return [collate(found[start : start + size])["batch"] for start in range(0, len(found), size)]
 
 
 def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool) -> Path:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.errors import DataError
 from l2a_compress.training.collate import Collator
-from l2a_compress.training.draws import Draw, DrawConfig, draw
+from l2a_compress.training.draws import Draw, DrawConfig, draw, survivors
 from l2a_compress.training.encode import UnfitError, encode
 from l2a_compress.training.examples import STYLES, Encoded, Example, Style
 
@@ -57,10 +57,28 @@ class Samples(Dataset[Sample]):
         for offset in range(_TRIES):
             example = self.examples[(index + offset) % len(self.examples)]
             try:
-                return encode(example, self.tokenizer, _style(example, drawn.style), self.max_length)
+                encoded = encode(example, self.tokenizer, _style(example, drawn.style), self.max_length)
+                return self._noised(encoded, index, drawn.lost) if drawn.lost else encoded
             except UnfitError:
                 self.unfit += 1
         raise DataError(f"{_TRIES} examples in a row do not fit max_length = {self.max_length}; raise data.max_length")
+
+    def _noised(self, encoded: Encoded, index: int, lost: float) -> Encoded:
+        """The prompt without the tokens that are lost; its first and its last one stay."""
+        count = encoded["prompt_length"]
+        left = survivors(self.seed, index, count, lost)
+        left[[0, -1]] = True
+        gone = count - int(left.sum())
+        prompt = [token for token, stays in zip(encoded["input_ids"], left, strict=False) if stays]
+        noised: Encoded = {
+            **encoded,
+            "input_ids": prompt + encoded["input_ids"][count:],
+            "labels": encoded["labels"][gone:],
+            "prompt_length": count - gone,
+        }
+        if encoded["think_end"]:
+            noised["think_start"], noised["think_end"] = encoded["think_start"] - gone, encoded["think_end"] - gone
+        return noised
 
 
 def _style(example: Example, wanted: Style) -> Style | None:
@@ -106,7 +124,7 @@ class LengthGrouped(Dataset[Sample]):
 class SampleCollator:
     """Pads samples to one batch, as :class:`Collator` does, and stacks what was drawn."""
 
-    FLOATS = ("compute", "think", "after", "switch", "price")
+    FLOATS = ("compute", "think", "after", "switch", "price", "lost")
     INTEGERS = ("mean", "index", "think_limit")
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -48,14 +48,14 @@ class TrainingStep(nn.Module):
         """The terms by name, ``loss`` among them; all scalars.
 
         ``batch`` holds input_ids, attention_mask, labels, prompt_mask, think_mask [batch, length] and compute, mean,
-        think, after, switch, think_limit, index [batch]; optionally the cached teacher's teacher_values and
+        think, after, switch, lost, think_limit, index [batch]; optionally the cached teacher's teacher_values and
         teacher_indices
         [batch, length, k].
 
         Raises:
             TrainingError: the loss is not a number.
         """
-        where = Supervised.of(batch["labels"])
+        where = Supervised.of(batch["labels"], batch["lost"] > 0)
         teacher = self._teacher(batch, where)
         request = self.request(batch)
         output = self.gated(batch["input_ids"], batch["attention_mask"], request=request)
@@ -90,7 +90,8 @@ class TrainingStep(nn.Module):
 
     def _demand(self, batch: Batch, request: GateRequest, gates: GateResult, excess: Tensor) -> Tensor:
         """What the demand head should have said: whether each row fails under the budget that it had."""
-        demand, steady = self.gated.allocator.demand, batch["switch"] >= 1
+        demand = self.gated.allocator.demand
+        steady = (batch["switch"] >= 1) & (batch["lost"] == 0)
         assert demand is not None
         assert gates.summary is not None
         told = torch.stack([gates.compute, request.budgets.think], dim=-1)

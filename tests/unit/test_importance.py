@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn import functional
@@ -13,7 +15,8 @@ from l2a_compress.modeling.families import shape_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
 from l2a_compress.modeling.importance import drop_losses, prior_scores
-from l2a_compress.modeling.search import layer_order
+from l2a_compress.modeling.projection import Limits, project
+from l2a_compress.modeling.search import greedy_path, path_scores
 from toy_models import FAMILIES, GROUPS, LAYERS, new_model
 
 STEM = 2
@@ -71,34 +74,57 @@ def test_without_head_gates_only_layers_are_measured() -> None:
     assert groups.abs().max() == 0
 
 
+def searched(gated: GatedModel) -> list[Allocation]:
+    path = greedy_path(gated, [batch_of(0, 2, 9), batch_of(1, 3, 7)])
+    assert path[0] == Allocation.dense(LAYERS, GROUPS)
+    assert path[-1] == Allocation.of_layers(range(STEM), LAYERS, GROUPS)
+    return path
+
+
 def test_each_layer_that_is_given_up_is_the_one_that_is_missed_least_then() -> None:
-    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
+    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM, heads=False), AdapterConfig(rank=2)).eval()
     batches = [batch_of(0, 2, 9), batch_of(1, 3, 7)]
-    order = layer_order(gated, batches)
-    assert sorted(order) == list(range(STEM, LAYERS))
-    every, gone = tuple(range(GROUPS)), set[int]()
-    for layer in order:
+    for before, after in pairwise(searched(gated)):
         losses = {}
-        for other in set(range(STEM, LAYERS)) - gone:
-            kept = tuple(() if index in gone | {other} else every for index in range(LAYERS))
-            losses[other] = loss_of(gated, batches, Allocation(num_groups=GROUPS, groups=kept))
-        assert losses[layer] == pytest.approx(min(losses.values()), abs=1e-6)
-        gone.add(layer)
+        for other in before.layers[STEM:]:
+            kept = Allocation.of_layers(set(before.layers) - {other}, LAYERS, GROUPS)
+            losses[kept] = loss_of(gated, batches, kept)
+        assert losses[after] == pytest.approx(min(losses.values()), abs=1e-6)
 
 
-def test_layers_that_are_given_up_first_get_the_lowest_scores() -> None:
-    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=0))
-    count = LAYERS - STEM
-    bias = gated.allocator.layer_gates.outer_bias
-    with torch.no_grad():
-        bias.copy_(torch.randn(count, 1, generator=torch.Generator().manual_seed(0)))
-    before, order = bias.detach().clone(), torch.randperm(count, generator=torch.Generator().manual_seed(1)).tolist()
-    gated.allocator.reorder(order)
-    assert bias[order, 0].tolist() == before[:, 0].sort().values.tolist()
-    with torch.no_grad():
-        bias.zero_()
-    gated.allocator.reorder(order)
-    assert bias[order, 0].diff().min() > 5e-4  # equals come apart
+@pytest.mark.parametrize("scale", [0.0, 1.0])  # of the second group in every layer
+def test_the_search_weighs_a_layer_against_a_group_of_each(scale: float) -> None:
+    model = new_model()
+    for layer in model.model.layers[STEM:]:
+        weight = layer.self_attn.o_proj.weight
+        weight.data[:, weight.shape[1] // GROUPS :] *= scale
+    gated = GatedModel.wrap(model, GateConfig(stem_layers=STEM), AdapterConfig(rank=0)).eval()
+    batches = [batch_of(0, 2, 9), batch_of(1, 3, 7)]
+    _, importance = drop_losses(gated, batches)
+    path = searched(gated)
+    narrow = [(int(row.argmax()),) for row in importance]
+    steps = [Allocation.of_layers(set(range(LAYERS)) - {gone}, LAYERS, GROUPS) for gone in range(STEM, LAYERS)]
+    steps.append(Allocation(num_groups=GROUPS, groups=(*path[0].groups[:STEM], *narrow)))
+    saved = [gated.cost.dense_units - gated.cost.units(step) for step in steps]
+    base = loss_of(gated, batches, path[0])
+    prices = [(loss_of(gated, batches, step) - base) / units for step, units in zip(steps, saved, strict=True)]
+    assert steps[prices.index(min(prices))] in path
+
+
+def test_gates_with_the_scores_of_a_path_choose_its_allocations() -> None:
+    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
+    path = searched(gated)
+    assert len(path) == 1 + (LAYERS - STEM) * GROUPS  # a layer and its least group go together
+    gated.allocator.set_prior(*path_scores(path, STEM))
+    layers, groups = gated.allocator.scores(torch.zeros(1, gated.allocator.layer_gates.inner.shape[1]))
+    for allocation in path:
+        units = gated.cost.units(allocation) - gated.cost.units(path[-1])
+        free = torch.tensor([10**9])
+        limits = Limits(units=torch.tensor([units]), layers=free, heads=free, price=torch.tensor([-torch.inf]))
+        costs = {"layer_units": gated.cost.layer_units, "group_units": gated.cost.group_units, "min_groups": 1}
+        kept = gated.allocator.by_group(project(layers, groups, limits, **costs).groups)
+        found = tuple(tuple(row.nonzero()[:, 0].tolist()) for row in kept[0])
+        assert found == allocation.groups[STEM:]
 
 
 def test_scores_rank_by_increase_and_put_groups_in_proportion() -> None:

@@ -16,8 +16,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError, StorageError, TrainingError
-from l2a_compress.modeling.search import layer_order
+from l2a_compress.modeling.search import greedy_path, path_scores
 from l2a_compress.training.objective import ObjectiveConfig
 from l2a_compress.training.recipe import OptimConfig, Recipe
 from l2a_compress.training.run import train
@@ -30,7 +31,7 @@ from l2a_compress.training.trainer import (
     training_arguments,
     verify_checkpoint,
 )
-from toy_models import LAYERS, new_gated, save_base, tiny_recipe
+from toy_models import new_gated, save_base, tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -98,27 +99,29 @@ def test_a_resumed_run_continues_bit_by_bit(recipe: Recipe, straight: Path, tmp_
 
 
 @pytest.mark.parametrize("explore", [0.5, 0.8])  # behind step 3, whose checkpoint is gone on from, and behind step 5
-def test_the_order_of_layers_is_searched_once_behind_the_exploration(
+def test_what_goes_is_searched_once_behind_the_exploration(
     base: Path, tmp_path: Path, explore: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     searched = tiny_recipe(base, annealing={"explore": explore, "settle": explore, "search_rows": 4})
-    orders = []
+    paths = []
 
-    def search(*args: Any) -> list[int]:
-        orders.append(layer_order(*args))
-        return orders[-1]
+    def search(*args: Any) -> list[Allocation]:
+        paths.append(greedy_path(*args))
+        return paths[-1]
 
-    monkeypatch.setattr("l2a_compress.training.run.layer_order", search)
+    monkeypatch.setattr("l2a_compress.training.run.greedy_path", search)
     whole = tmp_path / "whole"
     train(searched, whole, quiet=True)
-    (order,) = orders
+    (path,) = paths
     gates = safetensors.torch.load_file(whole / "artifact" / "gates.safetensors")
-    scores = gates["allocator.layer_gates.outer_bias"][:, 0]
-    assert [layer + LAYERS - len(scores) for layer in scores.argsort().tolist()] == order
-    assert not gates["allocator.layer_gates.outer"].any()  # the order is the same for all inputs and budgets
+    layers, groups = path_scores(path, searched.gates.stem_layers)
+    assert torch.equal(gates["allocator.layer_gates.outer_bias"][:, 0], layers)
+    assert torch.equal(gates["allocator.head_gates.outer_bias"], groups.sort(descending=True, stable=True).values)
+    for kind in ("layer", "head"):  # the order is the same for all inputs and budgets
+        assert not gates[f"allocator.{kind}_gates.outer"].any()
     rest = copy_until(whole, 3, tmp_path / "rest")
     train(searched, rest, quiet=True)
-    assert orders == [order] * (1 if explore == 0.5 else 2)
+    assert paths == [path] * (1 if explore == 0.5 else 2)
     assert (rest / "artifact" / "gates.safetensors").read_bytes() == (
         whole / "artifact" / "gates.safetensors"
     ).read_bytes()

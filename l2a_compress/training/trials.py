@@ -1,0 +1,126 @@
+"""Which layers can go, by trial: a few training steps without them, and what the loss is then.
+
+What a network loses without a layer before it had time to adapt says little of what it loses after. So sets of layers
+are compared behind a short adaptation to each, from the same weights and on the same samples; the weights are put back.
+
+greedy order -> its first layers as a set -> sets with one layer exchanged -> the best set -> the order from there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from l2a_compress.allocation import Allocation
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.training.objective import Supervised
+from l2a_compress.training.readout import Readout, Teacher, readout
+from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.step import Batch
+
+
+class Trials:
+    """Tries sets of layers to go on one model.
+
+    Args:
+        gated: the model; what is tried changes no weight of it for good.
+        recipe: of the run; rates and weights of the loss are its own.
+        batches: one for each step of a trial.
+        held_out: batches that the loss is measured on.
+    """
+
+    def __init__(self, gated: GatedModel, recipe: Recipe, batches: Sequence[Batch], held_out: Sequence[Batch]) -> None:
+        self.gated, self.recipe = gated, recipe
+        self.batches = [(batch, *self._teacher(batch)) for batch in batches]
+        self.held_out = [(batch, *self._teacher(batch)) for batch in held_out]
+        self.made = 0
+
+    def loss(self, gone: Sequence[int]) -> float:
+        """Cross entropy on held-out samples without these layers, after the adapters were trained for that."""
+        shape, optim = self.gated.shape, self.recipe.optim
+        allocation = Allocation.of_layers(set(range(shape.num_layers)) - set(gone), shape.num_layers, shape.num_groups)
+        with _put_back(list(self.gated.adapter_parameters.values())) as adapters:
+            optimizer = torch.optim.AdamW(adapters, lr=optim.lr, betas=(0.9, 0.98), weight_decay=0.0)
+            self.gated.train()
+            for part in self.batches:
+                optimizer.zero_grad()
+                self._read(allocation, *part).loss.backward()
+                torch.nn.utils.clip_grad_norm_(adapters, optim.clip)
+                optimizer.step()
+            self.gated.eval()
+            with torch.no_grad():
+                found = [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
+        self.made += 1
+        return sum(found) / len(found)
+
+    def order(self, guess: Sequence[int], *, pivot: int, deepest: int, most: int) -> list[int]:
+        """The first layers to give up, in that order.
+
+        A set of ``pivot`` layers is found first, by exchanging one at a time. Then which of them comes back first, and
+        so on down, and which layer goes beside them, and so on up.
+
+        Args:
+            guess: all layers that may go, the likeliest first.
+            pivot: layers of the set that is searched.
+            deepest: layers to find the order of, at least ``pivot``.
+            most: trials that the search of the set may take.
+        """
+        left, kept = self._exchanged(guess, pivot, most), list[int]()
+        while len(left) > 1:
+            back = min(left, key=lambda layer: self.loss([other for other in left if other != layer]))
+            left.remove(back)
+            kept.insert(0, back)
+        order = left + kept
+        while len(order) < deepest:
+            others = [layer for layer in guess if layer not in order]
+            order.append(min(others, key=lambda layer: self.loss([*order, layer])))
+        return order
+
+    def _exchanged(self, guess: Sequence[int], count: int, most: int) -> list[int]:
+        chosen, end = list(guess[:count]), self.made + most
+        least = self.loss(chosen)
+        for place in reversed(range(count)):
+            for other in [layer for layer in guess if layer not in chosen]:
+                if self.made >= end:
+                    return chosen
+                loss = self.loss(candidate := [*chosen[:place], other, *chosen[place + 1 :]])
+                if loss < least:
+                    least, chosen = loss, candidate
+        return chosen
+
+    def _teacher(self, batch: Batch) -> tuple[Supervised, Teacher, Tensor | None]:
+        where, gated = Supervised.of(batch["labels"]), self.gated
+        with torch.no_grad(), self._autocast():
+            with gated.teacher():
+                hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
+            told = gated.think_offset(batch["input_ids"], torch.stack([batch["compute"], batch["think"]], dim=-1))
+        return where, Teacher(hidden=hidden), told
+
+    def _read(
+        self, allocation: Allocation, batch: Batch, where: Supervised, teacher: Teacher, told: Tensor | None
+    ) -> Readout:
+        gated, weight = self.gated, self.recipe.objective.weight("kl")
+        with gated.forced([allocation]), self._autocast():
+            gated.state.offset = told
+            hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
+            vocabulary = int(gated.model.config.vocab_size)
+            return readout(hidden, gated.logits, where, teacher, kl_weight=weight, vocabulary=vocabulary)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.gated.model.device.type, torch.bfloat16, enabled=self.recipe.optim.bf16)
+
+
+@contextmanager
+def _put_back(parameters: list[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """Lends parameters, and makes them what they were."""
+    before = [(value.detach().clone(), value.grad) for value in parameters]
+    try:
+        yield parameters
+    finally:
+        with torch.no_grad():
+            for value, (content, grad) in zip(parameters, before, strict=True):
+                value.copy_(content)
+                value.grad = grad

@@ -1,0 +1,87 @@
+"""Trials: sets of layers compared behind a short adaptation, from the same weights, which come back as they were."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.trials import Trials
+from test_training_step import new_batch
+from toy_models import new_gated
+
+LR = 1e-2
+
+
+def new_trials(gated: GatedModel, steps: int) -> Trials:
+    recipe = Recipe.from_json({"optim": {"lr": LR}})
+    return Trials(gated, recipe, [new_batch(8) for _ in range(steps)], [new_batch(8)])
+
+
+def weights(gated: GatedModel) -> dict[str, Tensor]:
+    parts = {**gated.adapter_parameters, **gated.gate_parameters}
+    return {name: value.detach().clone() for name, value in parts.items()}
+
+
+def test_a_trial_trains_and_puts_the_weights_back() -> None:
+    gated = new_gated()
+    before = weights(gated)
+    losses = [new_trials(gated, steps).loss([2, 3]) for steps in (0, 1, 12)]
+    assert losses[0] > losses[1] > losses[2]  # on the samples that it trains on
+    after = weights(gated)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(value.grad is None for value in gated.adapter_parameters.values())
+    assert all(plan.layer is None and not plan.skip for plan in gated.state.plans)
+
+
+def test_equal_trials_give_equal_losses_and_other_layers_another() -> None:
+    trials = new_trials(new_gated(), 2)
+    first = trials.loss([2])
+    assert trials.loss([3]) != first
+    assert trials.loss([2]) == first
+    assert trials.made == 3
+
+
+class Known(Trials):
+    """Trials whose losses are known: what each layer costs, and what two of them cost together beyond that."""
+
+    def __init__(self, costs: dict[int, float], pairs: dict[tuple[int, int], float]) -> None:
+        self.costs, self.pairs, self.made = costs, pairs, 0
+        self.tried: list[frozenset[int]] = []
+
+    def loss(self, gone: list[int]) -> float:  # type: ignore[override]
+        self.made += 1
+        self.tried.append(frozenset(gone))
+        together = sum(self.pairs.get(pair, 0.0) for pair in itertools.combinations(sorted(gone), 2))
+        return sum(self.costs[layer] for layer in gone) + together
+
+
+COSTS = {2: 5.0, 3: 4.0, 4: 3.0, 5: 6.0, 6: 1.0, 7: 2.0}
+
+
+def test_the_order_of_layers_that_do_not_meet_is_that_of_their_costs() -> None:
+    guess = [5, 2, 3, 4, 7, 6]  # the wrong way round
+    trials = Known(COSTS, {})
+    assert trials.order(guess, pivot=3, deepest=5, most=100) == [6, 7, 4, 3, 2]
+    assert len(trials.tried[0]) == 3
+
+
+def test_a_layer_that_goes_well_only_with_another_is_found() -> None:
+    costs, pairs = {**COSTS, 5: 3.5}, {(5, 6): -3.0}
+    guess = sorted(costs, key=costs.__getitem__)
+    assert set(guess[:3]) == {6, 7, 4}
+    order = Known(costs, pairs).order(guess, pivot=3, deepest=4, most=100)
+    assert set(order[:3]) == {5, 6, 7}
+    assert order == [6, 5, 7, 4]  # the pair goes first: together it costs less than 6 and 7 do
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_the_set_is_searched_in_no_more_trials_than_allowed(most: int) -> None:
+    trials = Known(COSTS, {})
+    order = trials.order([5, 2, 3, 4, 7, 6], pivot=2, deepest=2, most=most)
+    assert trials.made == most + 2  # and two to order the pair
+    assert set(order) == ({5, 2} if most == 1 else {5, 4})
