@@ -30,7 +30,13 @@ def test_a_draw_depends_on_seed_and_index_alone() -> None:
 
 def test_the_shares_are_those_of_the_sandwich() -> None:
     config = DrawConfig(
-        minimum=0.4, dense_share=0.2, minimum_share=0.1, switch_share=0.3, full_think_share=0.25, brief_below=0.3
+        minimum=0.4,
+        dense_share=0.2,
+        minimum_share=0.1,
+        switch_share=0.3,
+        full_think_share=0.25,
+        brief_below=0.3,
+        noised_share=0.2,
     )
     count = 20_000
     rows = [draw(config, 0, index) for index in range(count)]
@@ -47,6 +53,9 @@ def test_the_shares_are_those_of_the_sandwich() -> None:
     assert len(switched) / count == pytest.approx(0.3, abs=0.01)
     assert all(0.2 <= r.switch <= 0.9 for r in switched)
     assert all(r.after == r.compute for r in rows if r.switch == 1)
+    lost = [r.lost for r in rows if r.lost]
+    assert len(lost) / count == pytest.approx(0.2, abs=0.01)
+    assert 0 < min(lost) < 0.01 < 0.29 < max(lost) < 0.3
     assert {r.style for r in rows if r.think < config.brief_below} == {"brief"}
     assert {r.style for r in rows if config.brief_below <= r.think < config.condensed_below} == {"short"}
     assert {r.style for r in rows if r.think >= config.condensed_below} == {"long"}
@@ -95,7 +104,7 @@ def test_annealing() -> None:
     "values",
     [
         *({"explore": 0.9}, {"settle": 1.1}, {"temperature_end": 0}, {"noise_end": -1}),
-        *({"search_rows": -1}, {"search_rows": 8, "explore": 0.0}),
+        *({"search_rows": -1}, {"search_rows": 8, "explore": 0.0}, {"search_trials": 1}, {"trial_steps": 0}),
     ],
 )
 def test_wrong_annealing(values: dict[str, float]) -> None:
@@ -162,6 +171,34 @@ def test_a_sample_shows_the_trace_its_think_share_asks_for() -> None:
         assert sample["index"] == index
         limits.add(style)
     assert limits == {"brief", "short", "long"}
+
+
+def test_a_noised_prompt_loses_tokens_and_nothing_else_changes() -> None:
+    examples, tokenizer = EmbeddedExamples(split="train", seed=0, subset="easy"), word_tokenizer()
+    settings = {"count": 80, "seed": 1, "max_length": 256, "think_reference": 100}
+    whole = Samples(examples, tokenizer, DrawConfig(), **settings)  # type: ignore[arg-type]
+    noised = Samples(examples, tokenizer, DrawConfig(noised_share=0.5), **settings)  # type: ignore[arg-type]
+    shares = []
+    for index in range(80):
+        full, sample = whole[index], noised[index]
+        assert sample == noised[index]
+        if not sample["lost"]:
+            assert sample == full
+            continue
+        count, gone = full["prompt_length"], full["prompt_length"] - sample["prompt_length"]
+        before, prompt = full["input_ids"][:count], sample["input_ids"][: count - gone]
+        left = iter(before)
+        assert all(token in left for token in prompt)  # in their order
+        assert (prompt[0], prompt[-1]) == (before[0], before[-1])
+        assert sample["input_ids"][count - gone :] == full["input_ids"][count:]
+        assert sample["labels"] == full["labels"][gone:]
+        assert (sample["think_start"], sample["think_end"]) == (full["think_start"] - gone, full["think_end"] - gone)
+        shares.append((gone / (count - 2), sample["lost"]))
+    assert 25 < len(shares) < 55
+    gone_share, chance = np.mean(shares, axis=0)
+    assert gone_share == pytest.approx(chance, rel=0.2)
+    batch = SampleCollator(tokenizer)([noised[index] for index in range(4)])["batch"]
+    assert batch["lost"].tolist() == pytest.approx([noised[index]["lost"] for index in range(4)])
 
 
 def test_the_collator_stacks_what_was_drawn() -> None:

@@ -53,6 +53,14 @@ def test_supervised_positions_are_those_before_the_labels() -> None:
     assert where.rows.tolist() == [0, 0, 0, 1]
     # Mean over the three rows, and within a row over its own tokens.
     torch.testing.assert_close(where.weights, torch.tensor([1 / 9, 1 / 9, 1 / 9, 1 / 3]))
+    assert torch.equal(where.label_weights, where.weights)
+
+
+def test_rows_that_follow_the_teacher_have_no_say_in_the_cross_entropy() -> None:
+    where = Supervised.of(LABELS, torch.tensor([True, False, False]))
+    torch.testing.assert_close(where.weights, torch.tensor([1 / 9, 1 / 9, 1 / 9, 1 / 3]))
+    torch.testing.assert_close(where.label_weights, torch.tensor([0.0, 0.0, 0.0, 1 / 3]))
+    torch.testing.assert_close(where.part(slice(2, 4)).label_weights, torch.tensor([0.0, 1 / 3]))
 
 
 def test_cross_entropy() -> None:

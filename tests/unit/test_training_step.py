@@ -96,6 +96,18 @@ def test_without_each_term() -> None:
     torch.testing.assert_close(terms["loss"], full["loss"] - 0.01 * full["tokens"] - 0.1 * full["transition"])
 
 
+def test_noised_rows_are_held_to_the_teacher_alone() -> None:
+    batch = new_batch(noised_share=0.5, switch_share=0.0)
+    noised = batch["lost"] > 0
+    assert 0 < noised.sum() < 8
+    found, clean = new_step()(batch), new_step()({**batch, "lost": torch.zeros(8)})
+    torch.testing.assert_close(found["kl"], clean["kl"])
+    assert 0 < found["ce"] < clean["ce"]
+    assert found["demand"] < clean["demand"]
+    nothing = new_step()({**batch, "lost": torch.ones(8)})
+    assert nothing["ce"] == nothing["demand"] == 0 < nothing["kl"]
+
+
 @torch.no_grad()
 def row_excess(gated: GatedModel, row: Batch, allocation: Allocation) -> Tensor:
     """What a row's labels cost beyond the dense model, the budget shown at the think tag as in training."""
