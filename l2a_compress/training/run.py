@@ -100,10 +100,11 @@ def train(
         gated.allocator.layer_gates.requires_grad_(False)
         gated.allocator.head_gates.requires_grad_(False)
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
+    hidden = quiet or not state.is_main_process
     trainer = L2ATrainer(
         annealing=recipe.annealing,
         optim=recipe.optim,
-        explored=(lambda: _search(gated, samples, collate, recipe)) if searched else None,
+        explored=(lambda: _search(gated, samples, collate, recipe, quiet=hidden)) if searched else None,
         model=step,
         args=training_arguments(
             recipe.optim,
@@ -203,7 +204,7 @@ def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, row
     gated.train()
 
 
-def _search(gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe) -> None:
+def _search(gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe, *, quiet: bool) -> None:
     """Gives the gates the order in which the explored model can best do without things; the same in all processes."""
     gated.eval()
     plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
@@ -217,9 +218,10 @@ def _search(gated: GatedModel, samples: Samples, collate: SampleCollator, recipe
                 batch["inputs_embeds"] = inputs_of(gated, batch) + told
     path = greedy_path(gated, batches)
     if plan.search_trials:
-        fewest = (1 - recipe.draws.minimum) * gated.shape.num_layers
-        trials, pivot = Trials(gated, recipe, trial, batches), math.floor(2 * fewest / 3 + 0.5)
-        order = trials.order(given_up(path), pivot=pivot, deepest=math.floor(fewest), most=plan.search_trials)
+        guess = given_up(path)
+        most = min((1 - recipe.draws.minimum) * gated.shape.num_layers, len(guess))  # that any budget gives up
+        trials = Trials(gated, recipe, trial, batches, quiet=quiet)
+        order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
         path = greedy_path(gated, batches, order)
     log.info("layers are given up in the order %s", given_up(path))
     layers, groups = (broadcast(scores.to(gated.model.device)) for scores in path_scores(path, stem))

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
@@ -30,13 +31,23 @@ class Trials:
         recipe: of the run; rates and weights of the loss are its own.
         batches: one for each step of a trial.
         held_out: batches that the loss is measured on.
+        quiet: no progress bar.
     """
 
-    def __init__(self, gated: GatedModel, recipe: Recipe, batches: Sequence[Batch], held_out: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        gated: GatedModel,
+        recipe: Recipe,
+        batches: Sequence[Batch],
+        held_out: Sequence[Batch],
+        *,
+        quiet: bool = True,
+    ) -> None:
         self.gated, self.recipe = gated, recipe
         self.batches = [(batch, *self._teacher(batch)) for batch in batches]
         self.held_out = [(batch, *self._teacher(batch)) for batch in held_out]
         self.made = 0
+        self.bar = tqdm(desc="sets of layers tried", unit="", leave=False, disable=quiet or None)
 
     def loss(self, gone: Sequence[int]) -> float:
         """Cross entropy on held-out samples without these layers, after the adapters were trained for that."""
@@ -54,6 +65,7 @@ class Trials:
             with torch.no_grad():
                 found = [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
         self.made += 1
+        self.bar.update()
         return sum(found) / len(found)
 
     def order(self, guess: Sequence[int], *, pivot: int, deepest: int, most: int) -> list[int]:

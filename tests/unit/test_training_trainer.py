@@ -18,7 +18,7 @@ import torch
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError, StorageError, TrainingError
-from l2a_compress.modeling.search import greedy_path, path_scores
+from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.training.objective import ObjectiveConfig
 from l2a_compress.training.recipe import OptimConfig, Recipe
 from l2a_compress.training.run import train
@@ -31,7 +31,7 @@ from l2a_compress.training.trainer import (
     training_arguments,
     verify_checkpoint,
 )
-from toy_models import new_gated, save_base, tiny_recipe
+from toy_models import LAYERS, new_gated, save_base, tiny_recipe
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +98,13 @@ def test_a_resumed_run_continues_bit_by_bit(recipe: Recipe, straight: Path, tmp_
     assert all(not torch.equal(before[name], after[name]) for name in numbers)  # everything was trained in between
 
 
-@pytest.mark.parametrize("explore", [0.5, 0.8])  # behind step 3, whose checkpoint is gone on from, and behind step 5
+# Behind step 3, whose checkpoint is gone on from, and behind step 5.
+@pytest.mark.parametrize(("explore", "trials"), [(0.5, 0), (0.8, 3)])
 def test_what_goes_is_searched_once_behind_the_exploration(
-    base: Path, tmp_path: Path, explore: float, monkeypatch: pytest.MonkeyPatch
+    base: Path, tmp_path: Path, explore: float, trials: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    searched = tiny_recipe(base, annealing={"explore": explore, "settle": explore, "search_rows": 4})
+    plan = {"explore": explore, "settle": explore, "search_rows": 4, "search_trials": trials, "trial_steps": 2}
+    searched = tiny_recipe(base, adapter={"dropout": 0.2}, annealing=plan)
     paths = []
 
     def search(*args: Any) -> list[Allocation]:
@@ -112,7 +114,9 @@ def test_what_goes_is_searched_once_behind_the_exploration(
     monkeypatch.setattr("l2a_compress.training.run.greedy_path", search)
     whole = tmp_path / "whole"
     train(searched, whole, quiet=True)
-    (path,) = paths
+    guess, path = paths if trials else paths * 2
+    assert len(paths) == (2 if trials else 1)
+    assert sorted(given_up(path)) == sorted(given_up(guess)) == list(range(1, LAYERS))
     gates = safetensors.torch.load_file(whole / "artifact" / "gates.safetensors")
     layers, groups = path_scores(path, searched.gates.stem_layers)
     assert torch.equal(gates["allocator.layer_gates.outer_bias"][:, 0], layers)
@@ -121,7 +125,8 @@ def test_what_goes_is_searched_once_behind_the_exploration(
         assert not gates[f"allocator.{kind}_gates.outer"].any()
     rest = copy_until(whole, 3, tmp_path / "rest")
     train(searched, rest, quiet=True)
-    assert paths == [path] * (1 if explore == 0.5 else 2)
+    found = [guess, path] if trials else [path]
+    assert paths == found * (1 if explore == 0.5 else 2)
     assert (rest / "artifact" / "gates.safetensors").read_bytes() == (
         whole / "artifact" / "gates.safetensors"
     ).read_bytes()

@@ -50,7 +50,7 @@ class Known(Trials):
     """Trials whose losses are known: what each layer costs, and what two of them cost together beyond that."""
 
     def __init__(self, costs: dict[int, float], pairs: dict[tuple[int, int], float]) -> None:
-        self.costs, self.pairs, self.made = costs, pairs, 0
+        self.costs, self.pairs, self.made = costs, pairs, 0  # nothing else is asked of it
         self.tried: list[frozenset[int]] = []
 
     def loss(self, gone: list[int]) -> float:  # type: ignore[override]
