@@ -304,9 +304,10 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
     lines: list[tuple[str, Sequence[Point], str, str | None]]
     lines = [("L2A, mean", [p for p in _frontier(main) if p["contract"] == "mean"], "o-", "#1565c0")]
     lines.append(("L2A, cap", [p for p in _frontier(main) if p["contract"] == "cap"], "s-", "#64b5f6"))
-    if "gradient" in found:
-        learned = [p for p in _frontier(found["gradient"]) if p["contract"] == "cap"]
-        lines.append(("L2A, cap, order of layers by gradient", learned, "s:", "#ef6c00"))
+    for name, order, color in (("greedy", "one greedy search", "#90a4ae"), ("gradient", "gradient", "#ef6c00")):
+        if name in found:
+            side = [p for p in _frontier(found[name]) if p["contract"] == "cap"]
+            lines.append((f"L2A, cap, order of layers by {order}", side, "s:", color))
     if "blind" in found:
         lines.append(("the same, gates blind to the input", _frontier(found["blind"]), "d--", "#7b1fa2"))
     tuned: dict[str, list[Point]] = defaultdict(list)

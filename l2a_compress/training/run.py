@@ -6,7 +6,6 @@ recipe -> base model + tokenizer -> wrap -> prior from single-drop losses -> Tra
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import math
@@ -17,33 +16,31 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.importance import drop_losses, inputs_of, prior_scores
+from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
-from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.modeling.tags import ensure_tags
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import MixtureConfig
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples
+from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples, whole_batches
+from l2a_compress.training.search import search
 from l2a_compress.training.step import TrainingStep
 from l2a_compress.training.store import save_artifact
 from l2a_compress.training.trainer import L2ATrainer, last_checkpoint, training_arguments
-from l2a_compress.training.trials import Trials
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.json"
 LOG_FILE = "training_log.jsonl"
+SEARCH_FILE = "search.json"  # what was tried, once the exploration is over
 _SEARCH_ROWS = 64  # training examples that a static method is chosen on
 
 
@@ -99,12 +96,18 @@ def train(
     if searched:
         gated.allocator.layer_gates.requires_grad_(False)
         gated.allocator.head_gates.requires_grad_(False)
+
+    def explored() -> None:
+        hidden = quiet or not state.is_main_process
+        found = search(gated, samples, collate, recipe, quiet=hidden)
+        if state.is_main_process:
+            write_atomic(out / SEARCH_FILE, json.dumps(found) + "\n")
+
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
-    hidden = quiet or not state.is_main_process
     trainer = L2ATrainer(
         annealing=recipe.annealing,
         optim=recipe.optim,
-        explored=(lambda: _search(gated, samples, collate, recipe, quiet=hidden)) if searched else None,
+        explored=explored if searched else None,
         model=step,
         args=training_arguments(
             recipe.optim,
@@ -133,6 +136,8 @@ def train(
         "seconds": round(time.time() - began, 1),
         "last": last,
     }
+    if searched and (out / SEARCH_FILE).is_file():
+        metrics["search"] = json.loads((out / SEARCH_FILE).read_text())
     if recipe.static.method:
         metrics["static"] = {"allocation": allocation.to_json(), "budget": budget}
     save_artifact(
@@ -191,48 +196,17 @@ def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, colla
         from l2a_compress.training.store import load_artifact
 
         chooser = load_artifact(recipe.static.artifact).gated
-    batches = _batches(samples, collate, _SEARCH_ROWS)
+    batches = whole_batches(samples, collate, _SEARCH_ROWS)
     return BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
 
 
 def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:
     """Starts the gates from what dropping each layer and group alone does to the frozen model."""
-    batches = _batches(samples, collate, rows)
+    batches = whole_batches(samples, collate, rows)
     gated.eval()
     with gated.teacher():  # adapters still do nothing: leaving them out is the same and faster
         gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches), gated.cost))
     gated.train()
-
-
-def _search(gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe, *, quiet: bool) -> None:
-    """Gives the gates the order in which the explored model can best do without things; the same in all processes."""
-    gated.eval()
-    plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
-    rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
-    every, count = _batches(samples, collate, rows, size), math.ceil(plan.search_rows / size)
-    batches, trial = every[:count], every[count:]
-    with torch.no_grad():
-        for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
-            told = gated.think_offset(batch["input_ids"], torch.stack([batch["compute"], batch["think"]], dim=-1))
-            if told is not None:
-                batch["inputs_embeds"] = inputs_of(gated, batch) + told
-    path = greedy_path(gated, batches)
-    if plan.search_trials:
-        guess = given_up(path)
-        most = min((1 - recipe.draws.minimum) * gated.shape.num_layers, len(guess))  # that any budget gives up
-        trials = Trials(gated, recipe, trial, batches, quiet=quiet)
-        order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
-        path = greedy_path(gated, batches, order)
-    log.info("layers are given up in the order %s", given_up(path))
-    layers, groups = (broadcast(scores.to(gated.model.device)) for scores in path_scores(path, stem))
-    gated.allocator.set_prior(layers, groups)
-    gated.train()
-
-
-def _batches(samples: Samples, collate: SampleCollator, rows: int, size: int = 16) -> list[dict[str, Tensor]]:
-    whole = (sample for sample in map(samples.__getitem__, range(len(samples))) if not sample["lost"])
-    found = list(itertools.islice(whole, rows))
-    return [collate(found[start : start + size])["batch"] for start in range(0, len(found), size)]
 
 
 def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -142,6 +143,13 @@ class SampleCollator:
             batch["teacher_values"] = torch.stack([_widen(sample["teacher"][0], width) for sample in samples])
             batch["teacher_indices"] = torch.stack([_widen(sample["teacher"][1], width) for sample in samples])
         return {"batch": batch}
+
+
+def whole_batches(samples: Samples, collate: SampleCollator, rows: int, size: int = 16) -> list[dict[str, Tensor]]:
+    """Batches of ``size`` of the first ``rows`` samples with a whole prompt, or of all where there are fewer."""
+    whole = (sample for sample in map(samples.__getitem__, range(len(samples))) if not sample["lost"])
+    found = list(itertools.islice(whole, rows))
+    return [collate(found[start : start + size])["batch"] for start in range(0, len(found), size)]
 
 
 def _widen(rows: Tensor, width: int) -> Tensor:

@@ -111,12 +111,16 @@ def test_what_goes_is_searched_once_behind_the_exploration(
         paths.append(greedy_path(*args))
         return paths[-1]
 
-    monkeypatch.setattr("l2a_compress.training.run.greedy_path", search)
+    monkeypatch.setattr("l2a_compress.training.search.greedy_path", search)
     whole = tmp_path / "whole"
     train(searched, whole, quiet=True)
     guess, path = paths if trials else paths * 2
     assert len(paths) == (2 if trials else 1)
     assert sorted(given_up(path)) == sorted(given_up(guess)) == list(range(1, LAYERS))
+    metrics = json.loads((whole / "artifact" / "artifact.json").read_text())["metrics"]
+    assert metrics["search"]["order"] == given_up(path)
+    assert len(metrics["search"]["trials"]) >= trials
+    assert all(math.isfinite(loss) for _, loss in metrics["search"]["trials"])
     gates = safetensors.torch.load_file(whole / "artifact" / "gates.safetensors")
     layers, groups = path_scores(path, searched.gates.stem_layers)
     assert torch.equal(gates["allocator.layer_gates.outer_bias"][:, 0], layers)

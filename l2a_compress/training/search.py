@@ -1,30 +1,84 @@
-"""Which layers can go, by trial: a few training steps without them, and what the loss is then.
+"""What goes first, by search and by trial, on a model that has met many allocations.
 
-What a network loses without a layer before it had time to adapt says little of what it loses after. So sets of layers
-are compared behind a short adaptation to each, from the same weights and on the same samples; the weights are put back.
+greedy path -> its first layers as a set -> sets with one layer exchanged, tried -> the best set -> the order from there
 
-greedy order -> its first layers as a set -> sets with one layer exchanged -> the best set -> the order from there
+What a network loses without a layer before it had time to adapt says little of what it loses after. So a trial is a
+short training without some layers, and sets of layers are compared by their losses behind it, from the same weights and
+on the same samples; the weights are put back.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.importance import inputs_of
+from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.training.objective import Supervised
 from l2a_compress.training.readout import Readout, Teacher, readout
 from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.samples import SampleCollator, Samples, whole_batches
 from l2a_compress.training.step import Batch
+
+log = logging.getLogger(__name__)
+
+
+def search(
+    gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe, *, quiet: bool
+) -> dict[str, Any]:
+    """Gives the gates the order in which the model can best do without layers and groups, the same in all processes.
+
+    Args:
+        gated: the explored model.
+        samples: of the run; whole ones from its start are used.
+        collate: makes batches of them.
+        recipe: of the run.
+        quiet: no progress bar.
+
+    Returns:
+        ``order`` of the layers and, of all sets that were tried, ``trials``: [layers that were gone, loss].
+    """
+    gated.eval()
+    plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
+    rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
+    every, count = whole_batches(samples, collate, rows, size), math.ceil(plan.search_rows / size)
+    batches, steps = every[:count], every[count:]
+    with torch.no_grad():
+        for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
+            told = _told(gated, batch)
+            if told is not None:
+                batch["inputs_embeds"] = inputs_of(gated, batch) + told
+    path, tried = greedy_path(gated, batches), list[tuple[list[int], float]]()
+    if plan.search_trials:
+        guess = given_up(path)
+        most = min((1 - recipe.draws.minimum) * gated.shape.num_layers, len(guess))  # that any budget gives up
+        trials = Trials(gated, recipe, steps, batches, quiet=quiet)
+        order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
+        path, tried = greedy_path(gated, batches, order), trials.losses
+    log.info("layers are given up in the order %s", given_up(path))
+    layers, groups = (broadcast(scores.to(gated.model.device)) for scores in path_scores(path, stem))
+    gated.allocator.set_prior(layers, groups)
+    gated.train()
+    return {"order": given_up(path), "trials": tried}
+
+
+def _told(gated: GatedModel, batch: Batch) -> Tensor | None:
+    """What shows each row its budget, as in training."""
+    return gated.think_offset(batch["input_ids"], torch.stack([batch["compute"], batch["think"]], dim=-1))
 
 
 class Trials:
-    """Tries sets of layers to go on one model.
+    """Tries sets of layers to go on one model. ``losses`` are all sets that were tried, each with its loss.
 
     Args:
         gated: the model; what is tried changes no weight of it for good.
@@ -46,7 +100,7 @@ class Trials:
         self.gated, self.recipe = gated, recipe
         self.batches = [(batch, *self._teacher(batch)) for batch in batches]
         self.held_out = [(batch, *self._teacher(batch)) for batch in held_out]
-        self.made = 0
+        self.losses: list[tuple[list[int], float]] = []
         self.bar = tqdm(desc="sets of layers tried", unit="", leave=False, disable=quiet or None)
 
     def loss(self, gone: Sequence[int]) -> float:
@@ -64,9 +118,9 @@ class Trials:
             self.gated.eval()
             with torch.no_grad():
                 found = [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
-        self.made += 1
+        self.losses.append((sorted(gone), sum(found) / len(found)))
         self.bar.update()
-        return sum(found) / len(found)
+        return self.losses[-1][1]
 
     def order(self, guess: Sequence[int], *, pivot: int, deepest: int, most: int) -> list[int]:
         """The first layers to give up, in that order.
@@ -92,11 +146,11 @@ class Trials:
         return order
 
     def _exchanged(self, guess: Sequence[int], count: int, most: int) -> list[int]:
-        chosen, end = list(guess[:count]), self.made + most
+        chosen, end = list(guess[:count]), len(self.losses) + most
         least = self.loss(chosen)
         for place in reversed(range(count)):
             for other in [layer for layer in guess if layer not in chosen]:
-                if self.made >= end:
+                if len(self.losses) >= end:
                     return chosen
                 loss = self.loss(candidate := [*chosen[:place], other, *chosen[place + 1 :]])
                 if loss < least:
@@ -108,8 +162,7 @@ class Trials:
         with torch.no_grad(), self._autocast():
             with gated.teacher():
                 hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
-            told = gated.think_offset(batch["input_ids"], torch.stack([batch["compute"], batch["think"]], dim=-1))
-        return where, Teacher(hidden=hidden), told
+            return where, Teacher(hidden=hidden), _told(gated, batch)
 
     def _read(
         self, allocation: Allocation, batch: Batch, where: Supervised, teacher: Teacher, told: Tensor | None
