@@ -40,6 +40,7 @@ GRADIENT = (
 LONG = (
     *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024"),
     *("annealing.explore=0.2", "annealing.settle=0.2", "annealing.search_trials=11"),
+    "annealing.trial_steps=40",
 )
 CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
