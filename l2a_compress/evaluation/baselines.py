@@ -22,7 +22,7 @@ from l2a_compress.errors import ConfigError
 from l2a_compress.evaluation.points import Bench, dense_run
 from l2a_compress.evaluation.values import Run
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.importance import block_influence
+from l2a_compress.modeling.importance import block_influence, drop_losses
 from l2a_compress.modeling.search import greedy_path
 
 __all__ = ["BASELINES", "Baseline", "Context", "baseline_runs", "known_baselines", "register"]
@@ -50,7 +50,8 @@ class Context:
     def path(self) -> list[Allocation]:
         """Allocations of the frozen model by greedy search, from dense down."""
         with self.gated.teacher():
-            return greedy_path(self.gated, self.batches)
+            _, importance = drop_losses(self.gated, self.batches)
+            return greedy_path(self.gated, self.batches, importance)
 
     def dropped(self, cost: float) -> int:
         """How many whole layers can go before the cost falls below ``cost``."""

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.importance import drop_losses, inputs_of, mean_loss
+from l2a_compress.modeling.importance import inputs_of, mean_loss
 
 Batch = Mapping[str, Any]
 Item = tuple[int, tuple[int, ...]]  # a layer and the groups that are left of it
 
 
 @torch.no_grad()
-def greedy_path(gated: GatedModel, batches: Sequence[Batch], first: Sequence[int] = ()) -> list[Allocation]:
+def greedy_path(
+    gated: GatedModel, batches: Sequence[Batch], importance: Tensor, first: Sequence[int] = ()
+) -> list[Allocation]:
     """Allocations from dense down to the stem, each the one before with one group, or one narrowest layer, less.
 
     Two kinds of steps of like cost are compared by what they raise the loss for what they save, measured anew on
@@ -29,11 +31,11 @@ def greedy_path(gated: GatedModel, batches: Sequence[Batch], first: Sequence[int
     Args:
         gated: the model; adapters count unless the caller turned them off. A model that has met many allocations says
             more than one that never missed a layer.
-        batches: as of :func:`drop_losses`.
+        batches: as of :func:`l2a_compress.modeling.importance.drop_losses`.
+        importance: of groups, [gated layers, groups], by that function.
         first: layers that go before anything else does, in that order, groups and all.
     """
     states = [inputs_of(gated, batch) for batch in batches]
-    _, importance = drop_losses(gated, batches)
     path = [Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)]
     loss = mean_loss(gated, batches, states, path[0].groups)
     while True:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.importance import inputs_of
+from l2a_compress.modeling.importance import drop_losses, inputs_of
 from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.training.objective import Supervised
 from l2a_compress.training.readout import Readout, Teacher, readout
@@ -58,13 +58,14 @@ def search(
             told = _told(gated, batch)
             if told is not None:
                 batch["inputs_embeds"] = inputs_of(gated, batch) + told
-    path, tried = greedy_path(gated, batches), list[tuple[list[int], float]]()
+    _, importance = drop_losses(gated, batches)
+    path, tried = greedy_path(gated, batches, importance), list[tuple[list[int], float]]()
     if plan.search_trials:
         guess = given_up(path)
         most = min((1 - recipe.draws.minimum) * gated.shape.num_layers, len(guess))  # that any budget gives up
         trials = Trials(gated, recipe, steps, batches, quiet=quiet)
         order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
-        path, tried = greedy_path(gated, batches, order), trials.losses
+        path, tried = greedy_path(gated, batches, importance, order), trials.losses
     log.info("layers are given up in the order %s", given_up(path))
     layers, groups = (broadcast(scores.to(gated.model.device)) for scores in path_scores(path, stem))
     gated.allocator.set_prior(layers, groups)

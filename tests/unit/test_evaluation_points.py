@@ -17,6 +17,7 @@ from l2a_compress.evaluation.prompts import held_out, plan_batches
 from l2a_compress.evaluation.values import THINK_BIN, Measured, Point, Row, Run
 from l2a_compress.evaluation.workers import measure_runs
 from l2a_compress.modeling.generation import generate
+from l2a_compress.modeling.importance import drop_losses
 from l2a_compress.modeling.search import greedy_path
 from l2a_compress.modeling.tags import read_tags
 from l2a_compress.training.collate import Collator, left_padded
@@ -241,7 +242,8 @@ def test_the_oracle_is_searched_on_the_frozen_model(bench: Bench) -> None:
         assert value.any()  # adapters would show
     context = Context(gated, lambda: known)
     with gated.teacher():
-        path = greedy_path(gated, known)
+        _, importance = drop_losses(gated, known)
+        path = greedy_path(gated, known, importance)
     for cost in (0.8, 0.6):
         assert BASELINES["oracle"](context, cost) in path
         assert (

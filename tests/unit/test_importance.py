@@ -75,7 +75,9 @@ def test_without_head_gates_only_layers_are_measured() -> None:
 
 
 def searched(gated: GatedModel) -> list[Allocation]:
-    path = greedy_path(gated, [batch_of(0, 2, 9), batch_of(1, 3, 7)])
+    batches = [batch_of(0, 2, 9), batch_of(1, 3, 7)]
+    _, importance = drop_losses(gated, batches)
+    path = greedy_path(gated, batches, importance)
     assert path[0] == Allocation.dense(LAYERS, GROUPS)
     assert path[-1] == Allocation.of_layers(range(STEM), LAYERS, GROUPS)
     return path
