@@ -83,7 +83,8 @@ def against(
             best = at_cost(ours, point["cost"])
             if best is not None and point["cost"] < 1:
                 name = point["name"] if point["name"] != "l2a" else record["name"]
-                rows[name, round(point["budget"], 2)].append((best, point))
+                exits = point["name"] == "early_exit"  # whose budget is 1 whatever it spends
+                rows[name, round(point["cost" if exits else "budget"], 2)].append((best, point))
     return [{"other": name, "budget": budget, **compared(pairs)} for (name, budget), pairs in sorted(rows.items())]
 
 
