@@ -327,9 +327,10 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
         costs, accuracies = [p["cost"] for p in side], [100 * p["accuracy"] for p in side]
         left.plot(costs, accuracies, style, color=color, label=label, markersize=4, linewidth=1.2)
     left.axhline(100 * dense["accuracy"], color="black", linewidth=0.8, linestyle=":")
-    left.annotate("dense", (0.37, 100 * dense["accuracy"] + 0.6), fontsize=8)
+    at = (0.9, 100 * dense["accuracy"])
+    left.annotate("dense", at, xytext=(0, 2), textcoords="offset points", fontsize=8)
     left.set(
-        xlabel="realized cost, share of the dense compute", ylabel="exact match, %", ylim=(None, 101), xlim=(0.36, 1.02)
+        xlabel="realized cost, share of the dense compute", ylabel="exact match, %", ylim=(None, 103), xlim=(0.36, 1.02)
     )
     left.legend(fontsize=7, loc="lower right")
     report = main[0]["reports"]["capped"]
