@@ -176,23 +176,6 @@ class GatedModel(nn.Module):
         finally:
             self.state.plans = before
 
-    @contextmanager
-    def masked(self, groups: Tensor, offset: Tensor | None = None) -> Iterator[None]:
-        """Runs with the kept groups of each row, [batch, gated layers, groups] bool, and an offset at ``<think>``."""
-        before = self.state.plans
-        stem = [LayerPlan() for _ in range(self.gate_config.stem_layers)]
-        layers = groups.any(-1)
-        pairs = zip(layers.float().unbind(1), groups.float().unbind(1), strict=True)
-        self.state.plans = [
-            *stem,
-            *(plan_from_masks(layer[:, None], kept[:, None], exact=True) for layer, kept in pairs),
-        ]
-        self.state.offset = offset
-        try:
-            yield
-        finally:
-            self.state.plans, self.state.offset = before, None
-
     def plans_of(self, allocations: Sequence[Allocation], *, skip: bool = True) -> list[LayerPlan]:
         """The plans that carry out one allocation per row (or one for all rows).
 
