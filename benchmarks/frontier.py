@@ -39,12 +39,12 @@ GRADIENT = (
 # What a run has beyond the recipe's: time, and the budgets that it meets.
 LONG = (
     *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024"),
-    *("annealing.explore=0.2", "annealing.settle=0.2", "annealing.search_trials=11"),
-    "annealing.trial_steps=40",
+    *("annealing.explore=0.2", "annealing.settle=0.2", "annealing.search_rows=192"),
+    *("annealing.search_trials=30", "annealing.trial_steps=80"),
 )
 CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
-MEANS = (0.8, 0.7, 0.66, 0.62, 0.6, 0.5)
+MEANS = (0.8, 0.7, 0.66, 0.62, 0.6, 0.58, 0.5)
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
 UNTRAINED = ("uniform", "block_influence", "oracle", "early_exit", "think_cap")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
 from statistics import fmean
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -272,7 +273,7 @@ def _cost(row: Row, cost: CostModel) -> float:
     return cost.fraction(row.allocation) if row.cost is None else row.cost
 
 
-def _likelihoods(rows: Sequence[Row]) -> dict[str, float]:
+def _likelihoods(rows: Sequence[Row]) -> dict[str, Any]:
     tokens = sum(row.trials for row in rows)
     nll = sum(row.nll for row in rows) / tokens
     agreement = sum(row.hits for row in rows) / tokens
@@ -281,6 +282,8 @@ def _likelihoods(rows: Sequence[Row]) -> dict[str, float]:
         "perplexity": exp(min(nll, 700.0)),  # a float holds no more
         "kl": sum(row.kl for row in rows) / tokens,
         "agreement": agreement,
+        "nll_by_problem": tuple(round(row.nll / row.trials, 5) for row in rows),
+        "agreement_by_problem": tuple(round(row.hits / row.trials, 5) for row in rows),
     }
 
 

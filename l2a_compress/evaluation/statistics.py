@@ -25,14 +25,15 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     return (0.0 if hits == 0 else centre - half), (1.0 if hits == trials else centre + half)
 
 
-def paired(outcomes: str, others: str) -> tuple[float, float, float]:
-    """The difference of two accuracies on the same problems, with its 95 % interval: (difference, low, high).
+def paired(outcomes: Sequence[str | float], others: Sequence[str | float]) -> tuple[float, float, float]:
+    """The mean difference of two points on the same problems, with its 95 % interval: (difference, low, high).
 
     Problems that both get right, or both wrong, say nothing about the difference, so it is known far better than two
     separate accuracies are. The interval is the normal one of the mean of the differences.
 
     Args:
-        outcomes: a digit a problem, 1 for a right answer (:attr:`Point.outcomes`).
+        outcomes: a digit a problem, 1 for a right answer (:attr:`Point.outcomes`), or a number a problem
+            (:attr:`Point.nll_by_problem`).
         others: of what is compared with.
 
     Raises:
@@ -40,7 +41,7 @@ def paired(outcomes: str, others: str) -> tuple[float, float, float]:
     """
     if len(outcomes) != len(others) or not outcomes:
         raise ValueError(f"paired: outcomes of {len(outcomes)} and {len(others)} problems")
-    gaps = [int(a) - int(b) for a, b in zip(outcomes, others, strict=True)]
+    gaps = [float(a) - float(b) for a, b in zip(outcomes, others, strict=True)]
     mean = sum(gaps) / len(gaps)
     spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(len(gaps) - 1, 1) / len(gaps))
     return mean, mean - _Z95 * spread, mean + _Z95 * spread

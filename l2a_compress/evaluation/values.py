@@ -155,6 +155,8 @@ class Point:
     heat: Mapping[str, Heat] = field(default_factory=dict)
     think_histogram: tuple[int, ...] = ()
     outcomes: str = ""
+    nll_by_problem: tuple[float, ...] = ()
+    agreement_by_problem: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that :meth:`from_json` turns back into an equal point."""

@@ -125,7 +125,7 @@ class Annealing:
 
     The first ``explore`` share of the steps runs allocations that are random apart from the prior (phase 1 of the
     method: make the network robust to many allocations); from there the noise falls linearly to ``noise_end`` at
-        ``settle``.
+    ``settle``.
 
     ``search_rows`` samples are what the order of layers and groups is measured on behind the exploration, once and for
     all inputs (``stem`` gates only); with 0 the gates learn it, by gradient. With ``search_trials`` above 0 it is then

@@ -30,7 +30,7 @@ from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import MixtureConfig
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples, whole_batches
+from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples, in_batches, whole_samples
 from l2a_compress.training.search import search
 from l2a_compress.training.step import TrainingStep
 from l2a_compress.training.store import save_artifact
@@ -196,13 +196,13 @@ def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, colla
         from l2a_compress.training.store import load_artifact
 
         chooser = load_artifact(recipe.static.artifact).gated
-    batches = whole_batches(samples, collate, _SEARCH_ROWS)
+    batches = in_batches(whole_samples(samples, _SEARCH_ROWS), collate)
     return BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
 
 
 def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:
     """Starts the gates from what dropping each layer and group alone does to the frozen model."""
-    batches = whole_batches(samples, collate, rows)
+    batches = in_batches(whole_samples(samples, rows), collate)
     gated.eval()
     with gated.teacher():  # adapters still do nothing: leaving them out is the same and faster
         gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches), gated.cost))

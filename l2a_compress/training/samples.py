@@ -145,11 +145,15 @@ class SampleCollator:
         return {"batch": batch}
 
 
-def whole_batches(samples: Samples, collate: SampleCollator, rows: int, size: int = 16) -> list[dict[str, Tensor]]:
-    """Batches of ``size`` of the first ``rows`` samples with a whole prompt, or of all where there are fewer."""
+def whole_samples(samples: Samples, rows: int) -> list[Sample]:
+    """The first ``rows`` samples with a whole prompt, or all where there are fewer."""
     whole = (sample for sample in map(samples.__getitem__, range(len(samples))) if not sample["lost"])
-    found = list(itertools.islice(whole, rows))
-    return [collate(found[start : start + size])["batch"] for start in range(0, len(found), size)]
+    return list(itertools.islice(whole, rows))
+
+
+def in_batches(samples: Sequence[Sample], collate: SampleCollator, size: int = 16) -> list[dict[str, Tensor]]:
+    """Batches of ``size`` samples, in their order; the last may be smaller."""
+    return [collate(samples[start : start + size])["batch"] for start in range(0, len(samples), size)]
 
 
 def _widen(rows: Tensor, width: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,7 +28,7 @@ from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.training.objective import Supervised
 from l2a_compress.training.readout import Readout, Teacher, readout
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.samples import SampleCollator, Samples, whole_batches
+from l2a_compress.training.samples import SampleCollator, Samples, in_batches, whole_samples
 from l2a_compress.training.step import Batch
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,11 @@ def search(
     gated.eval()
     plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
     rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
-    every, count = whole_batches(samples, collate, rows, size), math.ceil(plan.search_rows / size)
-    batches, steps = every[:count], every[count:]
+    whole = whole_samples(samples, rows)
+    batches = in_batches(whole[: plan.search_rows], collate, size)
+    by_length = sorted(whole[plan.search_rows :], key=lambda sample: len(sample["input_ids"]))  # little is padding
+    steps = in_batches(by_length, collate, size)
+    random.Random(recipe.seed).shuffle(steps)
     with torch.no_grad():
         for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
             told = _told(gated, batch)

@@ -132,5 +132,6 @@ def test_a_paired_difference_and_its_interval() -> None:
     assert -low == high == pytest.approx(1.959964 * (2 / 3) ** 0.5 / 2)
     assert paired("110" * 50, "110" * 50) == (0, 0, 0)  # equal outcomes leave no doubt
     assert paired("1" * 10, "0" * 10)[0] == 1
+    assert paired((1.5, 0.5), (1.0, 0.25)) == pytest.approx((0.375, 0.13, 0.62), abs=1e-5)
     with pytest.raises(ValueError, match="of 2 and 3 problems"):
         paired("11", "111")

@@ -78,6 +78,8 @@ def test_the_point_has_the_means_over_tokens(bench: Bench) -> None:
     assert found.perplexity == pytest.approx(math.exp(found.nll or 0))
     assert found.kl == pytest.approx(sum(row.kl for row in rows) / tokens)
     assert found.accuracy == found.agreement == sum(row.hits for row in rows) / tokens
+    assert found.nll_by_problem == pytest.approx([row.nll / row.trials for row in rows], abs=1e-5)
+    assert found.agreement_by_problem == pytest.approx([row.hits / row.trials for row in rows], abs=1e-5)
     assert (found.think_tokens, found.empty_answers, found.think_histogram) == (None, None, ())
 
 

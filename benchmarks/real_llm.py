@@ -1,0 +1,197 @@
+"""A real LLM on GSM8K: one gated model against static models that are fine-tuned equally, from one dense reference.
+
+    python benchmarks/real_llm.py sft --data DIR               a short dense fine-tuning that gives the format; merged
+    python benchmarks/real_llm.py l2a --data DIR               gates and adapters on that model
+    python benchmarks/real_llm.py block_influence-75 --data DIR     a static model of 0.75 of the layers' cost
+    python benchmarks/real_llm.py measure --data DIR           NLL, KL and agreement of all that is trained
+    python benchmarks/real_llm.py report                       the table of docs/results.md
+
+Each goes on where it was cut off, and does nothing where it is done. Data are GSM8K's training problems
+(DIR/gsm8k/train.jsonl); those that are held out of training are what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from fetch_models import DEFAULT_CACHE, SOURCES, fetch
+from measure import RESULTS, machine
+
+from l2a_compress.evaluation.frontier import evaluate
+from l2a_compress.evaluation.values import Point
+from l2a_compress.files import write_atomic
+from l2a_compress.modeling.families import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, attention_of, decoder_layers
+from l2a_compress.modeling.loading import load_base
+from l2a_compress.modeling.physical import sliced_linear
+from l2a_compress.modeling.tags import ensure_tags
+from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.run import train
+from l2a_compress.training.store import load_artifact
+
+RESULT = RESULTS / "real_llm.json"
+BUDGETS = (1.0, 0.875, 0.75, 2 / 3, 0.5625)
+STATIC = {
+    f"{method}-{round(100 * compute)}": (method, compute)
+    for method in ("block_influence", "fixed_budget")
+    for compute in (0.75, 2 / 3)
+}
+# All of them learn full solutions, by the same rates, from the same problems.
+COMMON = (
+    *("data.max_length=320", "data.heldout_share=0.07", "draws.contract=cap", "draws.full_think_share=1.0"),
+    *("draws.condensed_below=0.0", "draws.minimum=0.5", "optim.batch_size=8", "optim.accumulate=2", "optim.lr=5e-4"),
+    *("optim.save_steps=20", "optim.log_steps=5", "adapter.rank=16", "adapter.alpha=32"),
+)
+GATED = ("annealing.explore=0.3", "annealing.settle=0.3", "annealing.search_rows=16", "annealing.noise_start=4.0")
+
+
+def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
+    """The settings of one run."""
+    base = options.work / options.model / "base"
+    file = fetch(options.model, options.models)
+    source = [f'model.name="{file.parent}"', f'model.gguf_file="{file.name}"', "model.add_tags=true"]
+    settings = source if name == "sft" else [f'model.name="{base}"', "model.add_tags=false"]
+    settings += [f'model.dtype="{options.dtype}"', f'data.source="{options.data}/gsm8k/train.jsonl"', "data.subset="]
+    settings += [*COMMON, f"optim.threads={options.threads}", f"seed={options.seed}"]
+    without = ["heads", "tokens"]
+    if name == "sft":  # another order of the samples than what follows
+        settings += ['static.method="uniform"', f"optim.steps={options.sft_steps}", f"seed={options.seed + 1000}"]
+        without += ["kl"]
+    else:
+        settings += [f"optim.steps={options.steps}"]
+    if name == "l2a":
+        settings += GATED
+    if name in STATIC:
+        method, compute = STATIC[name]
+        settings += [f'static.method="{method}"', f"static.compute={compute}"]
+        if method == "fixed_budget":
+            settings += [f'static.artifact="{options.work / options.model}/l2a/artifact"']
+    settings += [f"objective.without={json.dumps(without)}", *options.set]
+    return Recipe.named("smollm2-135m", settings)
+
+
+def trained(name: str, options: argparse.Namespace) -> Path:
+    """The artifact of one run, trained where it is not there yet."""
+    folder: Path = options.work / options.model / name
+    began = time.time()
+    if not (folder / "artifact").is_dir():
+        train(recipe_of(name, options), folder)
+        print(f"{name}: {(time.time() - began) / 60:.0f} minutes, since it was started last")
+    if name == "sft" and not (folder.parent / "base").is_dir():
+        _merge(folder / "artifact", recipe_of(name, options), folder.parent / "base")
+    return folder / "artifact"
+
+
+@torch.no_grad()
+def _merge(artifact: Path, recipe: Recipe, target: Path) -> None:
+    """A checkpoint of the base model with what the adapters of a dense fine-tuning learned, tags and all."""
+    gated = load_artifact(artifact).gated
+    settings = recipe.model
+    model, tokenizer = load_base(settings.name, gguf_file=settings.gguf_file, dtype=settings.dtype)
+    ensure_tags(tokenizer, model, add=settings.add_tags)
+    for layer, wrapper in zip(decoder_layers(model), decoder_layers(gated.model), strict=True):
+        inner: Any = wrapper.layer
+        pairs: list[tuple[Any, Any, str]] = [
+            *((attention_of(layer), attention_of(inner), name) for name in ATTENTION_PROJECTIONS),
+            *((layer.mlp, inner.mlp, name) for name in MLP_PROJECTIONS),
+        ]
+        for plain, adapted, name in pairs:
+            getattr(plain, name).weight.copy_(sliced_linear(getattr(adapted, name), None, None).weight)
+    beside = target.with_name("base.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    os.replace(beside, target)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measures every run that is trained and not measured yet, problem by problem against the dense reference."""
+    content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = content.setdefault(options.model, {"points": {}})
+    found["machine"] = machine(options.threads)
+    for name in ("l2a", *STATIC):
+        artifact = options.work / options.model / name / "artifact"
+        if not artifact.is_dir() or (name in found["points"] and not options.again):
+            continue
+        loaded = load_artifact(artifact)
+        static = loaded.config.metrics.get("static")
+        budgets = (static["budget"],) if static else tuple(math.ceil(1e4 * budget) / 1e4 for budget in BUDGETS)
+        settings = _evaluation(loaded.recipe, budgets, options.problems)
+        report = evaluate(loaded, settings, metric="nll", think_shares=(), batch_size=8, progress=_shown)
+        points = [report.dense, *report.points] if name == "l2a" else report.points
+        found["points"][name] = [_short(point) for point in points]
+        found.setdefault("training", {})[name] = dict(loaded.config.metrics)
+        found["settings"] = {"common": COMMON, "l2a": GATED, "steps": options.steps, "sft_steps": options.sft_steps}
+        write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
+    report_of(content)
+
+
+def _evaluation(recipe: Recipe, budgets: Sequence[float], problems: int) -> Any:
+    from dataclasses import replace
+
+    return replace(recipe.evaluation, budgets=tuple(budgets), contracts=("cap",), problems=problems, baselines=())
+
+
+def _shown(label: str, done: int, total: int) -> None:
+    print(f"  {label}: {done}/{total} problems" + " " * 20, end="\r", flush=True)
+
+
+def _short(point: Point) -> dict[str, Any]:
+    names = ["budget", "cost", "layer_sparsity", "nll", "kl", "over_budget", "n", "dropped_layers"]
+    names += ["nll_by_problem", "agreement_by_problem"]
+    agreement = {"agreement": point.accuracy, "low": point.accuracy_low, "high": point.accuracy_high}
+    return {name: getattr(point, name) for name in names} | agreement
+
+
+def report_of(content: dict[str, Any]) -> None:
+    """Prints the table."""
+    for model, found in content.items():
+        print(f"\n{model}\n\n| model | budget | cost | layers off | NLL | KL to dense | agreement with dense |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for name, points in found["points"].items():
+            for number, row in enumerate(points):
+                label = "dense" if name == "l2a" and not number else name
+                off = f"{row['budget']:.3f} | {row['cost']:.3f} | {100 * row['layer_sparsity']:.1f} %"
+                agreement = f"{row['agreement']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+                print(f"| {label} | {off} | {row['nll']:.4f} | {row['kl']:.4f} | {agreement} |")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sft", "l2a", *STATIC, "measure", "report"])
+    parser.add_argument("--model", choices=sorted(SOURCES), default="qwen2.5-coder-0.5b")
+    parser.add_argument("--data", type=Path, help="a folder with gsm8k/train.jsonl")
+    parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="folder of checkpoints (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache/l2a_compress/real_llm")
+    parser.add_argument("--dtype", default="bfloat16", help="of the frozen weights")
+    parser.add_argument("--sft-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--problems", type=int, default=500)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="measure again what was measured")
+    parser.add_argument("--set", action="append", default=[], help="section.key=value, of the recipe")
+    options = parser.parse_args()
+    if options.what == "report":
+        report_of(json.loads(RESULT.read_text()))
+        return
+    if options.data is None:
+        parser.error("--data names the folder that has gsm8k/train.jsonl")
+    options.data, options.work = options.data.resolve(), options.work.resolve()
+    if options.what == "measure":
+        measure(options)
+    else:
+        trained(options.what, options)
+
+
+if __name__ == "__main__":
+    main()
