@@ -61,7 +61,8 @@ def search(
         for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
             told = _told(gated, batch)
             if told is not None:
-                batch["inputs_embeds"] = inputs_of(gated, batch) + told
+                embedded = inputs_of(gated, batch)
+                batch["inputs_embeds"] = embedded + told.to(embedded.dtype)  # a base may have 16 bits
     _, importance = drop_losses(gated, batches)
     path, tried = greedy_path(gated, batches, importance), list[tuple[list[int], float]]()
     if plan.search_trials:

@@ -136,6 +136,14 @@ def test_what_goes_is_searched_once_behind_the_exploration(
     ).read_bytes()
 
 
+def test_a_base_of_16_bits_is_searched_too(base: Path, tmp_path: Path) -> None:
+    plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 1, "trial_steps": 1}
+    settings = {"dtype": "bfloat16"}, {"precision": "bf16", "steps": 2, "save_steps": 2}
+    recipe = tiny_recipe(base, annealing=plan, model=settings[0], optim=settings[1])
+    metrics = json.loads((train(recipe, tmp_path, quiet=True) / "artifact.json").read_text())["metrics"]
+    assert sorted(metrics["search"]["order"]) == list(range(1, LAYERS))
+
+
 def test_a_finished_run_can_be_started_again(recipe: Recipe, straight: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(straight, out)
