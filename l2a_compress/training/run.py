@@ -99,9 +99,8 @@ def train(
 
     def explored() -> None:
         hidden = quiet or not state.is_main_process
-        found = search(gated, samples, collate, recipe, quiet=hidden)
-        if state.is_main_process:
-            write_atomic(out / SEARCH_FILE, json.dumps(found) + "\n")
+        main = state.is_main_process
+        search(gated, samples, collate, recipe, file=out / SEARCH_FILE, main=main, quiet=hidden)
 
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
     trainer = L2ATrainer(
@@ -222,6 +221,7 @@ def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool
         raise ConfigError(f"{out}: holds a run with other settings; choose another --out, or --force to replace it")
     if other or not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
+        (out / SEARCH_FILE).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(noted, text)
     return checkpoints

@@ -9,12 +9,13 @@ on the same samples; the weights are put back.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from l2a_compress.allocation import Allocation
+from l2a_compress.files import write_atomic
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.importance import drop_losses, inputs_of
 from l2a_compress.modeling.search import given_up, greedy_path, path_scores
@@ -35,8 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def search(
-    gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe, *, quiet: bool
-) -> dict[str, Any]:
+    gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe, *, file: Path, main: bool, quiet: bool
+) -> None:
     """Gives the gates the order in which the model can best do without layers and groups, the same in all processes.
 
     Args:
@@ -44,10 +46,10 @@ def search(
         samples: of the run; whole ones from its start are used.
         collate: makes batches of them.
         recipe: of the run.
+        file: where all is noted: the ``order`` of the layers and, of all sets that were tried, ``trials``: [layers that
+            were gone, loss]. What it says of a search that was cut off is not tried again.
+        main: whether this process writes the file.
         quiet: no progress bar.
-
-    Returns:
-        ``order`` of the layers and, of all sets that were tried, ``trials``: [layers that were gone, loss].
     """
     gated.eval()
     plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
@@ -64,18 +66,26 @@ def search(
                 embedded = inputs_of(gated, batch)
                 batch["inputs_embeds"] = embedded + told.to(embedded.dtype)  # a base may have 16 bits
     _, importance = drop_losses(gated, batches)
-    path, tried = greedy_path(gated, batches, importance), list[tuple[list[int], float]]()
+    path = greedy_path(gated, batches, importance)
+    losses: dict[tuple[int, ...], float] = {}
+    if file.is_file():
+        losses = {tuple(gone): loss for gone, loss in json.loads(file.read_text())["trials"]}
+
+    def note(**more: list[int]) -> None:
+        if main:
+            write_atomic(file, json.dumps({**more, "trials": list(losses.items())}) + "\n")
+
     if plan.search_trials:
         guess = given_up(path)
         most = min((1 - recipe.draws.minimum) * gated.shape.num_layers, len(guess))  # that any budget gives up
-        trials = Trials(gated, recipe, steps, batches, quiet=quiet)
+        trials = Trials(gated, recipe, steps, batches, losses=losses, tried=note, quiet=quiet)
         order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
-        path, tried = greedy_path(gated, batches, importance, order), trials.losses
+        path = greedy_path(gated, batches, importance, order)
+    note(order=given_up(path))
     log.info("layers are given up in the order %s", given_up(path))
     layers, groups = (broadcast(scores.to(gated.model.device)) for scores in path_scores(path, stem))
     gated.allocator.set_prior(layers, groups)
     gated.train()
-    return {"order": given_up(path), "trials": tried}
 
 
 def _told(gated: GatedModel, batch: Batch) -> Tensor | None:
@@ -84,13 +94,15 @@ def _told(gated: GatedModel, batch: Batch) -> Tensor | None:
 
 
 class Trials:
-    """Tries sets of layers to go on one model. ``losses`` are all sets that were tried, each with its loss.
+    """Tries sets of layers to go on one model. ``losses`` are all sets that were tried, each in order, with its loss.
 
     Args:
         gated: the model; what is tried changes no weight of it for good.
         recipe: of the run; rates and weights of the loss are its own.
         batches: one for each step of a trial.
         held_out: batches that the loss is measured on.
+        losses: of sets that were tried before, which are not tried again; others are put in.
+        tried: called when one was.
         quiet: no progress bar.
     """
 
@@ -101,19 +113,29 @@ class Trials:
         batches: Sequence[Batch],
         held_out: Sequence[Batch],
         *,
+        losses: dict[tuple[int, ...], float] | None = None,
+        tried: Callable[[], None] = lambda: None,
         quiet: bool = True,
     ) -> None:
-        self.gated, self.recipe = gated, recipe
+        self.gated, self.recipe, self.tried = gated, recipe, tried
         self.batches = [(batch, *self._teacher(batch)) for batch in batches]
         self.held_out = [(batch, *self._teacher(batch)) for batch in held_out]
-        self.losses: list[tuple[list[int], float]] = []
+        self.losses = {} if losses is None else losses
         self.bar = tqdm(desc="sets of layers tried", unit="", leave=False, disable=quiet or None)
 
     def loss(self, gone: Sequence[int]) -> float:
         """Cross entropy on held-out samples without these layers, after the adapters were trained for that."""
+        wanted = tuple(sorted(gone))
+        if wanted not in self.losses:
+            self.losses[wanted] = self._trial(wanted)
+            self.tried()
+        self.bar.update()
+        return self.losses[wanted]
+
+    def _trial(self, gone: Sequence[int]) -> float:
         shape, optim = self.gated.shape, self.recipe.optim
         allocation = Allocation.of_layers(set(range(shape.num_layers)) - set(gone), shape.num_layers, shape.num_groups)
-        with _put_back(list(self.gated.adapter_parameters.values())) as adapters:
+        with _put_back(list(self.gated.adapter_parameters.values())) as adapters, self._dropout():
             optimizer = torch.optim.AdamW(adapters, lr=optim.lr, betas=(0.9, 0.98), weight_decay=0.0)
             self.gated.train()
             for part in self.batches:
@@ -124,9 +146,7 @@ class Trials:
             self.gated.eval()
             with torch.no_grad():
                 found = [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
-        self.losses.append((sorted(gone), sum(found) / len(found)))
-        self.bar.update()
-        return self.losses[-1][1]
+        return sum(found) / len(found)
 
     def order(self, guess: Sequence[int], *, pivot: int, deepest: int, most: int) -> list[int]:
         """The first layers to give up, in that order.
@@ -152,12 +172,13 @@ class Trials:
         return order
 
     def _exchanged(self, guess: Sequence[int], count: int, most: int) -> list[int]:
-        chosen, end = list(guess[:count]), len(self.losses) + most
+        chosen, tried = list(guess[:count]), 1
         least = self.loss(chosen)
         for place in reversed(range(count)):
             for other in [layer for layer in guess if layer not in chosen]:
-                if len(self.losses) >= end:
+                if tried >= most:
                     return chosen
+                tried += 1
                 loss = self.loss(candidate := [*chosen[:place], other, *chosen[place + 1 :]])
                 if loss < least:
                     least, chosen = loss, candidate
@@ -179,6 +200,14 @@ class Trials:
             hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
             vocabulary = int(gated.model.config.vocab_size)
             return readout(hidden, gated.logits, where, teacher, kl_weight=weight, vocabulary=vocabulary)
+
+    @contextmanager
+    def _dropout(self) -> Iterator[None]:
+        """The same in every trial, and the run's own stream of random numbers is left as it was."""
+        device = self.gated.model.device
+        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(self.recipe.seed)
+            yield
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.gated.model.device.type, torch.bfloat16, enabled=self.recipe.optim.bf16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import resource
@@ -21,7 +22,8 @@ from l2a_compress.errors import ConfigError, StorageError, TrainingError
 from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.training.objective import ObjectiveConfig
 from l2a_compress.training.recipe import OptimConfig, Recipe
-from l2a_compress.training.run import train
+from l2a_compress.training.run import SEARCH_FILE, train
+from l2a_compress.training.search import Trials
 from l2a_compress.training.step import TrainingStep
 from l2a_compress.training.trainer import (
     L2ATrainer,
@@ -134,6 +136,36 @@ def test_what_goes_is_searched_once_behind_the_exploration(
     assert (rest / "artifact" / "gates.safetensors").read_bytes() == (
         whole / "artifact" / "gates.safetensors"
     ).read_bytes()
+
+
+def test_a_search_that_was_cut_off_tries_nothing_twice(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 2, "trial_steps": 1}
+    recipe = tiny_recipe(base, annealing=plan, adapter={"dropout": 0.2}, optim={"steps": 2, "save_steps": 1})
+    tried: list[tuple[int, ...]] = []
+    trial, cut = Trials._trial, [3]
+
+    def counted(self: Trials, gone: tuple[int, ...]) -> float:
+        if len(tried) == cut[0]:
+            raise KeyboardInterrupt
+        tried.append(gone)
+        return trial(self, gone)
+
+    monkeypatch.setattr(Trials, "_trial", counted)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "cut", quiet=True)
+    cut[0] = -1
+    found = train(recipe, tmp_path / "cut", quiet=True)
+    noted = json.loads((found / "artifact.json").read_text())["metrics"]["search"]["trials"]
+    assert [tuple(gone) for gone, _ in noted] == tried
+    assert len(set(tried)) == len(tried) > 3
+    monkeypatch.undo()
+    whole = train(recipe, tmp_path / "whole", quiet=True)
+    assert (found / "gates.safetensors").read_bytes() == (whole / "gates.safetensors").read_bytes()
+    again = dataclasses.replace(recipe, seed=recipe.seed + 1)
+    train(again, tmp_path / "cut", force=True, quiet=True)
+    assert json.loads((tmp_path / "cut" / SEARCH_FILE).read_text())["trials"] != noted
 
 
 def test_a_base_of_16_bits_is_searched_too(base: Path, tmp_path: Path) -> None:
