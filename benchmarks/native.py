@@ -2,7 +2,7 @@
 
     cpp/prepare && python benchmarks/native.py [--parts memory speed switch threads]
 
-Builds cpp/bench, fetches the checkpoint, and exports bundles of it with untrained gates, whose speed and memory are
+Builds cpp/bench, fetches the checkpoint, and exports bundles of it with random gates, whose speed and memory are
 those of trained ones. Every figure compares processes that are measured in turns. Figures go to
 benchmarks/results/native.json.
 
@@ -122,6 +122,8 @@ def _export(options: argparse.Namespace) -> None:
     wanted = {f"{kind}-{precision}" for kind in kinds for precision in PRECISIONS}
     if all((options.work / name).exists() for name in wanted):
         return
+    from torch import nn
+
     from l2a_compress.allocation import Allocation
     from l2a_compress.exporters.onnx import ExportOptions, export
     from l2a_compress.training.recipe import Recipe
@@ -134,6 +136,8 @@ def _export(options: argparse.Namespace) -> None:
         artifact = options.work / f"artifact-{kind}"
         recipe = replace(recipe, gates=replace(recipe.gates, heads=kind == "heads"))
         gated, tokenizer, digest = build(recipe)
+        for gates in (gated.allocator.layer_gates, gated.allocator.head_gates):
+            nn.init.normal_(gates.outer, std=0.01)  # those that no input moves would be exported as constants
         save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics={}, force=True)
         layers, groups = gated.shape.num_layers, gated.shape.num_groups
         made = []

@@ -34,14 +34,15 @@ def allocate(
             must exceed; minus infinity where the budget is a cap.
         cost: units of a layer and of a group.
     """
-    shape = build.spec.shape
-    summary = _summary(build, ops, hidden, shared)
-    if build.spec.gates.has_demand:
+    shape, gates = build.spec.shape, build.spec.gates
+    reading = any(f"gates.{kind}.inner" in build.spec.tensors for kind in ("layers", "heads"))
+    summary = _summary(build, ops, hidden, shared) if reading or gates.has_demand else told
+    if gates.has_demand:
         told, limits, price = _demanded(build, ops, summary, told, limits, price, cost)
-    features = ops.op("Concat", summary, build.budget(ops, "gates", told), axis=-1)
-    layers = _scores(build, ops, features, "layers", 1)
-    heads = _scores(build, ops, features, "heads", shape.num_groups)
-    counts = _project(build, ops, ops.op("Squeeze", layers, ops.constant([2], "int64")), heads, limits, price, cost)
+    features = ops.op("Concat", summary, build.budget(ops, "gates", told), axis=-1) if reading else told
+    layers = ops.op("Squeeze", _scores(build, ops, features, "layers", 1), ops.constant([2], "int64"))
+    heads = _scores(build, ops, features, "heads", shape.num_groups) if gates.heads else None
+    counts = _project(build, ops, layers, heads, limits, price, cost)
     stem = build.part(ops, counts, 0, 1, 1)  # any [batch, 1]
     full = ops.op("Mul", stem, ops.constant(0, "int64"))
     full = ops.op("Add", full, ops.constant([[shape.num_groups] * build.spec.gates.stem_layers], "int64"))
@@ -111,11 +112,15 @@ def _demanded(
 
 
 def _scores(build: Blocks, ops: Ops, features: ir.Value, kind: str, outputs: int) -> ir.Value:
-    """Bounded scores of all gated layers. [batch, layers, outputs]."""
+    """Bounded scores of all gated layers. [batch, layers, outputs]. ``features``: [batch, any]."""
     name, gated = f"gates.{kind}", build.spec.shape.num_layers - build.spec.gates.stem_layers
-    inner = build.silu(ops, build.affine(ops, features, f"{name}.inner"))
-    split = ops.op("Reshape", inner, ops.constant([0, gated, 1, build.spec.gates.hidden], "int64"))
-    found = ops.op("MatMul", split, build.weight(ops, f"{name}.outer"))  # [batch, gated, 1, outputs]
+    if f"{name}.inner" in build.spec.tensors:
+        inner = build.silu(ops, build.affine(ops, features, f"{name}.inner"))
+        split = ops.op("Reshape", inner, ops.constant([0, gated, 1, build.spec.gates.hidden], "int64"))
+        found = ops.op("MatMul", split, build.weight(ops, f"{name}.outer"))  # [batch, gated, 1, outputs]
+    else:  # a row of zeros for each input
+        column = ops.op("Mul", build.part(ops, features, 0, 1, 1), ops.constant(0.0, "float32"))
+        found = build.unsqueeze(ops, build.unsqueeze(ops, column, 2), 3)
     found = ops.op("Add", found, build.weight(ops, f"{name}.outer_bias"))
     found = ops.op("Reshape", found, ops.constant([0, gated, outputs], "int64"))
     limit = ops.constant(SCORE_LIMIT, "float32")
@@ -126,7 +131,7 @@ def _project(
     build: Blocks,
     ops: Ops,
     layers: ir.Value,
-    heads: ir.Value,
+    heads: ir.Value | None,
     limits: ir.Value,
     price: ir.Value,
     cost: CostModel,

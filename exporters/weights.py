@@ -172,16 +172,19 @@ def rotary_of(gated: GatedModel) -> tuple[Array, float]:
 
 
 def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
-    """The allocator and the transition gate, stacked gates side by side."""
+    """The allocator and the transition gate, stacked gates side by side; of gates that no input moves what they say."""
     allocator, transition = gated.allocator, gated.transition
     yield "gates.norm", _array(allocator.norm.weight)
     yield "gates.norm_bias", _array(allocator.norm.bias)
     yield from _embedding("gates.embedding", allocator.embedding)
     for name, mlp in (("layers", allocator.layer_gates), ("heads", allocator.head_gates)):
-        yield f"gates.{name}.inner", _array(mlp.inner.permute(1, 0, 2).flatten(1))  # [inputs, gates * hidden]
-        yield f"gates.{name}.inner_bias", _array(mlp.inner_bias.flatten())
-        yield f"gates.{name}.outer", _array(mlp.outer)  # [gates, hidden, outputs]
+        if name == "heads" and not allocator.config.heads:
+            continue
         yield f"gates.{name}.outer_bias", _array(mlp.outer_bias[:, None])
+        if mlp.outer.any():
+            yield f"gates.{name}.inner", _array(mlp.inner.permute(1, 0, 2).flatten(1))  # [inputs, gates * hidden]
+            yield f"gates.{name}.inner_bias", _array(mlp.inner_bias.flatten())
+            yield f"gates.{name}.outer", _array(mlp.outer)  # [gates, hidden, outputs]
     perceptrons: list[tuple[str, BudgetedLogit]] = [("transition", transition)]
     if allocator.demand is not None:
         perceptrons.insert(0, ("gates.demand", allocator.demand))

@@ -45,7 +45,7 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.loading import load_base
 from l2a_compress.modeling.physical import sliced_linear
 from l2a_compress.runtime.decoder import GraphDecoder
-from l2a_compress.training.store import load_artifact
+from l2a_compress.training.store import load_artifact, save_artifact
 from test_artifact import schema
 from test_training_trainer import largest_file
 from toy_models import FAMILIES, GROUPS, LAYERS, new_artifact, prompts
@@ -105,6 +105,25 @@ def test_every_form_of_gates_is_exported(gates: dict[str, object], tmp_path: Pat
     artifact = new_artifact(tmp_path, **gates)
     export(artifact, tmp_path / "bundle", OPTIONS)
     for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=4, budgets=BUDGETS):
+        assert (row.equal, row.allocations) == (row.tokens, True)
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("demand", [True, False])
+def test_gates_that_no_input_moves_are_constants(dialect: str, demand: bool, tmp_path: Path) -> None:
+    loaded = load_artifact(new_artifact(tmp_path, demand=demand))
+    for mlp in (loaded.gated.allocator.layer_gates, loaded.gated.allocator.head_gates):
+        torch.nn.init.zeros_(mlp.outer)
+    digest = str(loaded.config.base["digest"])
+    same = tmp_path / "same"
+    save_artifact(loaded.gated, loaded.tokenizer, loaded.recipe, same, base_digest=digest, metrics={})
+    export(same, tmp_path / "bundle", dataclasses.replace(OPTIONS, dialect=dialect))
+    graph = onnx.load(tmp_path / "bundle" / "if.onnx", load_external_data=False).graph
+    names = {tensor.name for tensor in initializers(graph)}
+    assert {"gates.layers.outer_bias", "gates.heads.outer_bias"} <= names
+    assert not {name for name in names if name.startswith(("gates.layers.inner", "gates.heads.inner"))}
+    assert ("gates.norm" in names) == demand  # nothing else asks for the prompt
+    for row in parity(tmp_path / "bundle", same, prompts=6, tokens=4, budgets=BUDGETS):
         assert (row.equal, row.allocations) == (row.tokens, True)
 
 
