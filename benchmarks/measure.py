@@ -7,8 +7,10 @@ import os
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,54 @@ def machine(threads: int) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+class Peer:
+    """A process that answers a line of JSON with one, and says first that it is ready. It asks for huge pages.
+
+    Args:
+        command: of the process.
+        threads: of OpenMP; None for the process's own choice.
+        log: what it writes to standard error is added to; None for our own.
+    """
+
+    def __init__(self, *command: str | Path, threads: int | None = None, log: Path | None = None) -> None:
+        environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with log.open("ab") if log else nullcontext() as errors:
+            self.process = subprocess.Popen(
+                [str(part) for part in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+            )
+        self.log = log
+        self._answer()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Its answer."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            where = f"; see {self.log}" if self.log else ""
+            raise SystemExit(f"{self.process.args} stopped with code {self.process.wait()}{where}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 class Results:

@@ -19,8 +19,6 @@ All processes ask for huge pages (glibc.malloc.hugetlb): without them the place 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -30,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fetch_models import DEFAULT_CACHE, fetch
-from measure import RESULTS, Results, ratio, shown, verdict
+from measure import RESULTS, Peer, Results, ratio, shown, verdict
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -49,40 +47,7 @@ LADDER = (
     (0.7, 9, 2),
     (0.6, 12, 1),
 )  # budget, skipped layers, groups of the last
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 BARS = {"layers": 1.10, "heads": 1.25}
-
-
-class Worker:
-    """A process that answers a line of JSON with one."""
-
-    def __init__(self, *command: str | Path) -> None:
-        environment = os.environ | ENVIRONMENT
-        self.process = subprocess.Popen(
-            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._answer()
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Its answer."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"{self.process.args} stopped with code {self.process.wait()}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def main() -> None:
@@ -111,9 +76,9 @@ def _build() -> None:
         subprocess.run(["cmake", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
 
 
-def _native(options: argparse.Namespace, kind: str, precision: str, graphs: int = 7) -> Worker:
+def _native(options: argparse.Namespace, kind: str, precision: str, graphs: int = 7) -> Peer:
     folder = options.work / f"{kind}-{precision}"
-    return Worker(BUILD / "bench" / "l2a_bench", folder, str(options.threads), str(graphs))
+    return Peer(BUILD / "bench" / "l2a_bench", folder, str(options.threads), str(graphs), threads=1)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -172,15 +137,16 @@ def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
 def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Seconds of all engines in turns, and ratios of speed."""
     folder = options.work / f"layers-{precision}"
+
+    def of_python(kind: str) -> Peer:
+        return Peer(sys.executable, HERE / "native_peers.py", kind, folder, str(options.threads), threads=1)
+
     workers = {
         "native": (_native(options, "layers", precision), "variants"),
         "native if": (_native(options, "layers", precision), "if"),
-        "python": (
-            Worker(sys.executable, HERE / "native_peers.py", "python", folder, str(options.threads)),
-            "variants",
-        ),
-        "python if": (Worker(sys.executable, HERE / "native_peers.py", "python", folder, str(options.threads)), "if"),
-        "genai": (Worker(sys.executable, HERE / "native_peers.py", "genai", folder, str(options.threads)), ""),
+        "python": (of_python("python"), "variants"),
+        "python if": (of_python("python"), "if"),
+        "genai": (of_python("genai"), ""),
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COLUMNS} for name in workers}
     names = list(workers)

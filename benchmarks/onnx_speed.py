@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fetch_models import DEFAULT_CACHE, fetch
-from measure import RESULTS, Results, ratio, shown, verdict
+from measure import RESULTS, Peer, Results, ratio, shown, verdict
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.bundle import Bundle
@@ -55,45 +53,6 @@ BUNDLES = {  # name: (precision, block)
 IF_BUDGETS = ("b1", "b0.4")
 IF_KINDS = ("if", "lean-if")  # with a whole cache, and with one that holds the layers that ran
 HEADS = {"2/3 heads": 2, "1/3 heads": 1}  # all layers, of 3 KV groups
-ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-
-
-class Engine:
-    """A process of engines.py."""
-
-    def __init__(self, python: str, kind: str, path: Path, threads: int, log: Path) -> None:
-        with log.open("ab") as errors:
-            self.process = subprocess.Popen(
-                [python, str(HERE / "engines.py"), kind, str(path), str(threads)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env=os.environ | ENVIRONMENT,
-            )
-        self.log = log
-        self._answer()
-
-    def seconds(self, request: dict[str, Any]) -> float:
-        """What the engine measured."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return float(self._answer()["seconds"])
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"an engine stopped with code {self.process.wait()}; see {self.log}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def close(self) -> None:
-        """Ends the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def main() -> None:
@@ -250,11 +209,13 @@ def _measure(options: argparse.Namespace, bundles: dict[str, tuple[Path, Path, P
     costs = {f"{name} {graph}": cost for name, made in bundles.items() for _, graph, _, cost in _graphs(*made)}
     seconds: dict[str, dict[str, list[float]]] = {}
     for number in range(options.starts):
-        engines: dict[tuple[str, str, Path], Engine] = {}
+        engines: dict[tuple[str, str, Path], Peer] = {}
 
-        def start(python: str, kind: str, path: Path, engines: dict[Any, Engine] = engines) -> Engine:
+        def start(python: str, kind: str, path: Path, engines: dict[Any, Peer] = engines) -> Peer:
             if (python, kind, path) not in engines:
-                engines[python, kind, path] = Engine(python, kind, path, threads, options.work / "engines.log")
+                engines[python, kind, path] = Peer(
+                    *(python, HERE / "engines.py", kind, path, str(threads)), log=options.work / "engines.log"
+                )
             return engines[python, kind, path]
 
         try:
@@ -308,19 +269,19 @@ def _costs(bundle: Bundle, allocation: Allocation) -> dict[str, float]:
 
 
 def _rounds(
-    runs: dict[str, tuple[Engine, dict[str, Any]]], rounds: int, seconds: dict[str, dict[str, list[float]]]
+    runs: dict[str, tuple[Peer, dict[str, Any]]], rounds: int, seconds: dict[str, dict[str, list[float]]]
 ) -> None:
     """Adds to the seconds by run and column; short runs, which are thrown away, come first."""
     names = list(runs)
     for engine, request in runs.values():
         for task, length in (("prefill", 64), ("decode", 64)):
-            engine.seconds({"task": task, "batch": 1, "length": length, "tokens": 3, **request})
+            engine.ask(task=task, batch=1, length=length, tokens=3, **request)
     for number in range(rounds):
         for column, task in COLUMNS.items():
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 engine, request = runs[name]
-                took = engine.seconds({**task, **request})
+                took = float(engine.ask(**task, **request)["seconds"])
                 seconds.setdefault(name, {key: [] for key in COLUMNS})[column].append(took)
         print(f"  round {number + 1}/{rounds}", flush=True)
 
