@@ -25,6 +25,7 @@ from frontier_summary import RECORDS, summarize
 
 from l2a_compress.evaluation.frontier import evaluate
 from l2a_compress.evaluation.report import Report
+from l2a_compress.evaluation.split import measure_split
 from l2a_compress.files import write_atomic
 from l2a_compress.training.data_config import DataConfig
 from l2a_compress.training.recipe import EvalConfig, Recipe
@@ -47,6 +48,8 @@ UNTRAINED_CAPS = (0.83, 0.66, 0.5)
 MEANS = (0.8, 0.7, 0.66, 0.62, 0.6, 0.58, 0.5)
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
+SPLIT = {"computes": (1.0, 0.8, 0.66, 0.5, 0.4), "think_shares": (1.0, 0.35, 0.25), "problems": 500}
+WORKS = (0.6, 0.4, 0.3, 0.25, 0.2)
 UNTRAINED = ("uniform", "block_influence", "oracle", "early_exit", "think_cap")
 OUT_OF_DISTRIBUTION = ("terse", "crowded")
 
@@ -174,6 +177,12 @@ def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts
         probe: EvalConfig = replace(common, budgets=PROBED, contracts=("mean",))
         report = evaluate(loaded, probe, data=DataConfig(subset=subset), seed=seed, think_shares=())
         found[subset] = _trimmed(report)
+    if "split" in parts and experiment.probes:
+        split = measure_split(loaded, **SPLIT, seed=seed).split
+        noted = replace(loaded.config, metrics={**loaded.config.metrics, "split": split.to_json()})
+        settings, works = replace(common, budgets=(1.0,)), [work for work in WORKS if work >= split.points[0].work]
+        report = evaluate(replace(loaded, config=noted), settings, data=data, seed=seed, think_shares=(), works=works)
+        found["split"] = _trimmed(report) | {"works": works, "split": split.to_json()}
     return found
 
 
@@ -181,6 +190,7 @@ def _trimmed(report: Report) -> dict[str, Any]:
     """A report without what only pictures of single runs need."""
     content = report.to_json()
     points = [content["dense"], content["dense_short"], *content["points"], *content["think_points"]]
+    points += content["split_points"]
     for point in [*points, *content["baselines"]]:
         for key in ("think_histogram", "wall_ms_per_token", "cpu_ms_per_token", "tokens"):
             (point or {}).pop(key, None)
@@ -200,7 +210,9 @@ def main() -> None:
     one.add_argument("--batch-size", type=int, default=16)
     one.add_argument("--problems", type=int, default=2000)
     one.add_argument("--threads", type=int, default=1)
-    one.add_argument("--parts", default="capped,mean,probes", help="what to measure anew; the rest of a record stays")
+    one.add_argument(
+        "--parts", default="capped,mean,probes,split", help="what to measure anew; the rest of a record stays"
+    )
     one.add_argument("--work", type=Path, default=Path.home() / ".cache/l2a_compress/frontier")
     commands.add_parser("list", help="experiments and records")
     commands.add_parser("summary", help="frontier.json and pictures of all records")

@@ -120,6 +120,7 @@ def summarize() -> None:
         "seeds": [record["seed"] for record in main],
         "frontier": _frontier(main),
         "think": _think(main),
+        "split": _split(main),
         **tables,
         "ablations": {name: _frontier(group) for name, group in found.items() if name not in (lead, "blind")},
         "runs": {
@@ -174,6 +175,15 @@ def tables_of(result: Mapping[str, Any]) -> Iterator[str]:
         [
             [str(row["cap"]), f"{row['tokens']:.3f}", f"{100 * row['accuracy'][0]:.2f} %", _delta(row)]
             for row in result["think"]
+        ],
+    )
+    yield _table(
+        ["work asked for", "of it taken", "compute a token", "most think tokens", "exact match", "difference to dense"],
+        [
+            [f"{row['asked']:g}", ", ".join(f"{one:.3f}" for one in row["work"])]
+            + [", ".join("-" if one is None else f"{one:g}" for one in row[key]) for key in ("compute", "think_cap")]
+            + [f"{100 * row['accuracy'][0]:.2f} %", _delta(row)]
+            for row in result["split"]
         ],
     )
     yield _table(
@@ -294,8 +304,33 @@ def _think(main: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
+def _split(main: Sequence[Record]) -> list[dict[str, Any]]:
+    """What one number for a whole request gives: asked for, taken, and how it was split in each seed."""
+    rows: dict[float, list[tuple[Point, Point]]] = defaultdict(list)
+    for record in main:
+        report = record["reports"].get("split")
+        for asked, point in zip(report["works"], report["split_points"], strict=True) if report else ():
+            rows[asked].append((point, report["dense"]))
+    return [
+        {
+            "asked": asked,
+            "work": [round(a["work"] / b["work"], 4) for a, b in pairs],
+            "compute": [a["budget"] for a, _ in pairs],
+            "think_cap": [a["think_cap"] for a, _ in pairs],
+            **compared(pairs),
+        }
+        for asked, pairs in sorted(rows.items(), reverse=True)
+    ]
+
+
+def _work(side: Sequence[Point], dense: Point) -> list[tuple[float, float]]:
+    """(tokens thought by the cost of each, over dense's; exact match in %), by the first."""
+    whole = dense["think_tokens"]
+    return sorted((point["cost"] * point["think_tokens"] / whole, 100 * point["accuracy"]) for point in side)
+
+
 def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: Point) -> None:
-    """docs/images/frontier.png: accuracy against realized cost, and against think tokens."""
+    """docs/images/frontier.png: accuracy against the realized cost of a token, and against that of a request."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -333,14 +368,19 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
         xlabel="realized cost, share of the dense compute", ylabel="exact match, %", ylim=(None, 103), xlim=(0.36, 1.02)
     )
     left.legend(fontsize=7, loc="lower right")
-    report = main[0]["reports"]["capped"]
+    report, split = main[0]["reports"]["capped"], main[0]["reports"].get("split", {})
     for label, side, style in (
-        ("L2A", [*report["think_points"], *[p for p in report["points"] if p["budget"] == 1.0]], "o-"),
+        ("L2A, split", split.get("split_points", []), "D-"),
+        (
+            "L2A, fewer tokens alone",
+            [*report["think_points"], *[p for p in report["points"] if p["budget"] == 1]],
+            "o-",
+        ),
+        ("L2A, less compute alone", [p for p in report["points"] if p["contract"] == "cap"], "s-"),
         ("dense, cut off", [*[p for p in frozen if p["name"] == "think_cap"], dense], "x:"),
     ):
-        side = sorted(side, key=lambda point: point["think_tokens"])
-        right.plot([p["think_tokens"] for p in side], [100 * p["accuracy"] for p in side], style, label=label)
-    right.set(xlabel="think tokens a problem", ylim=(0, 102))
+        right.plot(*zip(*_work(side, report["dense"]), strict=True) if side else ((), ()), style, label=label)
+    right.set(xlabel="think tokens by their cost, share of dense", ylim=(0, 102), xlim=(0, 1.02))
     right.legend(fontsize=7, loc="lower right")
     PICTURES.mkdir(exist_ok=True)
     figure.savefig(PICTURES / "frontier.png", dpi=130)

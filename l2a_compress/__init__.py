@@ -25,6 +25,7 @@ from l2a_compress.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from l2a_compress.split import Split, SplitPoint
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,8 @@ __all__ = [
     "ModelShape",
     "OutOfMemoryError",
     "SessionError",
+    "Split",
+    "SplitPoint",
     "StorageError",
     "TokenizerError",
     "TrainingError",

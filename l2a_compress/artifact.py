@@ -15,6 +15,7 @@ from l2a_compress import _validate
 from l2a_compress._listing import FileEntry
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ArtifactError, ConfigError
+from l2a_compress.split import Split
 
 __all__ = ["ARTIFACT_FILE", "SCHEMA_VERSION", "ArtifactConfig", "FileEntry", "describe_files"]
 
@@ -43,7 +44,7 @@ class ArtifactConfig:
         adapter: Settings of the adapters.
         prices: Per axis the calibrated ``(budget, price)`` pairs of the ``mean`` contract, by ascending budget.
         training: The resolved recipe.
-        metrics: What was measured at the end of training.
+        metrics: What was measured at the end of training; ``split`` what ``l2a compress split`` measured.
         seed: The seed of the run.
         versions: Versions of the packages that made it.
         files: Every other file of the folder, by its path relative to the folder with forward slashes.
@@ -79,6 +80,15 @@ class ArtifactConfig:
         object.__setattr__(self, "prices", _prices(self.prices))
         object.__setattr__(self, "versions", _versions(self.versions))
         object.__setattr__(self, "files", listing.parse(self.files, _KIND))
+
+    @property
+    def split(self) -> Split | None:
+        """How the work of a request is best split over the axes; None where it was not measured.
+
+        Raises:
+            ArtifactError: ``metrics.split`` is none.
+        """
+        return Split.from_json(self.metrics["split"]) if "split" in self.metrics else None
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal description."""

@@ -9,7 +9,7 @@ import typer
 from l2a_compress import __version__
 from l2a_compress._cli.engines import build_engines
 from l2a_compress._cli.estimate import estimate
-from l2a_compress._cli.evaluate import evaluate
+from l2a_compress._cli.evaluate import evaluate, split
 from l2a_compress._cli.export import export, verify
 from l2a_compress._cli.inspect import inspect
 from l2a_compress._cli.run import bench, run, select
@@ -25,6 +25,7 @@ compress = typer.Typer(no_args_is_help=True, help="Train a model for every budge
 app.add_typer(compress, name="compress")
 compress.command()(train)
 compress.command()(evaluate)
+compress.command()(split)
 compress.command()(estimate)
 compress.command()(export)
 compress.command()(build_engines)

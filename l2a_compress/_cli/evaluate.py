@@ -67,6 +67,13 @@ def evaluate(
     think_shares: Annotated[
         str, typer.Option(help="Caps on think tokens to measure at full compute, as shares of the reference length.")
     ] = "0.5,0.25",
+    work: Annotated[
+        str,
+        typer.Option(
+            help="Shares of the dense model's work of a request (tokens and compute a token in one number), to be "
+            "measured by the split that l2a compress split noted, e.g. 0.6,0.4,0.3."
+        ),
+    ] = "",
     seed: Annotated[
         int | None, typer.Option(min=0, help="Of generated problems. Default: the recipe's.", show_default=False)
     ] = None,
@@ -101,6 +108,7 @@ def evaluate(
         "metric": metric,
         "seed": seed,
         "think_shares": _numbers(think_shares, "--think-shares"),
+        "works": _numbers(work, "--work"),
         "batch_size": batch_size,
     }
     if threads:
@@ -109,6 +117,61 @@ def evaluate(
     settings = _settings(loaded.recipe.evaluation, budgets, contract, problems, baselines)
     _move(loaded.gated, device)
     _measure(loaded, out or artifact / "evaluation", settings, quiet=quiet, **options)
+
+
+def split(
+    artifact: Annotated[
+        Path, typer.Option("--artifact", "-a", help="The artifact folder that training wrote.", show_default=False)
+    ],
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Shares of the dense compute of a token. Default: the recipe's budgets.", show_default=False),
+    ] = None,
+    think_shares: Annotated[
+        str, typer.Option(help="Caps on think tokens, as shares of the reference length; 1 for none.")
+    ] = "1,0.5,0.35,0.25",
+    problems: Annotated[int, typer.Option(min=1, help="Calibration examples a pair.")] = 300,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of generated problems. Default: the recipe's.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Most examples that run together.")] = 64,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The base model, where it is not at the place the artifact remembers.", show_default=False),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Find how one number, the work of a whole request, is best split between compute a token and think tokens.
+
+    Measures every pair on calibration examples and notes those that no other beats in the artifact, for
+    l2a compress evaluate --work and ArtifactConfig.split.
+    """
+    import torch
+
+    from l2a_compress.evaluation.console import print_split, progress_bar
+    from l2a_compress.evaluation.split import measure_split
+    from l2a_compress.training.store import load_artifact, note_metric
+
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = load_artifact(artifact, base=base)
+    computes = loaded.recipe.evaluation.budgets if budgets is None else _numbers(budgets, "--budgets")
+    shares = _numbers(think_shares, "--think-shares")
+    _move(loaded.gated, device)
+    with progress_bar(quiet=quiet) as progress:
+        found = measure_split(
+            loaded,
+            computes=computes,
+            think_shares=shares,
+            problems=problems,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    note_metric(artifact, "split", found.split.to_json())
+    print_split(found)
 
 
 def evaluate_artifact(artifact: Path, out: Path, *, quiet: bool = False) -> None:

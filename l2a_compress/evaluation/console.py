@@ -14,9 +14,10 @@ from rich.text import Text
 
 from l2a_compress.evaluation.frontier import Progress as Told
 from l2a_compress.evaluation.report import Report
+from l2a_compress.evaluation.split import MeasuredSplit
 from l2a_compress.evaluation.values import Point
 
-__all__ = ["print_report", "progress_bar", "table_of"]
+__all__ = ["print_report", "print_split", "progress_bar", "table_of"]
 
 
 @contextmanager
@@ -68,17 +69,17 @@ def _sections(report: Report) -> list[Sequence[Point]]:
     sections: list[Sequence[Point]] = [[report.dense, *short]]
     for contract in dict.fromkeys(point.contract for point in report.points):
         sections.append([point for point in report.points if point.contract == contract])
-    sections.append(report.think_points)
+    sections += [report.think_points, report.split_points]
     for name in dict.fromkeys(point.name for point in report.baselines):
         sections.append([point for point in report.baselines if point.name == name])
     return [section for section in sections if section]
 
 
 def _cells(point: Point, *, likely: bool) -> list[Text]:
-    if point.name == "l2a":
+    if point.name in ("l2a", "split"):
         name = f"L2A {point.contract} {point.budget:g}"
         if point.think_cap is not None:
-            name = f"L2A, think <= {point.think_cap}"
+            name = f"{name if point.name == 'split' else 'L2A'}, think <= {point.think_cap}"
     else:
         name = point.name.replace("_", " ") + (f" -{len(point.dropped_layers)}" if point.dropped_layers else "")
     cells = [name, f"{100 * point.accuracy:.1f}", f"{100 * point.accuracy_low:.1f}-{100 * point.accuracy_high:.1f}"]
@@ -91,6 +92,23 @@ def _cells(point: Point, *, likely: bool) -> list[Text]:
     if point.over_budget:
         texts[-2].stylize("bold red")
     return texts
+
+
+def print_split(found: MeasuredSplit, console: Console | None = None) -> None:
+    """Prints every pair that was measured, marking those that no other beats."""
+    kept = {(point.compute, point.think_tokens) for point in found.split.points}
+    title = f"exact match on {found.dense.n:,} calibration examples, in %; a star: nothing as cheap is as accurate"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for head in ("work", "exact", "95 %", "compute", "most think\ntokens", "tokens\nthought", ""):
+        table.add_column(head, justify="right", no_wrap=True)
+    for point in sorted(found.points, key=lambda point: -(point.work or 0.0)):
+        cells = [f"{100 * (point.work or 0.0) / (found.dense.work or 1.0):.1f}", f"{100 * point.accuracy:.1f}"]
+        cells += [f"{100 * point.accuracy_low:.1f}-{100 * point.accuracy_high:.1f}", f"{100 * point.budget:g}"]
+        cells += ["" if point.think_cap is None else str(point.think_cap), f"{point.think_tokens or 0.0:.1f}"]
+        table.add_row(*cells, "*" if (point.budget, point.think_cap) in kept else "")
+    console = console or Console()
+    console.print(table)
+    console.print(f"dense: {100 * found.dense.accuracy:.1f} %, {found.dense.think_tokens or 0.0:.1f} tokens thought")
 
 
 def print_report(report: Report, files: Mapping[str, Path], console: Console | None = None) -> None:

@@ -30,6 +30,7 @@ from l2a_compress.modeling.generation import GenerationConfig
 from l2a_compress.training.collate import Collator
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.encode import UnfitError, encode
+from l2a_compress.training.examples import Split
 from l2a_compress.training.recipe import EvalConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def evaluate(
     metric: Metric | None = None,
     seed: int | None = None,
     think_shares: Sequence[float] = THINK_SHARES,
+    works: Sequence[float] = (),
     batch_size: int = 64,
     progress: Progress | None = None,
 ) -> Report:
@@ -64,6 +66,7 @@ def evaluate(
         metric: ``accuracy`` generates and compares answers, ``nll`` is teacher-forced; by default what the data allows.
         seed: Of generated problems; by default the recipe's.
         think_shares: Caps on think tokens, as shares of the gates' ``think_reference``, measured at the full compute.
+        works: Shares of the dense model's work of a request, each measured by the split that the artifact notes for it.
         batch_size: Most problems that run together.
         progress: Told how far it is.
 
@@ -81,17 +84,17 @@ def evaluate(
     refused = [name for name in names if metric == "nll" and name in OTHERS]
     if refused:
         raise ConfigError(f"baseline {refused[0]!r} is about generated tokens; leave it out, or use --metric accuracy")
-    began, bench = time.perf_counter(), _bench(artifact, settings, data, metric, seed, batch_size)
+    began, bench = time.perf_counter(), bench_of(artifact, settings, data, metric, seed, batch_size)
     with evaluating(artifact.gated):
-        reference = bench.gated.gate_config.think_reference
-        caps = [round(share * reference) for share in think_shares] if metric == "accuracy" else []
+        caps = [think_cap(bench, share) for share in think_shares] if metric == "accuracy" else []
         runs = _gated_runs(bench, settings.budgets, contracts, caps)
         context = Context(artifact.gated, lambda: _calibration(artifact, bench, seed))
         priced = [run for run in runs if run.budget.think_tokens is None]
         capped = [run for run in priced if run.contract == "cap"]
         runs += baseline_runs(bench, context, names, [_cost(bench, run) for run in capped or priced], caps)
+        runs += _split_runs(bench, artifact, works, metric)
         runs = [dense_run(bench, name) for name in _references(bench, metric)] + runs
-        measured = _measure_all(bench, runs, metric, progress)
+        measured = measure_all(bench, runs, metric, progress)
     cost = artifact.gated.cost
     points = [point_of(run, one, cost, metric=metric, seed=seed) for run, one in zip(runs, measured, strict=True)]
     return Report(
@@ -130,20 +133,28 @@ def _metric_for(data: DataConfig | MixtureConfig, seed: int) -> Metric:
     return "accuracy" if example.kind == "reasoning" else "nll"
 
 
-def _bench(
+def bench_of(
     artifact: LoadedArtifact,
     settings: EvalConfig,
     data: DataConfig | MixtureConfig,
     metric: Metric,
     seed: int,
     batch_size: int,
+    *,
+    split: Split = "heldout",
 ) -> Bench:
+    """The model on problems of a split.
+
+    Raises:
+        ConfigError: an unknown metric, or one that the data does not allow.
+        DataError: the data cannot be read or is empty.
+    """
     if metric not in get_args(Metric):
         raise ConfigError(f"metric {metric!r}: choose from {', '.join(get_args(Metric))}")
     return Bench(
         gated=artifact.gated,
         tokenizer=artifact.tokenizer,
-        problems=held_out(data, artifact.tokenizer, metric=metric, count=settings.problems, seed=seed),
+        problems=held_out(data, artifact.tokenizer, metric=metric, count=settings.problems, seed=seed, split=split),
         generation=GenerationConfig(max_think_tokens=settings.max_think_tokens),
         batch_size=batch_size,
     )
@@ -158,6 +169,23 @@ def _gated_runs(
     return runs + [allocate(bench, Budget(think_tokens=cap), "cap") for cap in think_caps]
 
 
+def _split_runs(bench: Bench, artifact: LoadedArtifact, works: Sequence[float], metric: Metric) -> list[Run]:
+    if not works:
+        return []
+    if metric != "accuracy":
+        raise ConfigError("work is of generated tokens: measure it with the metric accuracy")
+    split = artifact.config.split
+    if split is None:
+        raise ConfigError("the artifact notes no split of work; measure one with l2a compress split")
+    budgets = [split.at(work).budget for work in sorted(set(works), reverse=True)]
+    return [dataclasses.replace(allocate(bench, budget, "cap"), name="split") for budget in budgets]
+
+
+def think_cap(bench: Bench, share: float) -> int:
+    """A cap on think tokens, of a share of the longest full reasoning."""
+    return round(share * bench.gated.gate_config.think_reference)
+
+
 def _cost(bench: Bench, run: Run) -> float:
     return fmean(bench.gated.cost.fraction(allocation) for allocation in run.allocations)
 
@@ -168,7 +196,8 @@ def _references(bench: Bench, metric: Metric) -> tuple[str, ...]:
     return ("dense", "dense_short") if both else ("dense",)
 
 
-def _measure_all(bench: Bench, runs: Sequence[Run], metric: Metric, progress: Progress | None) -> list[Measured]:
+def measure_all(bench: Bench, runs: Sequence[Run], metric: Metric, progress: Progress | None) -> list[Measured]:
+    """One measurement per run, in order; of runs that do the same, one is measured."""
     total, done = len(runs) * len(bench.problems), 0
 
     def tick(label: str, count: int) -> None:
@@ -220,7 +249,8 @@ def _sorted(points: Sequence[Point], contracts: Sequence[Contract]) -> dict[str,
         "dense_short": named.get("dense_short"),
         "points": frontier,
         "think_points": tuple(point for point in gated if point.think_cap is not None),
-        "baselines": tuple(p for p in points if p.name != "l2a" and not p.name.startswith("dense")),
+        "split_points": tuple(point for point in points if point.name == "split"),
+        "baselines": tuple(p for p in points if p.name not in ("l2a", "split") and not p.name.startswith("dense")),
         "frontier": {
             contract: check_frontier([point for point in frontier if point.contract == contract])
             for contract in contracts

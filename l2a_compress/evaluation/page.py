@@ -117,6 +117,8 @@ def _parts(report: Report) -> list[tuple[str, Sequence[Point]]]:
         parts.append((f"L2A, {contract}", [point for point in report.points if point.contract == contract]))
     if report.think_points:
         parts.append(("L2A, full compute with a cap on think tokens", report.think_points))
+    if report.split_points:
+        parts.append(("L2A, work split between compute a token and think tokens", report.split_points))
     for name in dict.fromkeys(point.name for point in report.baselines):
         title = f"Baseline: {escape(name.replace('_', ' '))}"
         parts.append((title, [point for point in report.baselines if point.name == name]))

@@ -251,6 +251,7 @@ def point_of(run: Run, measured: Measured, cost: CostModel, *, metric: Metric, s
         heat={name: _heat(part) for name, part in (_grouped(rows, "difficulty") or {"all": list(rows)}).items()},
         think_histogram=_histogram(rows),
         outcomes="".join(str(row.hits) for row in rows) if metric == "accuracy" else "",
+        work=fmean(_work(row, cost) for row in rows) if metric == "accuracy" else None,
         **likely,
     )
 
@@ -267,6 +268,11 @@ def _slice(rows: Sequence[Row], cost: CostModel) -> Slice:
         cost=fmean(_cost(row, cost) for row in rows),
         think_tokens=fmean(written) if written else None,
     )
+
+
+def _work(row: Row, cost: CostModel) -> float:
+    """Tokens of the dense model that cost as much as what was written."""
+    return _cost(row, cost) * ((row.think or 0) + row.answer)
 
 
 def _cost(row: Row, cost: CostModel) -> float:

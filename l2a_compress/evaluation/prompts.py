@@ -46,16 +46,22 @@ class Problem:
 
 
 def held_out(
-    data: DataConfig | MixtureConfig, tokenizer: PreTrainedTokenizerBase, *, metric: Metric, count: int, seed: int
+    data: DataConfig | MixtureConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    metric: Metric,
+    count: int,
+    seed: int,
+    split: Split = "heldout",
 ) -> list[Problem]:
-    """Up to ``count`` problems of the held-out split, evenly spread over it.
+    """Up to ``count`` problems of the held-out split, or another, evenly spread over it.
 
     Raises:
         ConfigError: ``accuracy`` is asked of data without exact answers.
         DataError: no example can be encoded.
     """
     problems = []
-    for example in examples_of(data, "heldout", count=count, seed=seed):
+    for example in examples_of(data, split, count=count, seed=seed):
         if metric == "accuracy" and example.kind != "reasoning":
             raise ConfigError(f"data of kind {example.kind!r} has no exact answer to compare with; use --metric nll")
         problem = _problem(example, tokenizer, data.max_length, labelled=metric == "nll")

@@ -34,6 +34,7 @@ class Report:
         dense_short: The same asked for short reasoning, or None.
         points: The gated model at each budget under each contract.
         think_points: The gated model at full compute under caps on think tokens.
+        split_points: The gated model at shares of the dense model's work of a request, split as the artifact notes.
         baselines: Static methods on the frozen base model.
         frontier: By contract, whether quality grows with the budget.
     """
@@ -47,6 +48,7 @@ class Report:
     dense_short: Point | None = None
     points: tuple[Point, ...]
     think_points: tuple[Point, ...] = ()
+    split_points: tuple[Point, ...] = ()
     baselines: tuple[Point, ...] = ()
     frontier: Mapping[str, FrontierCheck] = field(default_factory=dict)
 
@@ -54,7 +56,7 @@ class Report:
     def everything(self) -> tuple[Point, ...]:
         """All points in the order of tables: dense, the gated model, baselines."""
         short = (self.dense_short,) if self.dense_short else ()
-        return (self.dense, *short, *self.points, *self.think_points, *self.baselines)
+        return (self.dense, *short, *self.points, *self.think_points, *self.split_points, *self.baselines)
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``report.json``."""
@@ -69,6 +71,7 @@ class Report:
             "dense_short": self.dense_short.to_json() if self.dense_short else None,
             "points": [point.to_json() for point in self.points],
             "think_points": [point.to_json() for point in self.think_points],
+            "split_points": [point.to_json() for point in self.split_points],
             "baselines": [point.to_json() for point in self.baselines],
             "frontier": {name: check.to_json() for name, check in self.frontier.items()},
             "by_difficulty": self._by_difficulty(),
@@ -85,7 +88,8 @@ class Report:
         validate(data)
         short = data.get("dense_short")
         lists: dict[str, Any] = {
-            name: tuple(map(Point.from_json, data.get(name, ()))) for name in ("points", "think_points", "baselines")
+            name: tuple(map(Point.from_json, data.get(name, ())))
+            for name in ("points", "think_points", "split_points", "baselines")
         }
         checks = {
             name: FrontierCheck(**{**check, "between": tuple(check["between"])})

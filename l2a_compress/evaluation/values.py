@@ -155,6 +155,7 @@ class Point:
     heat: Mapping[str, Heat] = field(default_factory=dict)
     think_histogram: tuple[int, ...] = ()
     outcomes: str = ""
+    work: float | None = None
     nll_by_problem: tuple[float, ...] = ()
     agreement_by_problem: tuple[float, ...] = ()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,19 @@ def save_artifact(
             files=describe_files(temporary),
         )
         config.write(temporary)
+    return config
+
+
+def note_metric(folder: str | Path, name: str, value: Any) -> ArtifactConfig:
+    """Puts something that was measured into an artifact's ``metrics``, in the place of what had that name.
+
+    Raises:
+        ArtifactError: the folder is not a whole artifact.
+        StorageError: the disk is full or the folder is not writable.
+    """
+    config = ArtifactConfig.load(folder)
+    config = replace(config, metrics={**config.metrics, name: value})
+    config.write(folder)
     return config
 
 
