@@ -21,7 +21,7 @@ import torch
 from transformers import PretrainedConfig
 
 from l2a_compress.allocation import Allocation
-from l2a_compress.artifact import ARTIFACT_FILE
+from l2a_compress.artifact import ARTIFACT_FILE, ArtifactConfig
 from l2a_compress.bundle import DIALECTS, PRECISIONS, SCHEMA_VERSION, Bundle, GraphEntry, describe_bundle
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
@@ -224,7 +224,7 @@ def export(
             whole_cache=options.whole_cache,
             prices=tuple((float(budget), float(price)) for budget, price in gated.prices),
             graphs=tuple(graphs),
-            quality=_quality(artifact),
+            quality=_quality(artifact, loaded.config),
             versions={name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
             files=describe_bundle(folder),
         )
@@ -395,13 +395,14 @@ def _save(
     return GraphEntry(name=name, file=file, kind=kind, budget=budget, allocation=allocation, cost=cost, sizes=sizes)
 
 
-def _quality(artifact: Path) -> tuple[dict[str, Any], ...]:
-    """The points of the evaluation that stands beside the artifact, where there is one."""
+def _quality(artifact: Path, config: ArtifactConfig) -> tuple[dict[str, Any], ...]:
+    """The splits that the artifact notes, and the points of the evaluation that stands beside it, where there are."""
+    splits = [{"name": "split", **point} for point in config.split.to_json()] if config.split else []
     report = artifact.parent / "evaluation" / "report.json"
     if not report.is_file():
-        return ()
+        return tuple(splits)
     try:
         points = json.loads(report.read_text())["points"]
-        return tuple(dict(point) for point in points)
+        return (*(dict(point) for point in points), *splits)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{report}: not a report ({error}); evaluate the artifact again or move the file") from error

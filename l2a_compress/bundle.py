@@ -18,6 +18,7 @@ from l2a_compress._listing import FileEntry
 from l2a_compress.allocation import Allocation
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.errors import AllocationError, BundleError, ConfigError
+from l2a_compress.split import Split
 
 __all__ = ["COSTS_FILE", "MANIFEST_FILE", "WEIGHT_FILE", "Bundle", "GraphEntry", "describe_bundle"]
 
@@ -117,7 +118,8 @@ class Bundle:
         whole_cache: Whether layers that the ``If`` graph skips still write keys and values, so that it may grow.
         prices: Calibrated ``(budget, price)`` pairs of the ``mean`` contract.
         graphs: The graphs, the variants from the largest budget to the smallest.
-        quality: What the artifact's evaluation says of each budget, as points of report.json; may be empty.
+        quality: What the artifact's evaluation says of each budget, as points of report.json, and the splits of work
+            that it notes, by the name ``split``; may be empty.
         versions: Versions of the packages that made it.
         files: Every other file of the folder, by its path relative to the folder with forward slashes.
 
@@ -186,6 +188,16 @@ class Bundle:
         return tuple(graph for graph in self.graphs if graph.kind in ("if", "variant"))
 
     @property
+    def split(self) -> Split | None:
+        """How the work of a request is best split over the axes; None where the artifact did not note it.
+
+        Raises:
+            BundleError: what ``quality`` says of it is no split.
+        """
+        found = [{key: value for key, value in one.items() if key != "name"} for one in self.quality if _of_split(one)]
+        return Split.from_json(found, where="quality", error=BundleError) if found else None
+
+    @property
     def if_graph(self) -> GraphEntry | None:
         """The ``If`` graph, where the bundle has one."""
         return next((graph for graph in self.graphs if graph.kind == "if"), None)
@@ -251,6 +263,10 @@ def describe_bundle(folder: str | Path) -> dict[str, FileEntry]:
 def _plain(cls: type[Any], data: object) -> dict[str, Any]:
     values = _validate.keywords(cls, data, BundleError, optional=frozenset())
     return _validate.json_object(values, "", BundleError)
+
+
+def _of_split(point: Mapping[str, Any]) -> bool:
+    return point.get("name") == "split"
 
 
 def _graph(data: object, at: int) -> GraphEntry:

@@ -8,12 +8,12 @@ other beats are kept in the artifact, to be asked for by one number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from l2a_compress import _validate
 from l2a_compress.budget import Budget
-from l2a_compress.errors import ArtifactError, BudgetError
+from l2a_compress.errors import ArtifactError, BudgetError, L2AError
 
 __all__ = ["Split", "SplitPoint"]
 
@@ -74,28 +74,30 @@ class Split:
         return [asdict(point) for point in self.points]
 
     @classmethod
-    def from_json(cls, data: object) -> Split:
-        """Reads a split, as of ``metrics.split`` of an artifact.
+    def from_json(cls, data: object, *, where: str = "metrics.split", error: type[L2AError] = ArtifactError) -> Split:
+        """Reads a split.
+
+        Args:
+            data: as :meth:`to_json` gives it.
+            where: what messages call it.
+            error: what is raised.
 
         Raises:
-            ArtifactError: it is none.
+            L2AError: it is no split; of the type ``error``.
         """
         if not isinstance(data, Sequence) or isinstance(data, str):
-            raise ArtifactError(f"metrics.split must be a list, found {_validate.shown(data)}")
-        return cls.best_of(_point(entry) for entry in data)
+            raise error(f"{where} must be a list, found {_validate.shown(data)}")
+        return cls.best_of(_point(entry, f"{where}[{at}]", error) for at, entry in enumerate(data))
 
 
-def _point(data: object) -> SplitPoint:
-    values: Mapping[str, object] = _validate.keywords(SplitPoint, data, ArtifactError, optional=frozenset())
-    where, tokens = "metrics.split", values["think_tokens"]
-    shares = {}
-    for name in ("compute", "work", "accuracy"):
-        shares[name] = _validate.number(values[name], f"{where}.{name}", ArtifactError)
-    if tokens is not None:
-        tokens = _validate.integer(tokens, f"{where}.think_tokens", ArtifactError, minimum=0)
+def _point(data: object, where: str, error: type[L2AError]) -> SplitPoint:
     try:
-        point = SplitPoint(think_tokens=tokens, **shares)
-        point.budget  # noqa: B018  what it asks for must be a budget
-    except BudgetError as error:
-        raise ArtifactError(f"{where}: {error}") from None
-    return point
+        values = _validate.keywords(SplitPoint, data, error, optional=frozenset())
+    except L2AError as problem:
+        raise error(f"{where}: {problem}") from None
+    shares = {name: _validate.number(values[name], f"{where}.{name}", error) for name in ("work", "accuracy")}
+    try:
+        budget = Budget(compute=values["compute"], think_tokens=values["think_tokens"])
+    except BudgetError as problem:
+        raise error(f"{where}: {problem}") from None
+    return SplitPoint(compute=budget.compute, think_tokens=budget.think_tokens, **shares)

@@ -33,6 +33,10 @@ def run(
     bundle: Folder,
     prompt: Annotated[str, typer.Argument(help="What to answer.", show_default=False)],
     budget: Annotated[str, typer.Option(help="Share of the dense compute, in (0, 1], or auto.")] = "1.0",
+    work: Annotated[
+        float | None,
+        typer.Option(help="Share of the dense model's work of an answer, split as l2a compress split found best."),
+    ] = None,
     layers: Annotated[int | None, typer.Option(help="Most layers.")] = None,
     heads: Annotated[int | None, typer.Option(help="Most KV groups, summed over the layers.")] = None,
     max_think_tokens: Annotated[int, typer.Option(help="Most tokens of reasoning.")] = 160,
@@ -61,6 +65,8 @@ def run(
     limits = Limits(max_think_tokens=max_think_tokens, max_answer_tokens=max_answer_tokens, stop=tuple(stop or ()))
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     asked = "auto" if budget == "auto" else Budget(compute=_share(budget), layers=layers, heads=heads)
+    if work is not None and (budget != "1.0" or layers is not None or heads is not None):
+        raise ConfigError("--work says what to spend on every axis; leave out --budget, --layers and --heads")
     if asked == "auto" and (layers is not None or heads is not None):
         raise ConfigError("--layers and --heads are caps of a budget that is given; leave them out with --budget auto")
     runtime = Runtime.open(
@@ -73,6 +79,11 @@ def run(
         provider=provider,  # type: ignore[arg-type]  # checked where a session is opened
         open_engine=None if engines is None else partial(EngineDecoder, target=engines),
     )
+    if work is not None:
+        split = runtime.engine.bundle.split
+        if split is None:
+            raise ConfigError(f"{bundle}: notes no split of work; l2a compress split the artifact and export it again")
+        asked = split.at(work).budget
     if stats:
         typer.echo(f"runs on {runtime.engine.runs_on}", err=True)
     if asked == "auto":

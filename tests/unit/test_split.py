@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
+import toy_models
 from l2a_compress._cli import main
 from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.budget import Budget
-from l2a_compress.errors import ArtifactError, BudgetError, ConfigError
+from l2a_compress.bundle import Bundle
+from l2a_compress.errors import ArtifactError, BudgetError, BundleError, ConfigError
 from l2a_compress.evaluation.split import measure_split
+from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.split import Split, SplitPoint
-from l2a_compress.training.store import load_artifact
+from l2a_compress.training.store import load_artifact, note_metric
 from test_evaluation_cli import saved_artifact
 from toy_evaluation import new_artifact
 
@@ -63,6 +66,8 @@ GOOD = {"compute": 0.5, "think_tokens": None, "work": 0.5, "accuracy": 0.5}
 def test_what_is_no_split_is_refused(data: object, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         Split.from_json(data)
+    with pytest.raises(BundleError, match="quality"):
+        Split.from_json(data, where="quality", error=BundleError)
 
 
 def test_every_pair_is_measured_on_problems_that_are_not_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +122,23 @@ def test_the_command_notes_the_split_and_evaluation_asks_for_it(
     assert (measured["budget"], measured["think_cap"]) == (least.compute, least.think_tokens)
     assert main(["compress", "evaluate", "-a", str(artifact), "--work", "0.0001", *quiet]) != 0
     assert "ask for more" in capsys.readouterr().err
+
+
+def test_a_bundle_is_asked_by_the_number_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact, bundle = toy_models.new_artifact(tmp_path), tmp_path / "bundle"
+    split = Split.best_of([point(0.2, 0.6, 0.6, 4), point(1.0, 0.9, 1.0)])
+    export(artifact, tmp_path / "without", ExportOptions(budgets=(1.0,), calibration=4))
+    note_metric(artifact, "split", split.to_json())
+    export(artifact, bundle, ExportOptions(budgets=(1.0, 0.6), calibration=4))
+    assert Bundle.load(bundle).split == split
+    run = ["--threads", "1", "--stats", "--max-answer-tokens", "2"]
+    assert main(["run", str(bundle), "Tom has 3 apples.", "--work", "0.5", *run]) == 0
+    assert "budget 0.6, think_tokens <= 4" in capsys.readouterr().out
+    for flags, message in (
+        (["--work", "0.5", "--layers", "3"], "leave out --budget, --layers and --heads"),
+        (["--work", "0.1"], "the least that was measured is 0.200"),
+    ):
+        assert main(["run", str(bundle), "Tom", *flags, *run]) != 0
+        assert message in capsys.readouterr().err
+    assert main(["run", str(tmp_path / "without"), "Tom", "--work", "0.5", *run]) != 0
+    assert "notes no split of work" in capsys.readouterr().err
