@@ -39,7 +39,7 @@ GRADIENT = (
 )
 # What a run has beyond the recipe's: time, and the budgets that it meets.
 LONG = (
-    *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024"),
+    *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024", "evaluation.demand_rows=8192"),
     *("annealing.explore=0.2", "annealing.settle=0.2", "annealing.search_rows=192"),
     *("annealing.search_trials=30", "annealing.trial_steps=80"),
 )

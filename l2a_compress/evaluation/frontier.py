@@ -27,9 +27,8 @@ from l2a_compress.evaluation.workers import measure_runs
 from l2a_compress.limits import Contract as GateContract
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import GenerationConfig
-from l2a_compress.training.collate import Collator
+from l2a_compress.training.calibration import example_batches
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
-from l2a_compress.training.encode import UnfitError, encode
 from l2a_compress.training.examples import Split
 from l2a_compress.training.recipe import EvalConfig
 
@@ -223,19 +222,13 @@ def _what_runs(run: Run) -> Any:
 
 def _calibration(artifact: LoadedArtifact, bench: Bench, seed: int) -> list[dict[str, Tensor]]:
     """Whole examples of the recipe's calibration split; where its data is gone, the prompts that are evaluated."""
-    collate, encoded = Collator.of(artifact.tokenizer), []
+    data = artifact.recipe.data
     try:
-        examples = examples_of(artifact.recipe.data, "calibration", count=_CALIBRATION_ROWS, seed=seed)
+        examples = examples_of(data, "calibration", count=_CALIBRATION_ROWS, seed=seed)
     except DataError:
         examples = [problem.example for problem in bench.problems[:_CALIBRATION_ROWS]]
-    for example in examples:
-        style = next(iter(example.traces), None)
-        try:
-            encoded.append(encode(example, artifact.tokenizer, style))
-        except UnfitError:
-            continue
+    batches = example_batches(examples, artifact.tokenizer, max_length=data.max_length)
     device = artifact.gated.model.device
-    batches = [collate(encoded[start : start + 16]) for start in range(0, len(encoded), 16)]
     return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
 

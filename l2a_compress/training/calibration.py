@@ -1,14 +1,19 @@
-"""The prompts that gates are calibrated on: prices, a bundle's ladder, and the parity check of its graphs."""
+"""What gates are calibrated on: prices, the demand head, a bundle's ladder, and the parity check of its graphs."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from contextlib import suppress
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.training.collate import Collator, left_padded
 from l2a_compress.training.data import load_examples
-from l2a_compress.training.encode import UnfitError, encode_prompt
-from l2a_compress.training.examples import Example
+from l2a_compress.training.data_config import DataConfig
+from l2a_compress.training.encode import UnfitError, encode, encode_prompt
+from l2a_compress.training.examples import Encoded, Example
 from l2a_compress.training.recipe import Recipe
 
 
@@ -23,6 +28,35 @@ def calibration_prompts(
         left_padded(rows[at : at + batch_size], Collator.of(tokenizer).pad_token_id)
         for at in range(0, len(rows), batch_size)
     ]
+
+
+def calibration_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int, batch_size: int = 64
+) -> list[dict[str, Tensor]]:
+    """Batches of whole examples of the calibration split, as of :func:`example_batches`.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    data = recipe.data
+    if isinstance(data, DataConfig) and data.kind == "embedded" and data.limit is None:
+        data = dataclasses.replace(data, limit=count)  # generated problems: there are as many as are asked for
+    examples = load_examples(data, "calibration", recipe.seed)
+    some = [examples[place] for place in range(min(count, len(examples)))]
+    return example_batches(some, tokenizer, max_length=data.max_length, batch_size=batch_size)
+
+
+def example_batches(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, batch_size: int = 16
+) -> list[dict[str, Tensor]]:
+    """Batches of whole examples that fit, each with its longest reasoning, by length."""
+    found = list[Encoded]()
+    for example in examples:
+        with suppress(UnfitError):
+            found.append(encode(example, tokenizer, next(iter(example.traces), None), max_length))
+    found.sort(key=lambda encoded: len(encoded["input_ids"]))
+    collate = Collator.of(tokenizer)
+    return [collate(found[start : start + batch_size]) for start in range(0, len(found), batch_size)]
 
 
 def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int] | None:

@@ -122,6 +122,8 @@ class EvalConfig:
         contracts: of ``cap`` and ``mean``.
         problems: held-out problems a point.
         calibration: prompts that the prices of ``mean`` are calibrated on.
+        demand_rows: calibration examples that the demand head is fitted on anew, each at several budgets, when training
+            ends; 0 leaves it as it was trained.
         baselines: named ones, as they are.
         max_think_tokens: hard cap on reasoning.
     """
@@ -130,6 +132,7 @@ class EvalConfig:
     contracts: tuple[str, ...] = ("cap", "mean")
     problems: int = 500
     calibration: int = 1024
+    demand_rows: int = 0
     baselines: tuple[str, ...] = ()
     max_think_tokens: int = 160
 

@@ -26,9 +26,10 @@ from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
 from l2a_compress.modeling.tags import ensure_tags
-from l2a_compress.training.calibration import calibration_prompts
+from l2a_compress.training.calibration import calibration_batches, calibration_prompts
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import MixtureConfig
+from l2a_compress.training.demand import fit_demand
 from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples, in_batches, whole_samples
 from l2a_compress.training.search import search
@@ -127,6 +128,11 @@ def train(
         return out / "artifact"
     _write_log(trainer, out / LOG_FILE)
     if not recipe.static.method:
+        if recipe.evaluation.demand_rows and gated.allocator.demand is not None:
+            examples = calibration_batches(recipe, tokenizer, recipe.evaluation.demand_rows)
+            device = gated.model.device
+            moved = [{name: value.to(device) for name, value in batch.items()} for batch in examples]
+            fit_demand(gated, moved, seed=recipe.seed)
         calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration)
         gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
     last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
