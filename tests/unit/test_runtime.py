@@ -792,8 +792,8 @@ def change(engine: Engine, requests: list[Request]) -> None:
 def test_the_runtime_imports_fast_and_without_torch(made: Path) -> None:
     code = (
         "import sys, time; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'onnx', 'onnx_ir')))\n"
-        "start = time.perf_counter()\nfrom l2a_compress.runtime import Runtime\n"
-        "print(time.perf_counter() - start)\n"
+        "start = time.process_time()\nfrom l2a_compress.runtime import Runtime\n"  # the machine may be loaded
+        "print(time.process_time() - start)\n"
         f"print(Runtime.open({str(made)!r}, threads=1).generate([{TEXT!r}])[0].layers)"
     )
     found = [
