@@ -379,7 +379,8 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
         ("L2A, less compute alone", [p for p in report["points"] if p["contract"] == "cap"], "s-"),
         ("dense, cut off", [*[p for p in frozen if p["name"] == "think_cap"], dense], "x:"),
     ):
-        right.plot(*zip(*_work(side, report["dense"]), strict=True) if side else ((), ()), style, label=label)
+        if side:
+            right.plot(*zip(*_work(side, report["dense"]), strict=True), style, label=label)
     right.set(xlabel="think tokens by their cost, share of dense", ylim=(0, 102), xlim=(0, 1.02))
     right.legend(fontsize=7, loc="lower right")
     PICTURES.mkdir(exist_ok=True)
