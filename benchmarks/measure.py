@@ -13,10 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from l2a_compress._machine import processor
 from l2a_compress.files import write_atomic
+
+if TYPE_CHECKING:
+    from l2a_compress.evaluation.values import Point
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("l2a-compress", "torch", "transformers", "peft", "accelerate", "gguf")
@@ -92,6 +95,18 @@ def machine(threads: int) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def progress(label: str, done: int, total: int) -> None:
+    """One line that says how far an evaluation is."""
+    print(f"  {label}: {done}/{total} problems" + " " * 20, end="\r", flush=True)
+
+
+def likelihood(point: Point) -> dict[str, Any]:
+    """What a record keeps of a point that was measured by likelihood."""
+    names = ("name", "budget", "cost", "layer_sparsity", "head_sparsity", "nll", "kl", "over_budget", "n", "seed")
+    agreement = {"agreement": point.accuracy, "low": point.accuracy_low, "high": point.accuracy_high}
+    return {name: getattr(point, name) for name in names} | agreement
 
 
 class Peer:

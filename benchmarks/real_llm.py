@@ -18,16 +18,15 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from fetch_models import DEFAULT_CACHE, SOURCES, fetch
-from measure import RESULTS, machine
+from measure import RESULTS, likelihood, machine, progress
 
 from l2a_compress.evaluation.frontier import evaluate
-from l2a_compress.evaluation.values import Point
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.families import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, attention_of, decoder_layers
 from l2a_compress.modeling.loading import load_base
@@ -38,6 +37,7 @@ from l2a_compress.training.run import train
 from l2a_compress.training.store import load_artifact
 
 RESULT = RESULTS / "real_llm.json"
+KEPT = ("dropped_layers", "nll_by_problem", "agreement_by_problem")
 BUDGETS = (1.0, 0.875, 0.75, 2 / 3, 0.5625)
 STATIC = {
     f"{method}-{round(100 * compute)}": (method, compute)
@@ -124,31 +124,16 @@ def measure(options: argparse.Namespace) -> None:
         loaded = load_artifact(artifact)
         static = loaded.config.metrics.get("static")
         budgets = (static["budget"],) if static else tuple(math.ceil(1e4 * budget) / 1e4 for budget in BUDGETS)
-        settings = _evaluation(loaded.recipe, budgets, options.problems)
-        report = evaluate(loaded, settings, metric="nll", think_shares=(), batch_size=8, progress=_shown)
+        settings = replace(
+            loaded.recipe.evaluation, budgets=budgets, contracts=("cap",), problems=options.problems, baselines=()
+        )
+        report = evaluate(loaded, settings, metric="nll", think_shares=(), batch_size=8, progress=progress)
         points = [report.dense, *report.points] if name == "l2a" else report.points
-        found["points"][name] = [_short(point) for point in points]
+        found["points"][name] = [likelihood(point) | {name: getattr(point, name) for name in KEPT} for point in points]
         found.setdefault("training", {})[name] = dict(loaded.config.metrics)
         found["settings"] = {"common": COMMON, "l2a": GATED, "steps": options.steps, "sft_steps": options.sft_steps}
         write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
     report_of(content)
-
-
-def _evaluation(recipe: Recipe, budgets: Sequence[float], problems: int) -> Any:
-    from dataclasses import replace
-
-    return replace(recipe.evaluation, budgets=tuple(budgets), contracts=("cap",), problems=problems, baselines=())
-
-
-def _shown(label: str, done: int, total: int) -> None:
-    print(f"  {label}: {done}/{total} problems" + " " * 20, end="\r", flush=True)
-
-
-def _short(point: Point) -> dict[str, Any]:
-    names = ["budget", "cost", "layer_sparsity", "nll", "kl", "over_budget", "n", "dropped_layers"]
-    names += ["nll_by_problem", "agreement_by_problem"]
-    agreement = {"agreement": point.accuracy, "low": point.accuracy_low, "high": point.accuracy_high}
-    return {name: getattr(point, name) for name in names} | agreement
 
 
 def report_of(content: dict[str, Any]) -> None:

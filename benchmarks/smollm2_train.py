@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import verdict
+from measure import likelihood, progress, verdict
 from smollm2_setup import Setup
 
 from l2a_compress.evaluation.frontier import evaluate
@@ -107,26 +107,16 @@ def real_run(setup: Setup, overrides: list[str]) -> dict[str, Any]:
         train(recipe, out)
     minutes = (time.perf_counter() - began) / 60
     log = _log(out)
-    report = evaluate(load_artifact(artifact), metric="nll", batch_size=16, progress=_shown)
+    report = evaluate(load_artifact(artifact), metric="nll", batch_size=16, progress=progress)
     print(" " * 60, end="\r")
     points = {
-        "dense": [_short(report.dense)],
-        "l2a": [_short(point) for point in report.points],
-        "baselines": [_short(point) for point in report.baselines],
+        "dense": [likelihood(report.dense)],
+        "l2a": [likelihood(point) for point in report.points],
+        "baselines": [likelihood(point) for point in report.baselines],
     }
     _table(points)
     ends = [{name: row.get(name) for name in ("step", *COMPARED, "cost")} for row in log[:1] + log[-1:]]
     return {"points": points, "training": {"minutes": round(minutes, 1), "resumed_from": before, "first_last": ends}}
-
-
-def _shown(label: str, done: int, total: int) -> None:
-    print(f"  {label}: {done}/{total} problems" + " " * 20, end="\r", flush=True)
-
-
-def _short(point: Any) -> dict[str, Any]:
-    names = ("name", "budget", "cost", "layer_sparsity", "head_sparsity", "nll", "kl", "over_budget", "n", "seed")
-    agreement = {"agreement": point.accuracy, "low": point.accuracy_low, "high": point.accuracy_high}
-    return {name: getattr(point, name) for name in names} | agreement
 
 
 def _table(points: dict[str, list[dict[str, Any]]]) -> None:

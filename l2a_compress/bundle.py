@@ -194,7 +194,8 @@ class Bundle:
         Raises:
             BundleError: what ``quality`` says of it is no split.
         """
-        found = [{key: value for key, value in one.items() if key != "name"} for one in self.quality if _of_split(one)]
+        splits = [point for point in self.quality if point.get("name") == "split"]
+        found = [{key: value for key, value in point.items() if key != "name"} for point in splits]
         return Split.from_json(found, where="quality", error=BundleError) if found else None
 
     @property
@@ -263,10 +264,6 @@ def describe_bundle(folder: str | Path) -> dict[str, FileEntry]:
 def _plain(cls: type[Any], data: object) -> dict[str, Any]:
     values = _validate.keywords(cls, data, BundleError, optional=frozenset())
     return _validate.json_object(values, "", BundleError)
-
-
-def _of_split(point: Mapping[str, Any]) -> bool:
-    return point.get("name") == "split"
 
 
 def _graph(data: object, at: int) -> GraphEntry:

@@ -15,10 +15,24 @@ if TYPE_CHECKING:
     from l2a_compress.training.store import LoadedArtifact
 
 
+Artifact = Annotated[
+    Path, typer.Option("--artifact", "-a", help="The artifact folder that training wrote.", show_default=False)
+]
+Seed = Annotated[
+    int | None, typer.Option(min=0, help="Of generated problems. Default: the recipe's.", show_default=False)
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Most examples that run together.")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="The base model, where it is not at the place the artifact remembers.", show_default=False),
+]
+Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+
+
 def evaluate(
-    artifact: Annotated[
-        Path, typer.Option("--artifact", "-a", help="The artifact folder that training wrote.", show_default=False)
-    ],
+    artifact: Artifact,
     budgets: Annotated[
         str | None,
         typer.Option(help="Shares of the dense compute, e.g. 1.0,0.8,0.6. Default: the recipe's.", show_default=False),
@@ -74,20 +88,15 @@ def evaluate(
             "measured by the split that l2a compress split noted, e.g. 0.6,0.4,0.3."
         ),
     ] = "",
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of generated problems. Default: the recipe's.", show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most examples that run together.")] = 64,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The base model, where it is not at the place the artifact remembers.", show_default=False),
-    ] = None,
+    seed: Seed = None,
+    batch_size: BatchSize = 64,
+    base: Base = None,
     out: Annotated[
         Path | None, typer.Option(help="Where the files go. Default: ARTIFACT/evaluation.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Measure an artifact at several budgets, beside the dense model and untrained baselines.
 
@@ -120,9 +129,7 @@ def evaluate(
 
 
 def split(
-    artifact: Annotated[
-        Path, typer.Option("--artifact", "-a", help="The artifact folder that training wrote.", show_default=False)
-    ],
+    artifact: Artifact,
     budgets: Annotated[
         str | None,
         typer.Option(help="Shares of the dense compute of a token. Default: the recipe's budgets.", show_default=False),
@@ -131,17 +138,12 @@ def split(
         str, typer.Option(help="Caps on think tokens, as shares of the reference length; 1 for none.")
     ] = "1,0.5,0.35,0.25",
     problems: Annotated[int, typer.Option(min=1, help="Calibration examples a pair.")] = 300,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Of generated problems. Default: the recipe's.", show_default=False)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most examples that run together.")] = 64,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The base model, where it is not at the place the artifact remembers.", show_default=False),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, ...")] = "cpu",
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves the choice to PyTorch.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    seed: Seed = None,
+    batch_size: BatchSize = 64,
+    base: Base = None,
+    device: Device = "cpu",
+    threads: Threads = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Find how one number, the work of a whole request, is best split between compute a token and think tokens.
 

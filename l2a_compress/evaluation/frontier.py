@@ -227,9 +227,8 @@ def _calibration(artifact: LoadedArtifact, bench: Bench, seed: int) -> list[dict
         examples = examples_of(data, "calibration", count=_CALIBRATION_ROWS, seed=seed)
     except DataError:
         examples = [problem.example for problem in bench.problems[:_CALIBRATION_ROWS]]
-    batches = example_batches(examples, artifact.tokenizer, max_length=data.max_length)
     device = artifact.gated.model.device
-    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    return example_batches(examples, artifact.tokenizer, max_length=data.max_length, device=device)
 
 
 def _sorted(points: Sequence[Point], contracts: Sequence[Contract]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError, DataError
 from l2a_compress.evaluation.values import Metric
 from l2a_compress.modeling.tags import read_tags
-from l2a_compress.training.data import load_examples
+from l2a_compress.training.data import load_some
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.encode import UnfitError, encode, encode_prompt
 from l2a_compress.training.examples import Encoded, Example, Split, Style
@@ -74,9 +73,7 @@ def held_out(
 
 def examples_of(data: DataConfig | MixtureConfig, split: Split, *, count: int, seed: int) -> list[Example]:
     """Up to ``count`` examples of a split, evenly spread over it (the parts of a mixture stand one after another)."""
-    if isinstance(data, DataConfig) and data.kind == "embedded" and data.limit is None:
-        data = dataclasses.replace(data, limit=count)  # generated problems: there are as many as are asked for
-    examples = load_examples(data, split, seed)
+    examples = load_some(data, split, seed, count)
     taken = min(count, len(examples))
     return [examples[at * len(examples) // taken] for at in range(taken)]
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from contextlib import suppress
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.training.collate import Collator, left_padded
-from l2a_compress.training.data import load_examples
-from l2a_compress.training.data_config import DataConfig
+from l2a_compress.training.data import load_examples, load_some
 from l2a_compress.training.encode import UnfitError, encode, encode_prompt
 from l2a_compress.training.examples import Encoded, Example
 from l2a_compress.training.recipe import Recipe
@@ -31,23 +30,30 @@ def calibration_prompts(
 
 
 def calibration_batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, count: int, batch_size: int = 64
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Tensor]]:
     """Batches of whole examples of the calibration split, as of :func:`example_batches`.
 
     Raises:
         DataError: the data cannot be read.
     """
-    data = recipe.data
-    if isinstance(data, DataConfig) and data.kind == "embedded" and data.limit is None:
-        data = dataclasses.replace(data, limit=count)  # generated problems: there are as many as are asked for
-    examples = load_examples(data, "calibration", recipe.seed)
+    examples = load_some(recipe.data, "calibration", recipe.seed, count)
     some = [examples[place] for place in range(min(count, len(examples)))]
-    return example_batches(some, tokenizer, max_length=data.max_length, batch_size=batch_size)
+    return example_batches(some, tokenizer, max_length=recipe.data.max_length, batch_size=batch_size, device=device)
 
 
 def example_batches(
-    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int, batch_size: int = 16
+    examples: Iterable[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    batch_size: int = 16,
+    device: torch.device | str = "cpu",
 ) -> list[dict[str, Tensor]]:
     """Batches of whole examples that fit, each with its longest reasoning, by length."""
     found = list[Encoded]()
@@ -56,7 +62,8 @@ def example_batches(
             found.append(encode(example, tokenizer, next(iter(example.traces), None), max_length))
     found.sort(key=lambda encoded: len(encoded["input_ids"]))
     collate = Collator.of(tokenizer)
-    return [collate(found[start : start + batch_size]) for start in range(0, len(found), batch_size)]
+    batches = [collate(found[start : start + batch_size]) for start in range(0, len(found), batch_size)]
+    return [{name: value.to(device) for name, value in batch.items()} for batch in batches]
 
 
 def _prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int] | None:

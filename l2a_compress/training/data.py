@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from l2a_compress.errors import ConfigError, DataError
@@ -19,7 +20,7 @@ from l2a_compress.training.sources import Rows, read_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["EncodedExamples", "StyleChoice", "load_encoded", "load_examples"]
+__all__ = ["EncodedExamples", "StyleChoice", "load_encoded", "load_examples", "load_some"]
 
 T = TypeVar("T")
 StyleChoice = Callable[[int, Example], Style]
@@ -46,6 +47,13 @@ def load_examples(config: DataConfig | MixtureConfig, split: Split = "train", se
     if config.kind == "embedded":
         return EmbeddedExamples(split=split, seed=seed, limit=config.limit, subset=config.subset)
     return _RowExamples(read_rows(config), config, split)
+
+
+def load_some(config: DataConfig | MixtureConfig, split: Split, seed: int, count: int) -> Sequence[Example]:
+    """As :func:`load_examples`; of generated problems there are as many as are asked for."""
+    if isinstance(config, DataConfig) and config.kind == "embedded" and config.limit is None:
+        config = replace(config, limit=count)
+    return load_examples(config, split, seed)
 
 
 def load_encoded(

@@ -38,20 +38,17 @@ def fit_demand(gated: GatedModel, batches: Sequence[Mapping[str, Tensor]], *, se
     levels = demand.levels[places.to(demand.levels.device)]
     summaries, failed = failures(gated, batches, levels.tolist())
     told = torch.stack([levels, torch.ones_like(levels)], dim=-1).expand(_ROWS, -1, -1)
-    weights = list(demand.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=_RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(demand.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(_STEPS):
         rows = torch.randint(len(summaries), (_ROWS,), generator=generator).to(summaries.device)
         logits = demand(summaries[rows][:, None].expand(-1, _LEVELS, -1), told)
-        gradients = torch.autograd.grad(functional.binary_cross_entropy_with_logits(logits, failed[rows]), weights)
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient
+        optimizer.zero_grad()
+        functional.binary_cross_entropy_with_logits(logits, failed[rows]).backward()
         optimizer.step()
         schedule.step()
-    for weight in weights:
-        weight.grad = None
+    optimizer.zero_grad()
 
 
 @torch.no_grad()

@@ -99,9 +99,8 @@ def train(
         gated.allocator.head_gates.requires_grad_(False)
 
     def explored() -> None:
-        hidden = quiet or not state.is_main_process
         main = state.is_main_process
-        search(gated, samples, collate, recipe, file=out / SEARCH_FILE, main=main, quiet=hidden)
+        search(gated, samples, collate, recipe, file=out / SEARCH_FILE, main=main, quiet=quiet or not main)
 
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
     trainer = L2ATrainer(
@@ -129,10 +128,9 @@ def train(
     _write_log(trainer, out / LOG_FILE)
     if not recipe.static.method:
         if recipe.evaluation.demand_rows and gated.allocator.demand is not None:
-            examples = calibration_batches(recipe, tokenizer, recipe.evaluation.demand_rows)
             device = gated.model.device
-            moved = [{name: value.to(device) for name, value in batch.items()} for batch in examples]
-            fit_demand(gated, moved, seed=recipe.seed)
+            examples = calibration_batches(recipe, tokenizer, recipe.evaluation.demand_rows, device=device)
+            fit_demand(gated, examples, seed=recipe.seed)
         calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration)
         gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
     last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})

@@ -115,11 +115,16 @@ class LengthGrouped(Dataset[Sample]):
     def _grouped(self, number: int) -> list[Sample]:
         start = number * self.size
         members = [self.samples[index] for index in range(start, min(start + self.size, len(self.samples)))]
-        members.sort(key=lambda sample: (len(sample["input_ids"]), sample["index"]))
-        whole = len(members) // self.batch_size
-        batches = [members[at * self.batch_size : (at + 1) * self.batch_size] for at in range(whole)]
+        batches = by_length(members, self.batch_size)
+        rest = batches.pop() if len(batches[-1]) < self.batch_size else []
         random.Random(f"{self.samples.seed}-{number}").shuffle(batches)
-        return [sample for batch in batches for sample in batch] + members[whole * self.batch_size :]
+        return [sample for batch in batches for sample in batch] + rest
+
+
+def by_length(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """Batches of ``size`` samples of like length, the shortest first; the last may be smaller."""
+    ordered = sorted(samples, key=lambda sample: (len(sample["input_ids"]), sample["index"]))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 class SampleCollator:

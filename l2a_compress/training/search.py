@@ -30,7 +30,7 @@ from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.training.objective import Supervised
 from l2a_compress.training.readout import Readout, Teacher, readout
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.samples import SampleCollator, Samples, in_batches, whole_samples
+from l2a_compress.training.samples import SampleCollator, Samples, by_length, in_batches, whole_samples
 from l2a_compress.training.step import Batch
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,9 @@ def search(
     rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
     whole = whole_samples(samples, rows)
     batches = in_batches(whole[: plan.search_rows], collate, size)
-    by_length = sorted(whole[plan.search_rows :], key=lambda sample: len(sample["input_ids"]))  # little is padding
-    steps = in_batches(by_length, collate, size)
-    random.Random(recipe.seed).shuffle(steps)
+    grouped = by_length(whole[plan.search_rows :], size)  # little is padding
+    random.Random(recipe.seed).shuffle(grouped)
+    steps = [collate(part)["batch"] for part in grouped]
     with torch.no_grad():
         for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
             told = _told(gated, batch)
