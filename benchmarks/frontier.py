@@ -37,15 +37,22 @@ GRADIENT = (
     *("annealing.search_rows=0", "annealing.search_trials=0", "annealing.noise_start=1.0"),
     *("annealing.explore=0.05", "annealing.settle=0.35"),
 )
+BLIND = ("gates.summary=none", "gates.demand=false")
+THRESHOLD = (*GRADIENT, "gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0")
 # What a run has beyond the recipe's: time, and the budgets that it meets.
 LONG = (
-    *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=1024", "evaluation.demand_rows=8192"),
+    *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=4096", "evaluation.demand_rows=4096"),
     *("annealing.explore=0.2", "annealing.settle=0.2", "annealing.search_rows=192"),
     *("annealing.search_trials=30", "annealing.trial_steps=80"),
 )
+# Ablations are compared with each other, at the recipe's own length, with the budgets of the long runs.
+SHORT = (
+    *("draws.minimum=0.4", "gates.least_compute=0.4", "evaluation.calibration=2048", "evaluation.demand_rows=2048"),
+)
 CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
-MEANS = (0.8, 0.7, 0.66, 0.645, 0.635, 0.62, 0.6, 0.595, 0.58, 0.5)
+MEANS = (0.8, 0.7, 0.66, 0.645, 0.635, 0.62, 0.6, 0.595, 0.58, 0.575, 0.5)
+SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.5), (0.8, 0.66, 0.6, 0.5)
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
 SPLIT = {"computes": (1.0, 0.8, 0.66, 0.5, 0.4), "think_shares": (1.0, 0.35, 0.25), "problems": 500}
@@ -67,6 +74,15 @@ class Experiment:
     baselines: tuple[str, ...] = ()
     probes: bool = False
     static: str = ""
+    scale: tuple[str, ...] = LONG
+    steps: int = 3000
+    problems: int = 2000
+
+
+def _short(about: str, settings: tuple[str, ...] = (), *, without: str = "", threshold: bool = False) -> Experiment:
+    return Experiment(
+        *(about, settings, without, SHORT_CAPS, SHORT_MEANS, threshold), scale=SHORT, steps=1000, problems=1000
+    )
 
 
 def _static(method: str, compute: float) -> Experiment:
@@ -83,35 +99,33 @@ EXPERIMENTS = {
     "untrained": Experiment(
         "methods on the frozen model; no training of its own", caps=UNTRAINED_CAPS, means=(), baselines=UNTRAINED
     ),
-    "blind": Experiment("gates that see the budget alone", ("gates.summary=none", "gates.demand=false"), means=()),
+    "blind": Experiment("gates that see the budget alone", BLIND, means=()),
     "gradient": Experiment(
         "the order of layers learned by the layer gates",
         GRADIENT,
         baselines=("fixed_budget",),
         probes=True,
     ),
-    "layers": Experiment("no head gates", without="heads"),
     "brief": Experiment(
         "a third style of traces, for tight think budgets",
         ("draws.brief_below=0.35", "gates.think_reference=104"),
         baselines=("fixed_budget",),
         probes=True,
     ),
-    "no-kl": Experiment("without logical consistency", without="kl"),
-    "no-budget": Experiment(
-        "the paper's own form of the gates, without the resource term",
-        (*GRADIENT, "gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
-        without="budget",
-        threshold=True,
-    ),
-    "paper": Experiment(
+    "short": _short("what the ablations below are compared with: the recipe at its own length"),
+    "layers": _short("no head gates", without="heads"),
+    "no-kl": _short("without logical consistency", without="kl"),
+    "no-tokens": _short("without the token terms", without="tokens"),
+    "short-blind": replace(_short("gates that see the budget alone", BLIND), means=()),
+    "short-gradient": _short("the order of layers learned by the layer gates", GRADIENT),
+    "inline": _short("each layer's gate reads that layer's input", (*GRADIENT, "gates.mode=inline")),
+    "paper": _short(
         "the paper's own form of the gates: a threshold at 0 that the resource term keeps calibrated",
-        (*GRADIENT, "gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0"),
+        THRESHOLD,
         threshold=True,
     ),
-    "no-tokens": Experiment("without the token terms", without="tokens"),
-    "inline": Experiment("each layer's gate reads that layer's input", (*GRADIENT, "gates.mode=inline")),
-    "chain-only": Experiment("trained on one family of problems", ("data.subset=chain",)),
+    "no-budget": _short("that form without the resource term", THRESHOLD, without="budget", threshold=True),
+    "chain-only": _short("trained on one family of problems", ("data.subset=chain",)),
     **{
         f"{method}-{round(100 * compute)}": _static(method, compute)
         for method in ("block_influence", "oracle", "fixed_budget")
@@ -123,8 +137,8 @@ EXPERIMENTS = {
 def run(name: str, args: argparse.Namespace) -> Path:
     """Trains and measures one experiment and writes its record."""
     experiment = EXPERIMENTS[name]
-    settings = [f"seed={args.seed}", f"optim.steps={args.steps}", f"optim.threads={args.threads}"]
-    settings += [f"optim.batch_size={args.batch_size}", *LONG, *experiment.settings]
+    settings = [f"seed={args.seed}", f"optim.steps={args.steps or experiment.steps}", f"optim.threads={args.threads}"]
+    settings += [f"optim.batch_size={args.batch_size}", *experiment.scale, *experiment.settings]
     if experiment.static == "fixed_budget":
         settings.append(f'static.artifact="{args.work}/main-s{args.seed}/artifact"')
     recipe = Recipe.named("mini", settings)
@@ -139,7 +153,7 @@ def run(name: str, args: argparse.Namespace) -> Path:
     torch.set_num_threads(args.threads)
     target = RECORDS / f"{name}-s{args.seed}.json"
     reports = json.loads(target.read_text())["reports"] if target.exists() else {}
-    reports |= measure(loaded, experiment, args.problems, args.parts.split(","))
+    reports |= measure(loaded, experiment, args.problems or experiment.problems, args.parts.split(","))
     record = {
         "name": name,
         "about": experiment.about,
@@ -162,7 +176,7 @@ def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts
     if experiment.static:
         caps = (loaded.config.metrics["static"]["budget"],)
     if experiment.threshold:
-        loaded.gated.prices, caps, contracts = ((0.0, 0.0), (1.0, 0.0)), MEANS, ("mean",)
+        loaded.gated.prices, caps, contracts = ((0.0, 0.0), (1.0, 0.0)), experiment.means, ("mean",)
     common = replace(loaded.recipe.evaluation, problems=problems, contracts=contracts, budgets=caps, baselines=())
     data, seed = DataConfig(), 7  # the same problems for every experiment and seed
     thinks = () if experiment.static else THINK
@@ -206,9 +220,9 @@ def main() -> None:
     one = commands.add_parser("run", help="train and measure one experiment")
     one.add_argument("name", choices=sorted(EXPERIMENTS))
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--steps", type=int, default=3000)
+    one.add_argument("--steps", type=int, help="other than the experiment's own")
     one.add_argument("--batch-size", type=int, default=16)
-    one.add_argument("--problems", type=int, default=2000)
+    one.add_argument("--problems", type=int, help="other than the experiment's own")
     one.add_argument("--threads", type=int, default=1)
     one.add_argument(
         "--parts", default="capped,mean,probes,split", help="what to measure anew; the rest of a record stays"

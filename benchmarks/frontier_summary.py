@@ -110,7 +110,7 @@ def summarize() -> None:
         ],
         "blind": against(main, found.get("blind", []), points),
         "layers_only": against(
-            main, found.get("layers", []), lambda r: [p for p in points(r) if p["contract"] == "mean"]
+            found.get("short", []), found.get("layers", []), lambda r: [p for p in points(r) if p["contract"] == "mean"]
         ),
     }
     result = {

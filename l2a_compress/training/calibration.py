@@ -29,21 +29,22 @@ def calibration_prompts(
     ]
 
 
-def calibration_batches(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    count: int,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
+def demand_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 64, device: torch.device | str = "cpu"
 ) -> list[dict[str, Tensor]]:
-    """Batches of whole examples of the calibration split, as of :func:`example_batches`.
+    """What the demand head is fitted on: ``evaluation.demand_rows`` examples, as of :func:`example_batches`.
+
+    They stand behind those that prices are calibrated on, where the calibration split has that many: a head knows the
+    prompts it was fitted on too well to say what others will cost.
 
     Raises:
         DataError: the data cannot be read.
     """
-    examples = load_some(recipe.data, "calibration", recipe.seed, count)
-    some = [examples[place] for place in range(min(count, len(examples)))]
+    settings = recipe.evaluation
+    wanted = settings.calibration + settings.demand_rows
+    examples = load_some(recipe.data, "calibration", recipe.seed, wanted)
+    end = min(wanted, len(examples))
+    some = [examples[place] for place in range(max(0, end - settings.demand_rows), end)]
     return example_batches(some, tokenizer, max_length=recipe.data.max_length, batch_size=batch_size, device=device)
 
 

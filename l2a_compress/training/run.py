@@ -26,7 +26,7 @@ from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
 from l2a_compress.modeling.tags import ensure_tags
-from l2a_compress.training.calibration import calibration_batches, calibration_prompts
+from l2a_compress.training.calibration import calibration_prompts, demand_batches
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import MixtureConfig
 from l2a_compress.training.demand import fit_demand
@@ -128,9 +128,7 @@ def train(
     _write_log(trainer, out / LOG_FILE)
     if not recipe.static.method:
         if recipe.evaluation.demand_rows and gated.allocator.demand is not None:
-            device = gated.model.device
-            examples = calibration_batches(recipe, tokenizer, recipe.evaluation.demand_rows, device=device)
-            fit_demand(gated, examples, seed=recipe.seed)
+            fit_demand(gated, demand_batches(recipe, tokenizer, device=gated.model.device), seed=recipe.seed)
         calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration)
         gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
     last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})

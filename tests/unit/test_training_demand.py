@@ -10,10 +10,9 @@ import safetensors.torch
 import torch
 from torch.nn import functional
 
-from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.training.calibration import calibration_batches
+from l2a_compress.training.calibration import calibration_prompts, demand_batches
 from l2a_compress.training.demand import failures, fit_demand
 from l2a_compress.training.run import train
 from toy_data import word_tokenizer
@@ -30,7 +29,32 @@ def gated() -> GatedModel:
 
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
-    return calibration_batches(tiny_recipe(tmp_path_factory.mktemp("none")), word_tokenizer(), 48, batch_size=16)
+    recipe = tiny_recipe(tmp_path_factory.mktemp("none"), evaluation={"demand_rows": 48})
+    return demand_batches(recipe, word_tokenizer(), batch_size=16)
+
+
+def test_the_head_is_fitted_on_other_prompts_than_prices_where_there_are_enough(tmp_path: Path) -> None:
+    def prompts(available: int | None) -> tuple[set[tuple[int, ...]], set[tuple[int, ...]]]:
+        sizes = {"calibration": 16, "demand_rows": 24}
+        recipe = tiny_recipe(tmp_path, evaluation=sizes, data={"subset": "easy", "limit": available})
+        tokenizer = word_tokenizer()
+        priced = [
+            tuple(row[kept.bool()].tolist())
+            for ids, mask in calibration_prompts(recipe, tokenizer, 16)
+            for row, kept in zip(ids, mask, strict=True)
+        ]
+        fitted = [
+            tuple(row[: int(length)].tolist())
+            for batch in demand_batches(recipe, tokenizer)
+            for row, length in zip(batch["input_ids"], batch["prompt_length"], strict=True)
+        ]
+        assert (len(priced), len(fitted)) == (16, 24)
+        return set(priced), set(fitted)
+
+    apart = prompts(None)
+    assert not apart[0] & apart[1]
+    shared = prompts(30)
+    assert len(shared[0] & shared[1]) == 10
 
 
 def test_a_row_fails_where_it_loses_a_label_that_the_dense_model_gets_right(
@@ -57,7 +81,6 @@ def test_a_row_fails_where_it_loses_a_label_that_the_dense_model_gets_right(
                 hidden = gated(batch["input_ids"][row : row + 1], batch["attention_mask"][row : row + 1]).hidden
             found = gated.logits(hidden).argmax(-1)[0, :-1]
             assert bool(failed[row, level]) == bool((found != batch["labels"][row, 1:])[mask].any())
-    assert isinstance(allocations[0], Allocation)
 
 
 def test_a_network_that_is_the_dense_one_never_fails(batches: list[dict[str, torch.Tensor]]) -> None:
