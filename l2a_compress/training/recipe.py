@@ -48,6 +48,9 @@ class ModelConfig:
             raise ConfigError(f"model dtype {self.dtype!r}: choose float32, bfloat16 or float16")
 
 
+BETAS = (0.9, 0.98)  # of AdamW, wherever the network is trained
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """Steps, batch and learning rates.

@@ -197,13 +197,13 @@ def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, colla
         from l2a_compress.training.store import load_artifact
 
         chooser = load_artifact(recipe.static.artifact).gated
-    batches = in_batches(whole_samples(samples, _SEARCH_ROWS), collate)
+    batches = in_batches(whole_samples(samples, _SEARCH_ROWS), collate, device=gated.model.device)
     return BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
 
 
 def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:
     """Starts the gates from what dropping each layer and group alone does to the frozen model."""
-    batches = in_batches(whole_samples(samples, rows), collate)
+    batches = in_batches(whole_samples(samples, rows), collate, device=gated.model.device)
     gated.eval()
     with gated.teacher():  # adapters still do nothing: leaving them out is the same and faster
         gated.allocator.set_prior(*prior_scores(*drop_losses(gated, batches), gated.cost))

@@ -156,9 +156,12 @@ def whole_samples(samples: Samples, rows: int) -> list[Sample]:
     return list(itertools.islice(whole, rows))
 
 
-def in_batches(samples: Sequence[Sample], collate: SampleCollator, size: int = 16) -> list[dict[str, Tensor]]:
-    """Batches of ``size`` samples, in their order; the last may be smaller."""
-    return [collate(samples[start : start + size])["batch"] for start in range(0, len(samples), size)]
+def in_batches(
+    samples: Sequence[Sample], collate: SampleCollator, size: int = 16, *, device: torch.device | str = "cpu"
+) -> list[dict[str, Tensor]]:
+    """Batches of ``size`` samples, in their order, on that device; the last may be smaller."""
+    parts = (samples[start : start + size] for start in range(0, len(samples), size))
+    return [{name: value.to(device) for name, value in collate(part)["batch"].items()} for part in parts]
 
 
 def _widen(rows: Tensor, width: int) -> Tensor:

@@ -29,7 +29,7 @@ from l2a_compress.modeling.importance import drop_losses, inputs_of
 from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from l2a_compress.training.objective import Supervised
 from l2a_compress.training.readout import Readout, Teacher, readout
-from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.recipe import BETAS, Recipe
 from l2a_compress.training.samples import SampleCollator, Samples, by_length, in_batches, whole_samples
 from l2a_compress.training.step import Batch
 
@@ -52,13 +52,14 @@ def search(
         quiet: no progress bar.
     """
     gated.eval()
+    device = gated.model.device
     plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
     rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
     whole = whole_samples(samples, rows)
-    batches = in_batches(whole[: plan.search_rows], collate, size)
+    batches = in_batches(whole[: plan.search_rows], collate, size, device=device)
     grouped = by_length(whole[plan.search_rows :], size)  # little is padding
     random.Random(recipe.seed).shuffle(grouped)
-    steps = [collate(part)["batch"] for part in grouped]
+    steps = [batch for part in grouped for batch in in_batches(part, collate, size, device=device)]
     with torch.no_grad():
         for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
             told = _told(gated, batch)
@@ -83,7 +84,7 @@ def search(
         path = greedy_path(gated, batches, importance, order)
     note(order=given_up(path))
     log.info("layers are given up in the order %s", given_up(path))
-    layers, groups = (broadcast(scores.to(gated.model.device)) for scores in path_scores(path, stem))
+    layers, groups = (broadcast(scores.to(device)) for scores in path_scores(path, stem))
     gated.allocator.set_prior(layers, groups)
     gated.train()
 
@@ -136,7 +137,7 @@ class Trials:
         shape, optim = self.gated.shape, self.recipe.optim
         allocation = Allocation.of_layers(set(range(shape.num_layers)) - set(gone), shape.num_layers, shape.num_groups)
         with _put_back(list(self.gated.adapter_parameters.values())) as adapters, self._dropout():
-            optimizer = torch.optim.AdamW(adapters, lr=optim.lr, betas=(0.9, 0.98), weight_decay=0.0)
+            optimizer = torch.optim.AdamW(adapters, lr=optim.lr, betas=BETAS, weight_decay=0.0)
             self.gated.train()
             for part in self.batches:
                 optimizer.zero_grad()

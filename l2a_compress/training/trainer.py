@@ -19,7 +19,7 @@ from l2a_compress.artifact import describe_files
 from l2a_compress.errors import StorageError, TrainingError
 from l2a_compress.files import fsync_tree
 from l2a_compress.training.draws import Annealing
-from l2a_compress.training.recipe import OptimConfig
+from l2a_compress.training.recipe import BETAS, OptimConfig
 from l2a_compress.training.samples import LengthGrouped
 from l2a_compress.training.step import TrainingStep
 
@@ -62,7 +62,7 @@ class L2ATrainer(Trainer):
             groups = [{"params": gates, "lr": self.optim.gate_lr}]
             if adapters:
                 groups.append({"params": adapters, "lr": self.optim.lr})
-            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=self.args.weight_decay)
+            self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=self.args.weight_decay)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

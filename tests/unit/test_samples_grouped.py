@@ -6,7 +6,7 @@ from l2a_compress.embedded import pretrain
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import DataConfig
 from l2a_compress.training.draws import DrawConfig
-from l2a_compress.training.samples import LengthGrouped, Samples
+from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples, in_batches
 
 
 def _samples(count: int) -> Samples:
@@ -40,3 +40,11 @@ def test_the_order_does_not_depend_on_where_reading_starts() -> None:
     order = [whole[position]["index"] for position in range(64)]
     fresh = LengthGrouped(_samples(64), batch_size=4, pool=4)
     assert [fresh[position]["index"] for position in range(40, 64)] == order[40:]
+
+
+def test_batches_stand_on_the_device_that_is_asked_for() -> None:
+    samples = _samples(5)
+    collate = SampleCollator(samples.tokenizer)
+    parts = in_batches([samples[index] for index in range(5)], collate, 2, device="meta")
+    assert [len(part["index"]) for part in parts] == [2, 2, 1]
+    assert {value.device.type for part in parts for value in part.values()} == {"meta"}
