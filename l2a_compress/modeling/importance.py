@@ -53,7 +53,7 @@ def drop_losses(
                 groups[index - stem, number - 1] = increase
             if progress is not None:
                 progress()
-        states = [_after(gated, batch, state, index) for batch, state in zip(batches, states, strict=True)]
+        states = after(gated, batches, states, index, every)
     return layers, groups
 
 
@@ -89,23 +89,22 @@ def _hidden(gated: GatedModel, batch: Batch, state: Tensor, kept: Sequence[tuple
     return output  # type: ignore[no-any-return]
 
 
-def _after(gated: GatedModel, batch: Batch, state: Tensor, index: int) -> Tensor:
-    """The output of layer ``index`` for its input ``state``."""
-    shape, found = gated.shape, state
-    if index + 1 == shape.num_layers:
-        return found  # nobody asks for the last one
-    every = tuple(range(shape.num_groups))
+def after(
+    gated: GatedModel, batches: Sequence[Batch], states: Sequence[Tensor], index: int, kept: tuple[int, ...]
+) -> list[Tensor]:
+    """The outputs of layer ``index`` with these groups, not the last layer, for its inputs ``states``."""
+    shape, found = gated.shape, list[Tensor]()
 
     def catch(layer: int, hidden: Tensor) -> None:
-        nonlocal found
         if layer == index + 1:
-            found = hidden
+            found.append(hidden)
 
-    alone = [every if layer == index else () for layer in range(shape.num_layers)]
+    alone = [kept if layer == index else () for layer in range(shape.num_layers)]
     with gated.forced([Allocation(num_groups=shape.num_groups, groups=tuple(alone))]):
         gated.state.hook = catch
         try:
-            gated.model.base_model(inputs_embeds=state, attention_mask=batch["attention_mask"], use_cache=False)
+            for batch, state in zip(batches, states, strict=True):
+                gated.model.base_model(inputs_embeds=state, attention_mask=batch["attention_mask"], use_cache=False)
         finally:
             gated.state.hook = None
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
-from l2a_compress.modeling.importance import inputs_of, mean_loss
+from l2a_compress.modeling.importance import after, inputs_of, mean_loss
 
 Batch = Mapping[str, Any]
 Item = tuple[int, tuple[int, ...]]  # a layer and the groups that are left of it
@@ -22,6 +22,8 @@ def greedy_path(
     gated: GatedModel, batches: Sequence[Batch], importance: Tensor, first: Sequence[int] = ()
 ) -> list[Allocation]:
     """Allocations from dense down to the stem, each the one before with one group, or one narrowest layer, less.
+
+    What comes before the first layer that a step changes is the same for all steps, so it is run once.
 
     Two kinds of steps of like cost are compared by what they raise the loss for what they save, measured anew on
     ``batches`` each time: giving up a layer, and narrowing the layers that are left by a group each, up to the cost of
@@ -38,17 +40,38 @@ def greedy_path(
     states = [inputs_of(gated, batch) for batch in batches]
     path = [Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)]
     loss = mean_loss(gated, batches, states, path[0].groups)
-    while True:
-        best: tuple[float, float, list[Allocation]] | None = None
-        for step in _steps(gated, path[-1], importance, first):
-            found = mean_loss(gated, batches, states, step[-1].groups)
-            price = (found - loss) / (gated.cost.units(path[-1]) - gated.cost.units(step[-1]))
-            if best is None or price < best[0]:
-                best = price, found, step
-        if best is None:
-            return path
-        loss = best[1]
-        path += best[2]
+    while steps := _steps(gated, path[-1], importance, first):
+        losses = _losses(gated, batches, states, path[-1], [step[-1] for step in steps])
+        prices = [
+            (found - loss) / (gated.cost.units(path[-1]) - gated.cost.units(step[-1]))
+            for found, step in zip(losses, steps, strict=True)
+        ]
+        best = min(range(len(steps)), key=prices.__getitem__)
+        loss = losses[best]
+        path += steps[best]
+    return path
+
+
+def _losses(
+    gated: GatedModel,
+    batches: Sequence[Batch],
+    states: Sequence[Tensor],
+    now: Allocation,
+    candidates: Sequence[Allocation],
+) -> list[float]:
+    """The loss of each candidate, from the inputs of the first layer."""
+    changed = [
+        next(layer for layer, pair in enumerate(zip(now.groups, one.groups, strict=True)) if pair[0] != pair[1])
+        for one in candidates
+    ]
+    losses, done = [0.0] * len(candidates), 0
+    for place in sorted(range(len(candidates)), key=changed.__getitem__):
+        while done < changed[place]:
+            if now.groups[done]:
+                states = after(gated, batches, states, done, now.groups[done])
+            done += 1
+        losses[place] = mean_loss(gated, batches, states, [*[()] * done, *candidates[place].groups[done:]])
+    return losses
 
 
 def given_up(path: Sequence[Allocation]) -> list[int]:
