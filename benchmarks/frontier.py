@@ -2,7 +2,7 @@
 
     python benchmarks/frontier.py run main --seed 0     train and measure one experiment; goes on where it was cut off
     python benchmarks/frontier.py list                  experiments, and which records exist
-    python benchmarks/frontier.py summary               results/frontier.json and the pictures, of all records
+    python benchmarks/frontier.py summary               results/frontier.json, the picture and tables of docs/results.md
 
 A record (benchmarks/results/frontier/NAME-sSEED.json) holds every point with its outcomes problem by problem, so that
 runs are compared in pairs on the same problems, whatever machine or day each was run on.
@@ -74,15 +74,11 @@ class Experiment:
     baselines: tuple[str, ...] = ()
     probes: bool = False
     static: str = ""
-    scale: tuple[str, ...] = LONG
-    steps: int = 3000
-    problems: int = 2000
+    short: bool = False
 
 
 def _short(about: str, settings: tuple[str, ...] = (), *, without: str = "", threshold: bool = False) -> Experiment:
-    return Experiment(
-        *(about, settings, without, SHORT_CAPS, SHORT_MEANS, threshold), scale=SHORT, steps=1000, problems=1000
-    )
+    return Experiment(about, settings, without, SHORT_CAPS, SHORT_MEANS, threshold, short=True)
 
 
 def _static(method: str, compute: float) -> Experiment:
@@ -137,8 +133,9 @@ EXPERIMENTS = {
 def run(name: str, args: argparse.Namespace) -> Path:
     """Trains and measures one experiment and writes its record."""
     experiment = EXPERIMENTS[name]
-    settings = [f"seed={args.seed}", f"optim.steps={args.steps or experiment.steps}", f"optim.threads={args.threads}"]
-    settings += [f"optim.batch_size={args.batch_size}", *experiment.scale, *experiment.settings]
+    scale, steps, problems = (SHORT, 1000, 1000) if experiment.short else (LONG, 3000, 2000)
+    settings = [f"seed={args.seed}", f"optim.steps={args.steps or steps}", f"optim.threads={args.threads}"]
+    settings += [f"optim.batch_size={args.batch_size}", *scale, *experiment.settings]
     if experiment.static == "fixed_budget":
         settings.append(f'static.artifact="{args.work}/main-s{args.seed}/artifact"')
     recipe = Recipe.named("mini", settings)
@@ -153,10 +150,11 @@ def run(name: str, args: argparse.Namespace) -> Path:
     torch.set_num_threads(args.threads)
     target = RECORDS / f"{name}-s{args.seed}.json"
     reports = json.loads(target.read_text())["reports"] if target.exists() else {}
-    reports |= measure(loaded, experiment, args.problems or experiment.problems, args.parts.split(","))
+    reports |= measure(loaded, experiment, args.problems or problems, args.parts.split(","))
     record = {
         "name": name,
         "about": experiment.about,
+        "scale": "short" if experiment.short else "long",
         "seed": args.seed,
         "settings": settings[1:],
         "without": experiment.without,
@@ -229,7 +227,7 @@ def main() -> None:
     )
     one.add_argument("--work", type=Path, default=Path.home() / ".cache/l2a_compress/frontier")
     commands.add_parser("list", help="experiments and records")
-    commands.add_parser("summary", help="frontier.json and pictures of all records")
+    commands.add_parser("summary", help="frontier.json, the picture and the tables of all records")
     args = parser.parse_args()
     if args.command == "run":
         print(run(args.name, args))

@@ -1,21 +1,23 @@
-"""What the records of frontier.py say together: paired differences, results/frontier.json and the pictures."""
+"""What the records of frontier.py say together: paired differences, results/frontier.json, picture and tables."""
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from frontier_tables import fill, tables_of
 from measure import RESULTS
 
 from l2a_compress.evaluation.statistics import paired, wilson
 from l2a_compress.files import write_atomic
 
 RECORDS = RESULTS / "frontier"
-PICTURES = Path(__file__).parents[1] / "docs" / "images"
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+PICTURES = PAGE.with_name("images")
 Point = dict[str, Any]
 Record = dict[str, Any]
 EVEN = 0.004  # costs that differ by no more count as equal
@@ -93,7 +95,7 @@ def _baselines(record: Record) -> Sequence[Point]:
 
 
 def summarize() -> None:
-    """Writes results/frontier.json and the pictures."""
+    """Writes results/frontier.json, the picture, and the tables of docs/results.md."""
     found = records()
     lead = next((name for name in ("main", "brief") if name in found), None)
     if lead is None:
@@ -122,7 +124,8 @@ def summarize() -> None:
         "think": _think(main),
         "split": _split(main),
         **tables,
-        "ablations": {name: _frontier(group) for name, group in found.items() if name not in (lead, "blind")},
+        "orders": {name: _frontier(found[name]) for name in ("greedy", "gradient") if name in found},
+        "ablations": _ablations({name: group for name, group in found.items() if group[0].get("scale") == "short"}),
         "runs": {
             f"{name}-s{record['seed']}": {
                 key: record[key] for key in ("about", "settings", "without", "machine", "seconds")
@@ -134,86 +137,26 @@ def summarize() -> None:
     }
     write_atomic(RESULTS / "frontier.json", json.dumps(result, indent=1) + "\n")
     draw(main, found, dense)
-    print("\n\n".join(tables_of(result)))
+    write_atomic(PAGE, fill(PAGE.read_text(), tables_of(result)))
 
 
-def tables_of(result: Mapping[str, Any]) -> Iterator[str]:
-    """The tables of docs/results.md."""
-    yield _table(
-        [
-            "contract",
-            "budget",
-            "exact match",
-            "by seed",
-            "layers off",
-            "groups off in kept layers",
-            "cost",
-            "allocations",
-        ],
-        [
-            [row["contract"], f"{row['budget']:g}", _share(row), _list(row["by_seed"])]
-            + [f"{100 * row[key]:.1f} %" for key in ("layer_sparsity", "head_sparsity", "cost")]
-            + [", ".join(map(str, row["distinct"]))]
-            for row in result["frontier"]
-        ],
-    )
-    for name in ("untrained", "fine_tuned", "blind", "layers_only"):
-        yield f"{name}:\n\n" + _table(
-            ["method", "its cost", "exact match", "L2A's cost", "exact match", "difference", "by seed"],
-            [
-                [
-                    row["other"],
-                    *(f"{100 * row[key][side]:.2f} %" for side in (1, 0) for key in ("cost", "accuracy")),
-                    _delta(row),
-                    _list(row["by_seed"]),
-                ]
-                for row in result[name]
-            ],
-        )
-    yield _table(
-        ["think cap", "tokens, share of dense", "exact match", "difference to dense"],
-        [
-            [str(row["cap"]), f"{row['tokens']:.3f}", f"{100 * row['accuracy'][0]:.2f} %", _delta(row)]
-            for row in result["think"]
-        ],
-    )
-    yield _table(
-        ["work asked for", "of it taken", "compute a token", "most think tokens", "exact match", "difference to dense"],
-        [
-            [f"{row['asked']:g}", ", ".join(f"{one:.3f}" for one in row["work"])]
-            + [", ".join("-" if one is None else f"{one:g}" for one in row[key]) for key in ("compute", "think_cap")]
-            + [f"{100 * row['accuracy'][0]:.2f} %", _delta(row)]
-            for row in result["split"]
-        ],
-    )
-    yield _table(
-        ["run", "contract", "budget", "exact match", "layers off", "groups off", "cost"],
-        [
-            [name, row["contract"], f"{row['budget']:g}", _share(row)]
-            + [f"{100 * row[key]:.1f} %" for key in ("layer_sparsity", "head_sparsity", "cost")]
-            for name, rows in result["ablations"].items()
-            for row in rows
-        ],
-    )
-    yield json.dumps(result["summary"], indent=1)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
-    return "\n".join(lines)
-
-
-def _share(row: Mapping[str, Any]) -> str:
-    low, high = row["interval"]
-    return f"{100 * row['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
-
-
-def _delta(row: Mapping[str, Any]) -> str:
-    return f"{100 * row['delta']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
-
-
-def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{100 * value:.2f}" for value in values)
+def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """The short runs: each point, and its difference to ``short`` where that was measured at the same budget."""
+    result: dict[str, Any] = {}
+    whole = {(r["seed"], p["contract"], p["budget"]): p for r in found.get("short", []) for p in points(r)}
+    for name, group in found.items():
+        rows = _frontier(group)
+        for row in rows:
+            key = row["contract"], row["budget"]
+            pairs = [
+                (point, whole[record["seed"], *key])
+                for record in group
+                for point in points(record)
+                if (point["contract"], point["budget"]) == key and (record["seed"], *key) in whole
+            ]
+            row["against"] = compared(pairs) if pairs and name != "short" else None
+        result[name] = {"about": group[0]["about"], "seeds": [record["seed"] for record in group], "points": rows}
+    return result
 
 
 def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -1,0 +1,232 @@
+"""The tables of docs/results.md, from results/frontier.json: each stands between two comments with its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+def fill(text: str, tables: Mapping[str, str]) -> str:
+    """The page with every table anew.
+
+    Raises:
+        ValueError: the page has no place for one of them, or one for a table that is not there.
+    """
+    places = set(re.findall(r"<!-- table: (\S+) -->", text))
+    if places != set(tables):
+        raise ValueError(f"the page has places for {sorted(places)}, and there are {sorted(tables)}")
+    for name, table in tables.items():
+        start, end = f"<!-- table: {name} -->", f"<!-- end: {name} -->"
+        head, _, rest = text.partition(start)
+        _, found, tail = rest.partition(end)
+        if not found:
+            raise ValueError(f"the page does not say where the table {name} ends: {end}")
+        text = f"{head}{start}\n\n{table}\n\n{end}{tail}"
+    return text
+
+
+def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
+    """All of them by name, in Markdown."""
+    fixed = [row for row in result["untrained"] if row["other"] == "fixed_budget"]
+    others = [row for row in result["untrained"] if row["other"] != "fixed_budget"]
+    return {
+        "frontier": _frontier(result["frontier"]),
+        "shown": _shown(result, fixed, others),
+        "same-weights": _against(fixed),
+        "fine-tuned": _against(result["fine_tuned"]),
+        "blind": _against(result["blind"]),
+        "untrained": _against(others),
+        "out-of-distribution": _out_of_distribution(result["summary"]["ood_gap_extra"]),
+        "split": _split(result["split"]),
+        "ablations": _ablations(result["ablations"]),
+    }
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def _frontier(rows: Iterable[Row]) -> str:
+    heads = "contract,budget,exact match,by seed,layers off,groups off in kept layers,cost,allocations".split(",")
+    return _table(
+        heads,
+        [
+            [row["contract"], f"{row['budget']:g}", _share(row), _list(row["by_seed"])]
+            + [f"{100 * row[key]:.1f} %" for key in ("layer_sparsity", "head_sparsity", "cost")]
+            + [", ".join(map(str, row["distinct"]))]
+            for row in rows
+        ],
+    )
+
+
+def _against(rows: Iterable[Row]) -> str:
+    return _table(
+        ["method", "its cost", "exact match", "L2A's cost", "exact match", "difference", "by seed"],
+        [
+            [
+                row["other"],
+                *(f"{100 * row[key][side]:.2f} %" for side in (1, 0) for key in ("cost", "accuracy")),
+                f"{100 * row['delta']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
+                _list(row["by_seed"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row]) -> str:
+    """What was measured beside what was to be shown."""
+    summary, dense = result["summary"], result["dense"]["accuracy"]
+    rows: list[tuple[str, str, str, bool | None]] = []
+    for label, key, bar in (
+        ("at 34 % of the layers off or more ({:.1f} %)", "gap_at_34", 0.006),
+        ("at 40 % of the compute saved or more ({:.1f} %)", "gap_at_40_compute", 0.01),
+    ):
+        row = summary[key]
+        share = row["layer_sparsity"][1] if key == "gap_at_34" else 1 - row["cost"][1]
+        rows.append(
+            (
+                label.format(100 * share),
+                _below(row, " points below dense"),
+                f"at most {100 * bar:g}",
+                row["delta"] <= bar,
+            )
+        )
+    ratio = summary["easy_hard_cost_ratio"]
+    told = f"{ratio['value']:.2f}; by seed {', '.join(f'{one:.2f}' for one in ratio['by_seed'])}"
+    rows.append(
+        (
+            "cost of easy problems, share of hard ones', `mean` of at most 0.6",
+            told,
+            "at most 0.8",
+            ratio["value"] <= 0.8,
+        )
+    )
+    middle = [
+        n for row in result["frontier"] if row["contract"] == "mean" and row["budget"] < 1 for n in row["distinct"]
+    ]
+    rows.append(
+        (
+            "different allocations at a middle budget, `mean`",
+            f"{min(middle)} to {max(middle)}",
+            "at least 3",
+            min(middle) >= 3,
+        )
+    )
+    for row in fixed:
+        if row["cost"][1] - row["cost"][0] < 0.02:  # else the points are no match
+            label = f"the same weights with one allocation for all inputs, cost {row['cost'][1]:.2f}"
+            rows.append((label, f"L2A {_above(row)}", "", None))
+    blind = summary["gap_input_blind"]
+    if blind:
+        label = f"a model of its own whose gates are blind, cost {blind['cost'][1]:.2f}"
+        rows.append(
+            (label, f"L2A {_above(blind)}", "+1, interval above 0", blind["delta"] >= 0.01 and blind["low"] > 0)
+        )
+    for row in result["fine_tuned"]:
+        label = f"a static model fine-tuned for its point alone, {row['other']}"
+        rows.append((label, f"L2A {_above(row)}", "not below within the interval", row["high"] >= 0))
+    far = [row for row in others if dense - row["accuracy"][1] > 0.05]
+    deltas = [row["delta"] for row in far]
+    if deltas:
+        label = "methods that are not fine-tuned, where they lose more than 5 points"
+        rows.append(
+            (label, f"L2A {100 * min(deltas):+.2f} to {100 * max(deltas):+.2f}", "at least +5", min(deltas) >= 0.05)
+        )
+    for row, share, tokens, lost in zip(
+        result["think"], ("half", "a quarter"), (0.55, 0.3), (0.015, 0.05), strict=True
+    ):
+        rows.append(
+            (
+                f"think cap of {share} of the reference",
+                f"{row['tokens']:.3f} of dense's tokens, {-100 * row['delta']:.2f} points below dense",
+                f"{tokens:g} and {100 * lost:g}",
+                row["tokens"] <= tokens and -row["delta"] <= lost,
+            )
+        )
+    names = {"terse": "another wording, never trained on", "crowded": "more distractors than trained on"}
+    for name, row in summary["ood_gap_extra"].items():
+        rows.append(
+            (
+                f"{names[name]}: the gap to dense grows by",
+                f"{100 * row['value']:.2f} points",
+                "at most 1",
+                row["value"] <= 0.01,
+            )
+        )
+    return _table(
+        ["", "measured", "to be shown", ""],
+        [[label, found, bar, "" if met is None else "met" if met else "**missed**"] for label, found, bar, met in rows],
+    )
+
+
+def _out_of_distribution(found: Mapping[str, Row]) -> str:
+    names = {"terse": "another wording (`terse`)", "crowded": "more distractors (`crowded`)"}
+    seeds = {
+        name: _list([a - b for a, b in zip(row["out"]["by_seed"], row["in"]["by_seed"], strict=True)])
+        for name, row in found.items()
+    }
+    return _table(
+        ["", "dense", "gap of L2A", "its cost", "gap as trained on", "the gap grows by"],
+        [
+            [
+                names[name],
+                f"{100 * row['out']['accuracy'][0]:.2f} %",
+                _below(row["out"]),
+                f"{row['out']['cost'][1]:.2f}",
+                _below(row["in"]),
+                f"{100 * row['value']:.2f} ({seeds[name]})",
+            ]
+            for name, row in found.items()
+        ],
+    )
+
+
+def _split(rows: Iterable[Row]) -> str:
+    return _table(
+        ["work asked for", "taken", "compute a token", "most think tokens", "exact match", "below dense"],
+        [
+            [f"{row['asked']:g}", ", ".join(f"{one:.3f}" for one in row["work"])]
+            + [", ".join("-" if one is None else f"{one:g}" for one in row[key]) for key in ("compute", "think_cap")]
+            + [f"{100 * row['accuracy'][0]:.2f} %"]
+            + [f"{-100 * row['delta']:.2f} [{-100 * row['high']:.2f}, {-100 * row['low']:.2f}]"]
+            for row in rows
+        ],
+    )
+
+
+def _ablations(found: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, one in found.items():
+        for row in one["points"]:
+            if row["budget"] in (0.8, 0.66, 0.5):
+                label = f"`{name}`: {one['about']}" if row["budget"] == 0.8 else ""
+                rows.append(
+                    [label, f"{row['contract']} {row['budget']:g}", _share(row)]
+                    + [f"{100 * row[key]:.1f} %" for key in ("layer_sparsity", "cost")]
+                    + ["" if row["against"] is None else _above(row["against"])]
+                )
+    return _table(["run", "asked for", "exact match", "layers off", "cost", "difference to `short`"], rows)
+
+
+def _share(row: Row) -> str:
+    low, high = row["interval"]
+    return f"{100 * row['accuracy']:.2f} % [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def _below(row: Row, unit: str = "") -> str:
+    """Of a difference dense - L2A."""
+    seeds = f"; by seed {_list(row['by_seed'])}" if unit else ""
+    return f"{100 * row['delta']:.2f}{unit} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]{seeds}"
+
+
+def _above(row: Row) -> str:
+    """Of a difference L2A - another."""
+    return f"{100 * row['delta']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
+
+
+def _list(values: Sequence[float]) -> str:
+    return ", ".join(f"{100 * value:.2f}" for value in values)
