@@ -37,13 +37,14 @@ def fit_demand(gated: GatedModel, batches: Sequence[Mapping[str, Tensor]], *, se
     places = torch.linspace(0, len(demand.levels) - 1, _LEVELS).round().long()
     levels = demand.levels[places.to(demand.levels.device)]
     summaries, failed = failures(gated, batches, levels.tolist())
-    told = torch.stack([levels, torch.ones_like(levels)], dim=-1).expand(_ROWS, -1, -1)
+    asked = torch.stack([levels, torch.ones_like(levels)], dim=-1).expand(_ROWS, -1, -1)
     optimizer = torch.optim.AdamW(demand.parameters(), lr=_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, _STEPS)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(_STEPS):
-        rows = torch.randint(len(summaries), (_ROWS,), generator=generator).to(summaries.device)
-        logits = demand(summaries[rows][:, None].expand(-1, _LEVELS, -1), told)
+        rows, told = (torch.randint(n, (_ROWS,), generator=generator).to(levels.device) for n in (len(failed), _LEVELS))
+        # A prompt is read with the budget it was told, which shows in its summary: the head must not mind which.
+        logits = demand(summaries[rows, told][:, None].expand(-1, _LEVELS, -1), asked)
         optimizer.zero_grad()
         functional.binary_cross_entropy_with_logits(logits, failed[rows]).backward()
         optimizer.step()
@@ -58,8 +59,8 @@ def failures(
     """What happens to each example at each budget.
 
     Returns:
-        (summaries of the prompts [examples, 2 * width]; [examples, levels]: 1 where a label that is the dense model's
-        own first choice is not the gated model's).
+        (summaries of the prompts, told each budget [examples, levels, 2 * width]; [examples, levels]: 1 where a label
+        that is the dense model's own first choice is not the gated model's).
     """
     was_training = gated.training
     gated.eval()
@@ -69,15 +70,16 @@ def failures(
         where = Supervised.of(batch["labels"])
         with gated.teacher():
             right = _first(gated, gated(ids, mask).hidden[where.mask]) == where.targets
-        columns = []
+        columns, seen = [], []
         for level in levels:
             budgets = batch_budgets([Budget(compute=level)] * len(ids), gated.cost, gated.gate_config).to(ids.device)
             output = gated(ids, mask, request=GateRequest(budgets, batch["prompt_mask"]))
             lost = right & (_first(gated, output.hidden[where.mask]) != where.targets)
             columns.append(torch.zeros(len(ids), device=ids.device).index_add(0, where.rows, lost.float()).clamp(max=1))
-        assert output.gates is not None
-        assert output.gates.summary is not None
-        summaries.append(output.gates.summary)
+            assert output.gates is not None
+            assert output.gates.summary is not None
+            seen.append(output.gates.summary)
+        summaries.append(torch.stack(seen, dim=1))
         failed.append(torch.stack(columns, dim=1))
     gated.train(was_training)
     return torch.cat(summaries), torch.cat(failed)

@@ -66,7 +66,7 @@ def test_a_row_fails_where_it_loses_a_label_that_the_dense_model_gets_right(
         known = batch["labels"][:, 1:] != -100
         batch["labels"][:, 1:][known] = said[:, :-1][known]
     summaries, failed = failures(gated, batches, LEVELS)
-    assert summaries.shape == (48, 2 * gated.shape.hidden_size)
+    assert summaries.shape == (48, len(LEVELS), 2 * gated.shape.hidden_size)
     assert failed.shape == (48, len(LEVELS))
     assert set(failed.unique().tolist()) <= {0.0, 1.0}
     batch, level = batches[0], 1
@@ -96,9 +96,11 @@ def test_fitting_changes_the_demand_head_alone_and_for_the_better(
     summaries, failed = failures(gated, batches, LEVELS)
 
     def loss() -> float:
-        told = torch.tensor([[level, 1.0] for level in LEVELS]).expand(len(summaries), -1, -1)
-        logits = demand(summaries[:, None].expand(-1, len(LEVELS), -1), told)
-        return float(functional.binary_cross_entropy_with_logits(logits, failed).detach())
+        """Over every budget that was told and every one that is asked about."""
+        count = len(LEVELS)
+        asked = torch.tensor([[level, 1.0] for level in LEVELS])
+        logits = demand(summaries[:, :, None].expand(-1, -1, count, -1), asked.expand(len(summaries), count, -1, -1))
+        return float(functional.binary_cross_entropy_with_logits(logits, failed[:, None].expand_as(logits)).detach())
 
     before, values = loss(), {name: value.clone() for name, value in trainable(gated).items()}
     fit_demand(gated, batches, seed=0)
