@@ -53,7 +53,8 @@ def drop_losses(
                 groups[index - stem, number - 1] = increase
             if progress is not None:
                 progress()
-        states = after(gated, batches, states, index, every)
+        if index + 1 < shape.num_layers:
+            states = after(gated, batches, states, index, every)
     return layers, groups
 
 
