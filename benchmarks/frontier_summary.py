@@ -279,7 +279,7 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=[2, 1], layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.8), width_ratios=[2, 1], layout="constrained")
     lines: list[tuple[str, Sequence[Point], str, str | None]]
     lines = [("L2A, mean", [p for p in _frontier(main) if p["contract"] == "mean"], "o-", "#1565c0")]
     lines.append(("L2A, cap", [p for p in _frontier(main) if p["contract"] == "cap"], "s-", "#64b5f6"))
@@ -310,7 +310,7 @@ def draw(main: Sequence[Record], found: Mapping[str, Sequence[Record]], dense: P
     left.set(
         xlabel="realized cost, share of the dense compute", ylabel="exact match, %", ylim=(None, 103), xlim=(0.36, 1.02)
     )
-    left.legend(fontsize=7, loc="lower right")
+    left.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     report, split = main[0]["reports"]["capped"], main[0]["reports"].get("split", {})
     for label, side, style in (
         ("L2A, split", split.get("split_points", []), "D-"),
