@@ -69,7 +69,7 @@ def _against(rows: Iterable[Row]) -> str:
             [
                 row["other"],
                 *(f"{100 * row[key][side]:.2f} %" for side in (1, 0) for key in ("cost", "accuracy")),
-                f"{100 * row['delta']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]",
+                _above(row),
                 _list(row["by_seed"]),
             ]
             for row in rows
