@@ -2,14 +2,15 @@
 
     cpp/prepare && python benchmarks/native.py [--parts memory speed switch threads]
 
-Builds cpp/bench, fetches the checkpoint, and exports bundles of it with random gates, whose speed and memory are
-those of trained ones. Every figure compares processes that are measured in turns. Figures go to
-benchmarks/results/native.json.
+Builds cpp/bench, fetches the checkpoint, and exports bundles of it with gates that say the same for every prompt, as
+training by search leaves them: speed and memory are those of trained bundles. Every figure compares processes that are
+measured in turns. Figures go to benchmarks/results/native.json.
 
 All processes ask for huge pages (glibc.malloc.hugetlb): without them the place of the weights alone decides.
 
 - ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
-  opened the same way; with layers skipped alone, and with two levels of heads among the variants.
+  opened the same way; with layers skipped alone (``layers``), the same with an If graph that writes no keys and values
+  of layers that it skips (``lean``), and with two levels of heads among the variants (``heads``).
 - ``speed``: processor time of a prefill of 512 tokens and of decode steps, one thread, which other work on the machine
   does not stretch much. onnxruntime-genai runs the very same dense graph and weights.
 - ``switch``: a budget that changes in the middle of a request, and the step after it.
@@ -47,7 +48,7 @@ LADDER = (
     (0.7, 9, 2),
     (0.6, 12, 1),
 )  # budget, skipped layers, groups of the last
-BARS = {"layers": 1.10, "heads": 1.25}
+BARS = {"layers": 1.10, "lean": 1.10, "heads": 1.25}
 
 
 def main() -> None:
@@ -82,13 +83,11 @@ def _native(options: argparse.Namespace, kind: str, precision: str, graphs: int 
 
 
 def _export(options: argparse.Namespace) -> None:
-    """Bundles of one dense variant, of layers skipped, and of fewer heads besides; made once."""
-    kinds = {"dense": LADDER[:1], "layers": LADDER, "heads": LADDER}
+    """Bundles of one dense variant, of layers skipped, twice, and of fewer heads besides; made once."""
+    kinds = {"dense": LADDER[:1], **dict.fromkeys(BARS, LADDER)}
     wanted = {f"{kind}-{precision}" for kind in kinds for precision in PRECISIONS}
     if all((options.work / name).exists() for name in wanted):
         return
-    from torch import nn
-
     from l2a_compress.allocation import Allocation
     from l2a_compress.exporters.onnx import ExportOptions, export
     from l2a_compress.training.recipe import Recipe
@@ -101,8 +100,6 @@ def _export(options: argparse.Namespace) -> None:
         artifact = options.work / f"artifact-{kind}"
         recipe = replace(recipe, gates=replace(recipe.gates, heads=kind == "heads"))
         gated, tokenizer, digest = build(recipe)
-        for gates in (gated.allocator.layer_gates, gated.allocator.head_gates):
-            nn.init.normal_(gates.outer, std=0.01)  # those that no input moves would be exported as constants
         save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics={}, force=True)
         layers, groups = gated.shape.num_layers, gated.shape.num_groups
         made = []
@@ -114,14 +111,19 @@ def _export(options: argparse.Namespace) -> None:
             made.append((budget, Allocation(num_groups=groups, groups=kept)))
         for precision in PRECISIONS:
             print(f"exporting {kind} {precision}", flush=True)
-            options_of = ExportOptions(precision=precision, allocations=tuple(made), if_graph=kind != "dense")
-            export(artifact, options.work / f"{kind}-{precision}", options_of, force=True)
+            settings = ExportOptions(
+                precision=precision,
+                allocations=tuple(made),
+                if_graph=kind != "dense",
+                whole_cache=kind != "lean",
+            )
+            export(artifact, options.work / f"{kind}-{precision}", settings, force=True)
 
 
 def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Kilobytes of each kind of bundle, opened; and once each of its graphs has run."""
     found: dict[str, Any] = {}
-    for kind in ("dense", "layers", "heads"):
+    for kind in ("dense", *BARS):
         worker = _native(options, kind, precision)
         found[kind] = worker.ask(task="memory")
         worker.close()

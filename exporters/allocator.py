@@ -35,7 +35,7 @@ def allocate(
         cost: units of a layer and of a group.
     """
     shape, gates = build.spec.shape, build.spec.gates
-    reading = any(f"gates.{kind}.inner" in build.spec.tensors for kind in ("layers", "heads"))
+    reading = build.spec.reading
     summary = _summary(build, ops, hidden, shared) if reading or gates.has_demand else told
     if gates.has_demand:
         told, limits, price = _demanded(build, ops, summary, told, limits, price, cost)

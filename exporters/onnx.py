@@ -217,7 +217,7 @@ def export(
             shape=gated.shape,
             dialect=options.dialect,
             precision=options.precision,
-            gates=gated.gate_config.to_json(),
+            gates={**gated.gate_config.to_json(), "input_blind": spec.input_blind},
             tags={name: getattr(tags, name) for name in ("think", "end_think", "answer", "end_answer")},
             positions=_positions(gated, options),
             widths=spec.widths,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from l2a_compress.cost import ModelShape
 from l2a_compress.exporters.weights import Stored
+from l2a_compress.limits import Contract
 from l2a_compress.modeling.gates import GateConfig
 
 
@@ -46,6 +47,18 @@ class GraphSpec:
     block: int = 32
     dtype: str = "float32"
     whole_cache: bool = True
+
+    @property
+    def reading(self) -> bool:
+        """Whether the gates compute something: what no input moves is stored as what it says."""
+        return any(f"gates.{kind}.inner" in self.tensors for kind in ("layers", "heads"))
+
+    @property
+    def input_blind(self) -> list[Contract]:
+        """The contracts under which all prompts get the same allocation at a budget."""
+        if self.gates.summary == "none" or not (self.reading or self.gates.has_demand):
+            return ["cap", "mean"]
+        return [] if self.reading else ["cap"]
 
 
 def widths_of(shape: ModelShape) -> tuple[int, ...]:

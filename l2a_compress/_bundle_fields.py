@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from l2a_compress import _validate
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.errors import BundleError
+from l2a_compress.limits import Contract
 
 MOST_LAYERS = 1024
 _TAGS = ("think", "end_think", "answer", "end_answer")
@@ -38,12 +39,16 @@ def shape(value: object) -> ModelShape:
 
 
 def gates(value: object, shape: ModelShape) -> dict[str, Any]:
-    """Settings of the gates; a runtime reads these three."""
+    """Settings of the gates; a runtime reads these four, of which the last may be missing."""
     found = _validate.json_object(value, "gates", BundleError)
     stem, reference = found.get("stem_layers"), found.get("think_reference")
     _validate.integer(stem, "gates.stem_layers", BundleError, minimum=1, maximum=shape.num_layers - 1)
     _validate.integer(reference, "gates.think_reference", BundleError, minimum=1)
     _validate.flag(found.get("tokens"), "gates.tokens", BundleError)
+    blind = found.get("input_blind", [])
+    if not isinstance(blind, list) or any(each not in get_args(Contract) for each in blind):
+        known = ", ".join(get_args(Contract))
+        raise BundleError(f"gates.input_blind must list some of {known}, found {_validate.shown(blind)}")
     return found
 
 

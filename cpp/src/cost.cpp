@@ -139,6 +139,11 @@ bool CostModel::fits(const Widths& widths, const Budget& budget) const {
            (!budget.heads || heads <= *budget.heads);
 }
 
+bool GateRules::blind(const Told& told) const {
+    const Contract contract = std::isinf(told.price) ? Contract::cap : Contract::mean;
+    return std::find(input_blind.begin(), input_blind.end(), contract) != input_blind.end();
+}
+
 Told told_of(const Budget& budget, const CostModel& cost, const Shape& shape, const GateRules& rules,
              Contract contract) {
     const std::int64_t stem = rules.stem_layers;

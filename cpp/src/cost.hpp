@@ -77,6 +77,9 @@ struct GateRules {
     std::int64_t stem_layers = 1;
     std::int64_t think_reference = 1;
     Prices prices;
+    std::vector<Contract> input_blind;  // under which all prompts get the same at a budget
+    // Whether the gates do not read the prompt under what they are told.
+    [[nodiscard]] bool blind(const Told& told) const;
 };
 
 // Throws a budget error where the budget is below what the stem alone costs, or `mean` has no price for it.

@@ -57,6 +57,7 @@ class Engine {
     std::unordered_map<std::uint64_t, std::unique_ptr<Request>> requests_;
     std::deque<Request*> waiting_;
     std::vector<Request*> rows_;
+    std::vector<std::pair<Told, Widths>> chosen_;  // where all prompts get the same
     std::int64_t full_ = -1;  // so many rows were too many; -1: not known
     std::uint64_t next_ = 0;
     std::int64_t copied_ = 0;
@@ -76,6 +77,9 @@ class Engine {
     [[nodiscard]] std::vector<std::size_t> fitting(const Budget& budget) const;
     // KV groups of each layer that a prompt gets under a budget.
     Widths choose(Request& request, const Budget& budget, const Told& told);
+    // What was chosen by what was told, the allocation of each: for a request, or for all of them.
+    std::vector<std::pair<Told, Widths>>& choices(Request& request, const Told& told);
+    void remember(Request& request, const Told& told, const Widths& kept);
     Widths fixed(const Request& request, const Budget& budget, Told told);
     void route(const Request& request, const Told& told);
     [[nodiscard]] const Graph* graph_of(const Widths& kept) const;

@@ -4,6 +4,11 @@
 #include "engine.hpp"
 
 namespace l2a::core {
+namespace {
+
+constexpr std::size_t kMostChosen = 256;  // budgets whose allocation is kept
+
+}  // namespace
 
 std::vector<std::size_t> Engine::fitting(const Budget& budget) const {
     const Manifest& manifest = runtime_->manifest();
@@ -22,7 +27,7 @@ const Graph* Engine::graph_of(const Widths& kept) const {
 }
 
 Widths Engine::choose(Request& request, const Budget& budget, const Told& told) {
-    for (const auto& [known, kept] : request.chosen) {
+    for (const auto& [known, kept] : choices(request, told)) {
         if (known == told) return kept;
     }
     Widths kept;
@@ -32,8 +37,20 @@ Widths Engine::choose(Request& request, const Budget& budget, const Told& told) 
         route(request, told);
         kept = arrays_.kept;
     }
-    request.chosen.emplace_back(told, kept);
+    remember(request, told, kept);
     return kept;
+}
+
+std::vector<std::pair<Told, Widths>>& Engine::choices(Request& request, const Told& told) {
+    return runtime_->manifest().rules.blind(told) ? chosen_ : request.chosen;
+}
+
+void Engine::remember(Request& request, const Told& told, const Widths& kept) {
+    auto& known = choices(request, told);
+    const auto same = [&](const auto& pair) { return pair.first == told; };
+    if (std::any_of(known.begin(), known.end(), same)) return;
+    if (known.size() >= kMostChosen) known.clear();
+    known.emplace_back(told, kept);
 }
 
 // Of the variants that keep to a budget the largest; of several, what the router says.
@@ -59,14 +76,15 @@ void Engine::route(const Request& request, const Told& told) {
     if (router == nullptr) {
         bundle_error(runtime_->bundle().folder + ": no router graph is open to ask the gates again; export it again");
     }
-    const auto size = static_cast<std::int64_t>(request.prompt.size());
-    const std::vector<std::int64_t> mask(request.prompt.size(), 1);
+    const std::size_t unread = runtime_->manifest().rules.blind(told) ? request.prompt.size() - 1 : 0;
+    const auto size = static_cast<std::int64_t>(request.prompt.size() - unread);
+    const std::vector<std::int64_t> mask(static_cast<std::size_t>(size), 1);
     const float budget[] = {told.compute, told.share};
     const std::int64_t limits[] = {told.units, told.layers, told.heads};
     arrays_.kept.resize(static_cast<std::size_t>(runtime_->manifest().shape.num_layers));
     arrays_.variant.resize(1);
     Run run = run_of(1, size, size);
-    run.input_ids = request.prompt.data();
+    run.input_ids = request.prompt.data() + unread;
     run.mask = mask.data();
     run.budget = budget;
     run.limits = limits;

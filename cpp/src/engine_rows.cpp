@@ -69,7 +69,7 @@ void Engine::prefill(Request& request) {
     request.row = row;
     rows_.push_back(&request);
     if (request.kept.empty()) request.kept = arrays_.kept;
-    request.chosen.emplace_back(request.told, request.kept);
+    remember(request, request.told, request.kept);
     take(request, 0);
 }
 

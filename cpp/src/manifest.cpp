@@ -120,6 +120,11 @@ void read_gates(const Json& data, Manifest& manifest) {
     rules.stem_layers = check.integer(field("stem_layers"), "gates.stem_layers", 1, manifest.shape.num_layers - 1);
     rules.think_reference = check.integer(field("think_reference"), "gates.think_reference", 1);
     manifest.tokens = check.flag(field("tokens"), "gates.tokens");
+    if (!data.contains("input_blind")) return;
+    for (const Json& contract : list(data["input_blind"], "gates.input_blind")) {
+        const bool cap = one_of(contract, "gates.input_blind", {"cap", "mean"}) == "cap";
+        rules.input_blind.push_back(cap ? Contract::cap : Contract::mean);
+    }
 }
 
 }  // namespace

@@ -4,7 +4,8 @@
     python cpp/tests/make_cases.py OUT --artifact ARTIFACT   # of a trained one
 
 OUT gets a bundle of each precision, with two head levels and two variants of one budget, and cases.json: 64 prompts at
-6 budgets by the If graph and by variants, alone; the same with budgets that change in the middle; sampled text.
+6 budgets by the If graph and by variants, alone; the same with budgets that change in the middle; sampled text. And
+16 prompts with a bundle of a tiny model whose gates do not read them (``blind``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from l2a_compress.training.store import load_artifact
 from toy_models import new_artifact
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = {"fp32": "fp32", "int8": "int8"}
 CHANGES = ((5, 0.6), (11, 1.0), (16, 0.8))  # from so many tokens on: down, up to where keys are missing, down
 
 
@@ -46,18 +47,25 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        _make(options, options.artifact or new_artifact(Path(folder), "llama"))
+        found = _make(options, options.artifact or new_artifact(Path(folder), "llama"))
+        blind = new_artifact(Path(folder) / "blind", "llama", summary="none")
+        found += _make(options, blind, {"blind": "fp32"}, prompts=16)
+    (options.out / "cases.json").write_text(json.dumps({"cases": found}) + "\n")
+    print(f"{len(found)} cases: {options.out / 'cases.json'}")
 
 
-def _make(options: argparse.Namespace, artifact: Path) -> None:
+def _make(
+    options: argparse.Namespace, artifact: Path, bundles: Mapping[str, str] = PRECISIONS, prompts: int | None = None
+) -> list[dict[str, Any]]:
+    """Bundles of one artifact, by name and precision, and their cases."""
     loaded = load_artifact(artifact)
-    chunks = calibration_prompts(loaded.recipe, loaded.tokenizer, options.prompts, batch_size=16)
-    prompts = [row[mask.bool()].tolist() for ids, masks in chunks for row, mask in zip(ids, masks, strict=True)]
+    chunks = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts or options.prompts, batch_size=16)
+    texts = [row[mask.bool()].tolist() for ids, masks in chunks for row, mask in zip(ids, masks, strict=True)]
     ladder = tuple(_ladder(loaded.gated.shape))
     found = []
-    for precision in PRECISIONS:
+    for name, precision in bundles.items():
         block = 32 if precision == "int8" else None
-        folder = options.out / precision
+        folder = options.out / name
         export(
             artifact,
             folder,
@@ -65,9 +73,8 @@ def _make(options: argparse.Namespace, artifact: Path) -> None:
             force=True,
         )
         serves: tuple[Serve, ...] = ("if", "variants")
-        found += [case for serve in serves for case in _cases(folder, serve, prompts)]
-    (options.out / "cases.json").write_text(json.dumps({"cases": found}) + "\n")
-    print(f"{len(found)} cases: {options.out / 'cases.json'}")
+        found += [case for serve in serves for case in _cases(folder, serve, texts)]
+    return found
 
 
 def _ladder(shape: ModelShape) -> Iterator[tuple[float, Allocation]]:

@@ -133,6 +133,7 @@ TEST_CASE("manifests that are almost right") {
         {"must be nested", [](Json& it) { std::swap(it["graphs"][1], it["graphs"][3]); }},
         {"another model shape", [](Json& it) { it["graphs"][1]["allocation"]["groups"].push_back({0}); }},
         {"gates.stem_layers", [](Json& it) { it["gates"]["stem_layers"] = 100; }},
+        {"gates.input_blind must be one of cap, mean", [](Json& it) { it["gates"]["input_blind"] = {"other"}; }},
     };
     for (const auto& [message, change] : changes) {
         Copy copy;

@@ -9,7 +9,7 @@
 TEST_SUITE_BEGIN("engine");
 
 TEST_CASE("every request is what Python writes") {
-    for (const std::string bundle : {"fp32", "int8"}) {
+    for (const std::string bundle : {"fp32", "int8", "blind"}) {
         const l2a::Runtime runtime = cases::open(bundle);
         for (const bool variants : {false, true}) {
             auto all = cases::of(bundle, variants);

@@ -11,6 +11,7 @@ Served by variants, each request runs on the static graph of its budget, and onl
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ Runs = Literal["python", "native"]
 Decoder = GraphDecoder | NativeDecoder | EngineDecoder
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
+_MOST_CHOSEN = 256  # budgets whose allocation is kept for all prompts
 _TRIES = 3  # of a run that fails for another reason than memory
 
 
@@ -134,6 +136,7 @@ class Engine:
         self._memory_left = memory_left or (lambda: None)
         self._lanes: dict[str, Lane | EngineLane] = {}
         self._router: Decoder | None = None
+        self._chosen: dict[Told, tuple[int, ...]] = {}  # where all prompts get the same
         self._waiting: deque[Request] = deque()
         self._late: deque[Request] = deque()  # that could not be in time any more
         self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
@@ -436,10 +439,24 @@ class Engine:
 
     def _choose(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
         """KV groups of each layer that a prompt gets under a budget."""
-        if told not in request.chosen:
+        chosen = self._choices(request, told)
+        if told not in chosen:
             kept = self._fixed(request, budget, told) if self.serve == "variants" else self._ask(request, told)
-            request.chosen[told] = kept
-        return request.chosen[told]
+            chosen[told] = kept
+        return chosen[told]
+
+    def _blind(self, told: Told) -> bool:
+        """Whether the gates do not read the prompt under this budget."""
+        contract = "mean" if math.isfinite(told.price) else "cap"
+        return contract in self.bundle.gates.get("input_blind", ())
+
+    def _choices(self, request: Request, told: Told) -> dict[Told, tuple[int, ...]]:
+        """What was chosen by budget: for this request, or for all of them."""
+        if not self._blind(told):
+            return request.chosen
+        if len(self._chosen) >= _MOST_CHOSEN:
+            self._chosen.clear()
+        return self._chosen
 
     def _fixed(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
         """Of the variants that keep to a budget, the largest; of several, what the router says."""
@@ -461,7 +478,8 @@ class Engine:
             if entry is None:
                 raise BundleError(f"{self.folder}: has no router graph to ask the gates again; export it again")
             self._router = self._decoder(entry)
-        tokens = np.array([request.prompt], dtype=np.int64)
+        prompt = request.prompt[-1:] if self._blind(told) else request.prompt
+        tokens = np.array([prompt], dtype=np.int64)
         return self._router.step(tokens, np.ones_like(tokens), **_decision([told]))
 
     def _inputs(self, lane: Lane | EngineLane, requests: Sequence[Request]) -> dict[str, Array]:
@@ -534,7 +552,7 @@ class Engine:
         outputs = lane.prefill(request, self._inputs(lane, [request]))
         if request.kept is None:
             request.kept = tuple(outputs["kept_groups"][0].tolist())
-        request.chosen[request.told] = request.kept
+        self._choices(request, request.told)[request.told] = request.kept
         if request.started is None:
             request.started = self.clock()
         self._take(request, outputs, 0)

@@ -97,6 +97,7 @@ FIELDS: list[tuple[tuple[Any, ...], Any, str]] = [
     (("gates", "think_reference"), 0, r"gates\.think_reference must be at least 1"),
     (("gates", "think_reference"), True, r"gates\.think_reference must be an integer"),
     (("gates", "tokens"), 1, r"gates\.tokens must be true or false"),
+    (("gates", "input_blind"), ["cap", "other"], r"gates\.input_blind must list some of cap, mean"),
     (("gates", "more"), {"a": [0, float("nan")]}, r"gates\.more\.a\[1\] must be finite"),
     (("gates", "more"), NESTED, r"gates\.more\[0\].* stands deeper than 32 levels"),
     (("gates", "more"), 2**64, r"gates\.more must be an integer of 64 bits"),

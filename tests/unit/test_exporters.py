@@ -123,6 +123,8 @@ def test_gates_that_no_input_moves_are_constants(dialect: str, demand: bool, tmp
     assert {"gates.layers.outer_bias", "gates.heads.outer_bias"} <= names
     assert not {name for name in names if name.startswith(("gates.layers.inner", "gates.heads.inner"))}
     assert ("gates.norm" in names) == demand  # nothing else asks for the prompt
+    told_alone = Bundle.load(tmp_path / "bundle").gates["input_blind"]
+    assert told_alone == (["cap"] if demand else ["cap", "mean"])
     for row in parity(tmp_path / "bundle", same, prompts=6, tokens=4, budgets=BUDGETS):
         assert (row.equal, row.allocations) == (row.tokens, True)
 

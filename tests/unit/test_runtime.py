@@ -125,6 +125,41 @@ def test_a_budget_that_changes_acts_from_the_next_token_on(made: Path) -> None:
     assert [request.written for request in steady] != expected
 
 
+def test_gates_that_read_no_prompt_are_asked_once_for_each_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(
+        new_artifact(tmp_path, summary="none", demand=False),
+        tmp_path / "bundle",
+        ExportOptions(budgets=(1.0, 0.45), calibration=4),
+    )
+    engine = Engine(tmp_path / "bundle", max_rows=4, threads=1)
+    plans = [
+        lambda step, row=row: Budget(compute=(0.45, 0.8)[(step // 3 + row) % 2] if step > 1 else 1.0)
+        for row in range(6)
+    ]
+    expected = [alone(engine.folder, prompt, plan, engine) for prompt, plan in zip(texts(6), plans, strict=True)]
+    asked = []
+
+    def step(decoder: GraphDecoder, ids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> Any:
+        if decoder is engine._router:
+            asked.append((ids.tolist(), float(more["budget"][0, 0])))
+        return whole(decoder, ids, mask, **more)
+
+    whole = GraphDecoder.step
+    monkeypatch.setattr(GraphDecoder, "step", step)
+    requests = engine.submit(texts(6), [plan(0) for plan in plans], limits=LIMITS)
+
+    def change(_: int) -> None:
+        for request, plan in zip(requests, plans, strict=True):
+            engine.set_budget(request, plan(len(request.written)))
+
+    finish(engine, change)
+    assert [request.written for request in requests] == expected
+    assert sorted(budget for _, budget in asked) == pytest.approx([0.45, 0.8])
+    assert all(ids == [[engine.tags.think]] for ids, _ in asked)
+
+
 def test_a_lean_graph_computes_again_what_a_higher_budget_needs(lean: Path) -> None:
     engine = Engine(lean, max_rows=2, threads=1)
     low, high = Budget(compute=0.45), Budget()
