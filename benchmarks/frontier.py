@@ -47,9 +47,9 @@ LONG = (
 )
 # Ablations are compared with each other, at the recipe's own length.
 SHORT = ("evaluation.calibration=1024", "evaluation.demand_rows=1024")
-CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.4)
+CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.45, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
-MEANS = (0.8, 0.7, 0.66, 0.645, 0.635, 0.62, 0.6, 0.595, 0.58, 0.575, 0.5)
+MEANS = (0.8, 0.7, 0.66, 0.645, 0.635, 0.62, 0.6, 0.595, 0.58, 0.575, 0.5, 0.45)
 SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.5), (0.8, 0.66, 0.6, 0.5)
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
@@ -148,7 +148,10 @@ def run(name: str, args: argparse.Namespace) -> Path:
     torch.set_num_threads(args.threads)
     target = RECORDS / f"{name}-s{args.seed}.json"
     reports = json.loads(target.read_text())["reports"] if target.exists() else {}
-    reports |= measure(loaded, experiment, args.problems or problems, args.parts.split(","))
+    if args.budgets:
+        experiment = replace(experiment, caps=args.budgets, means=args.budgets if experiment.means else ())
+    found = measure(loaded, experiment, args.problems or problems, args.parts.split(","))
+    reports |= {part: _merged(reports.get(part), report) if args.budgets else report for part, report in found.items()}
     record = {
         "name": name,
         "about": experiment.about,
@@ -196,6 +199,18 @@ def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts
     return found
 
 
+def _merged(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, Any]:
+    """A report with the points of some more budgets."""
+    if before is None:
+        return found
+    result = {name: value for name, value in before.items() if name != "frontier"}  # a check of the old points alone
+    for name in ("points", "baselines"):
+        new = {(point["name"], point["contract"], point["budget"]): point for point in found[name]}
+        old = [p for p in before[name] if (p["name"], p["contract"], p["budget"]) not in new]
+        result[name] = sorted([*old, *new.values()], key=lambda point: (point["name"], -point["budget"]))
+    return result
+
+
 def _trimmed(report: Report) -> dict[str, Any]:
     """A report without what only pictures of single runs need."""
     content = report.to_json()
@@ -222,6 +237,11 @@ def main() -> None:
     one.add_argument("--threads", type=int, default=1)
     one.add_argument(
         "--parts", default="capped,mean,probes,split", help="what to measure anew; the rest of a record stays"
+    )
+    one.add_argument(
+        "--budgets",
+        type=lambda text: tuple(map(float, text.split(","))),
+        help="measure these alone, of the parts capped and mean, beside what a record has",
     )
     one.add_argument("--work", type=Path, default=Path.home() / ".cache/l2a_compress/frontier")
     commands.add_parser("list", help="experiments and records")

@@ -174,12 +174,14 @@ def rotary_of(gated: GatedModel) -> tuple[Array, float]:
 def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
     """The allocator and the transition gate, stacked gates side by side; of gates that no input moves what they say."""
     allocator, transition = gated.allocator, gated.transition
-    yield "gates.norm", _array(allocator.norm.weight)
-    yield "gates.norm_bias", _array(allocator.norm.bias)
-    yield from _embedding("gates.embedding", allocator.embedding)
-    for name, mlp in (("layers", allocator.layer_gates), ("heads", allocator.head_gates)):
-        if name == "heads" and not allocator.config.heads:
-            continue
+    stacks = {"layers": allocator.layer_gates} | ({"heads": allocator.head_gates} if allocator.config.heads else {})
+    reading = any(bool(mlp.outer.any()) for mlp in stacks.values())
+    if reading or allocator.demand is not None:
+        yield "gates.norm", _array(allocator.norm.weight)
+        yield "gates.norm_bias", _array(allocator.norm.bias)
+    if reading:
+        yield from _embedding("gates.embedding", allocator.embedding)
+    for name, mlp in stacks.items():
         yield f"gates.{name}.outer_bias", _array(mlp.outer_bias[:, None])
         if mlp.outer.any():
             yield f"gates.{name}.inner", _array(mlp.inner.permute(1, 0, 2).flatten(1))  # [inputs, gates * hidden]
