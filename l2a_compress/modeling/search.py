@@ -19,7 +19,12 @@ Item = tuple[int, tuple[int, ...]]  # a layer and the groups that are left of it
 
 @torch.no_grad()
 def greedy_path(
-    gated: GatedModel, batches: Sequence[Batch], importance: Tensor, first: Sequence[int] = ()
+    gated: GatedModel,
+    batches: Sequence[Batch],
+    importance: Tensor,
+    first: Sequence[int] = (),
+    *,
+    least: float = 0.0,
 ) -> list[Allocation]:
     """Allocations from dense down to the stem, each the one before with one group, or one narrowest layer, less.
 
@@ -36,19 +41,24 @@ def greedy_path(
         batches: as of :func:`l2a_compress.modeling.importance.drop_losses`.
         importance: of groups, [gated layers, groups], by that function.
         first: layers that go before anything else does, in that order, groups and all.
+        least: share of the dense cost down to which steps are measured anew. Those below it go by what was found last.
     """
     states = [inputs_of(gated, batch) for batch in batches]
     path = [Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)]
     loss = mean_loss(gated, batches, states, path[0].groups)
+    prices: dict[int | None, float] = {}  # by the layer that a step gives up, None where it narrows
     while steps := _steps(gated, path[-1], importance, first):
-        losses = _losses(gated, batches, states, path[-1], [step[-1] for step in steps])
-        prices = [
-            (found - loss) / (gated.cost.units(path[-1]) - gated.cost.units(step[-1]))
-            for found, step in zip(losses, steps, strict=True)
-        ]
-        best = min(range(len(steps)), key=prices.__getitem__)
+        now = path[-1]
+        kinds = [given_up([now, step[-1]])[0] if len(step[-1].layers) < len(now.layers) else None for step in steps]
+        losses = dict.fromkeys(kinds, loss)
+        if gated.cost.fraction(now) > least or not prices.keys() >= {*kinds}:
+            found = _losses(gated, batches, states, now, [step[-1] for step in steps])
+            losses = dict(zip(kinds, found, strict=True))
+            for kind, step in zip(kinds, steps, strict=True):
+                prices[kind] = (losses[kind] - loss) / (gated.cost.units(now) - gated.cost.units(step[-1]))
+        best = min(kinds, key=prices.__getitem__)
         loss = losses[best]
-        path += steps[best]
+        path += steps[kinds.index(best)]
     return path
 
 

@@ -67,7 +67,7 @@ def search(
                 embedded = inputs_of(gated, batch)
                 batch["inputs_embeds"] = embedded + told.to(embedded.dtype)  # a base may have 16 bits
     _, importance = drop_losses(gated, batches)
-    path = greedy_path(gated, batches, importance)
+    path = greedy_path(gated, batches, importance, least=recipe.draws.minimum)
     losses: dict[tuple[int, ...], float] = {}
     if file.is_file():
         losses = {tuple(gone): loss for gone, loss in json.loads(file.read_text())["trials"]}
@@ -81,7 +81,7 @@ def search(
         most = min((1 - recipe.draws.minimum) * gated.shape.num_layers, len(guess))  # that any budget gives up
         trials = Trials(gated, recipe, steps, batches, losses=losses, tried=note, quiet=quiet)
         order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
-        path = greedy_path(gated, batches, importance, order)
+        path = greedy_path(gated, batches, importance, order, least=recipe.draws.minimum)
     note(order=given_up(path))
     log.info("layers are given up in the order %s", given_up(path))
     layers, groups = (broadcast(scores.to(device)) for scores in path_scores(path, stem))

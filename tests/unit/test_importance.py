@@ -16,7 +16,7 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
 from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.projection import Limits, project
-from l2a_compress.modeling.search import greedy_path, path_scores
+from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from toy_models import FAMILIES, GROUPS, LAYERS, new_model
 
 STEM = 2
@@ -92,6 +92,22 @@ def test_each_layer_that_is_given_up_is_the_one_that_is_missed_least_then() -> N
             kept = Allocation.of_layers(set(before.layers) - {other}, LAYERS, GROUPS)
             losses[kept] = loss_of(gated, batches, kept)
         assert losses[after] == pytest.approx(min(losses.values()), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_below_the_least_cost_layers_go_by_what_was_found_last(seed: int) -> None:
+    gated = GatedModel.wrap(new_model(seed=seed), GateConfig(stem_layers=STEM, heads=False), AdapterConfig(rank=2))
+    batches = [batch_of(0, 2, 9)]
+    _, importance = drop_losses(gated.eval(), batches)
+    whole = greedy_path(gated, batches, importance)
+    path = greedy_path(gated, batches, importance, least=gated.cost.fraction(whole[2]))
+    assert path[:3] == whole[:3]
+
+    def found_last(gone: int) -> float:
+        kept = set(path[1].layers) - {gone}
+        return loss_of(gated, batches, Allocation.of_layers(kept, LAYERS, GROUPS))
+
+    assert given_up(path[2:]) == sorted(path[2].layers[STEM:], key=found_last)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])  # of the second group in every layer

@@ -109,8 +109,8 @@ def test_what_goes_is_searched_once_behind_the_exploration(
     searched = tiny_recipe(base, adapter={"dropout": 0.2}, annealing=plan)
     paths = []
 
-    def search(*args: Any) -> list[Allocation]:
-        paths.append(greedy_path(*args))
+    def search(*args: Any, **more: Any) -> list[Allocation]:
+        paths.append(greedy_path(*args, **more))
         return paths[-1]
 
     monkeypatch.setattr("l2a_compress.training.search.greedy_path", search)
