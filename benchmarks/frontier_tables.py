@@ -1,10 +1,12 @@
-"""The tables of docs/results.md, from results/frontier.json: each stands between two comments with its name."""
+"""The tables of docs/results.md, from results/frontier.json and results/real_llm.json, each between two comments."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from l2a_compress.evaluation.statistics import paired
 
 Row = Mapping[str, Any]
 
@@ -42,6 +44,44 @@ def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
         "out-of-distribution": _out_of_distribution(result["summary"]["ood_gap_extra"]),
         "split": _split(result["split"]),
         "ablations": _ablations(result["ablations"]),
+    }
+
+
+def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
+    """Those of one model of real_llm.json."""
+    points: Mapping[str, Sequence[Row]] = found["points"]
+    heads = "model,budget,cost,layers off,NLL,KL to the reference,agreement with it".split(",")
+    rows = [
+        [
+            "reference" if name == "l2a" and not number else name,
+            *(f"{row[key]:.3f}" for key in ("budget", "cost")),
+            f"{100 * row['layer_sparsity']:.1f} %",
+            *(f"{row[key]:.4f}" for key in ("nll", "kl")),
+            f"{100 * row['agreement']:.2f} % [{100 * row['low']:.2f}, {100 * row['high']:.2f}]",
+        ]
+        for name, group in points.items()
+        for number, row in enumerate(group)
+    ]
+    against = []
+    for name, group in points.items():
+        for theirs in group if name != "l2a" else ():
+            ours = max(
+                (one for one in points["l2a"][1:] if one["cost"] <= theirs["cost"] + 1e-3), key=lambda one: one["cost"]
+            )
+            against.append(
+                [name, *(f"{100 * one['layer_sparsity']:.1f} %" for one in (theirs, ours))]
+                + [
+                    "{:{form}} [{:{form}}, {:{form}}]".format(
+                        *(scale * part for part in paired(ours[key], theirs[key])), form=form
+                    )
+                    for key, scale, form in (("nll_by_problem", 1, "+.4f"), ("agreement_by_problem", 100, "+.2f"))
+                ]
+            )
+    return {
+        "real": _table(heads, rows),
+        "real-static": _table(
+            ["static model", "its layers off", "L2A's", "NLL: L2A less static", "agreement in points"], against
+        ),
     }
 
 
@@ -120,12 +160,11 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
         if row["cost"][1] - row["cost"][0] < 0.02:  # else the points are no match
             label = f"the same weights with one allocation for all inputs, cost {row['cost'][1]:.2f}"
             rows.append((label, f"L2A {_above(row)}", "", None))
-    blind = summary["gap_input_blind"]
-    if blind:
-        label = f"a model of its own whose gates are blind, cost {blind['cost'][1]:.2f}"
-        rows.append(
-            (label, f"L2A {_above(blind)}", "+1, interval above 0", blind["delta"] >= 0.01 and blind["low"] > 0)
-        )
+    for row in result["blind"]:
+        if row["cost"][1] - row["cost"][0] < 0.02:
+            label = f"a model of its own whose gates are blind, cost {row['cost'][1]:.2f}"
+            met = row["delta"] >= 0.01 and row["low"] > 0
+            rows.append((label, f"L2A {_above(row)}", "+1, interval above 0", met))
     for row in result["fine_tuned"]:
         label = f"a static model fine-tuned for its point alone, {row['other']}"
         rows.append((label, f"L2A {_above(row)}", "not below within the interval", row["high"] >= 0))

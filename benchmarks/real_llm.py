@@ -4,7 +4,7 @@
     python benchmarks/real_llm.py l2a --data DIR               gates and adapters on that model
     python benchmarks/real_llm.py block_influence-75 --data DIR     a static model of 0.75 of the layers' cost
     python benchmarks/real_llm.py measure --data DIR           NLL, KL and agreement of all that is trained
-    python benchmarks/real_llm.py report                       the table of docs/results.md
+    python benchmarks/real_llm.py report                       its tables, which frontier.py summary puts into docs
 
 Each goes on where it was cut off, and does nothing where it is done. Data are GSM8K's training problems
 (DIR/gsm8k/train.jsonl); those that are held out of training are what is measured.
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from fetch_models import DEFAULT_CACHE, SOURCES, fetch
+from frontier_tables import real_tables
 from measure import RESULTS, likelihood, machine, progress
 
 from l2a_compress.evaluation.frontier import evaluate
@@ -137,16 +138,9 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def report_of(content: dict[str, Any]) -> None:
-    """Prints the table."""
+    """Prints the tables."""
     for model, found in content.items():
-        print(f"\n{model}\n\n| model | budget | cost | layers off | NLL | KL to dense | agreement with dense |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        for name, points in found["points"].items():
-            for number, row in enumerate(points):
-                label = "dense" if name == "l2a" and not number else name
-                off = f"{row['budget']:.3f} | {row['cost']:.3f} | {100 * row['layer_sparsity']:.1f} %"
-                agreement = f"{row['agreement']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
-                print(f"| {label} | {off} | {row['nll']:.4f} | {row['kl']:.4f} | {agreement} |")
+        print(f"\n{model}\n\n" + "\n\n".join(real_tables(found).values()))
 
 
 def main() -> None:
