@@ -57,7 +57,7 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             *(f"{row[key]:.3f}" for key in ("budget", "cost")),
             f"{100 * row['layer_sparsity']:.1f} %",
             *(f"{row[key]:.4f}" for key in ("nll", "kl")),
-            f"{100 * row['agreement']:.2f} % [{100 * row['low']:.2f}, {100 * row['high']:.2f}]",
+            _share({"accuracy": row["agreement"], "interval": (row["low"], row["high"])}),
         ]
         for name, group in points.items()
         for number, row in enumerate(group)
@@ -68,13 +68,14 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             ours = max(
                 (one for one in points["l2a"][1:] if one["cost"] <= theirs["cost"] + 1e-3), key=lambda one: one["cost"]
             )
+            nll, low, high = paired(ours["nll_by_problem"], theirs["nll_by_problem"])
+            agreement = paired(ours["agreement_by_problem"], theirs["agreement_by_problem"])
             against.append(
-                [name, *(f"{100 * one['layer_sparsity']:.1f} %" for one in (theirs, ours))]
-                + [
-                    "{:{form}} [{:{form}}, {:{form}}]".format(
-                        *(scale * part for part in paired(ours[key], theirs[key])), form=form
-                    )
-                    for key, scale, form in (("nll_by_problem", 1, "+.4f"), ("agreement_by_problem", 100, "+.2f"))
+                [
+                    name,
+                    *(f"{100 * one['layer_sparsity']:.1f} %" for one in (theirs, ours)),
+                    f"{nll:+.4f} [{low:+.4f}, {high:+.4f}]",
+                    _above(dict(zip(("delta", "low", "high"), agreement, strict=True))),
                 ]
             )
     return {
@@ -157,11 +158,11 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
         )
     )
     for row in fixed:
-        if row["cost"][1] - row["cost"][0] < 0.02:  # else the points are no match
+        if _matched(row):
             label = f"the same weights with one allocation for all inputs, cost {row['cost'][1]:.2f}"
             rows.append((label, f"L2A {_above(row)}", "", None))
     for row in result["blind"]:
-        if row["cost"][1] - row["cost"][0] < 0.02:
+        if _matched(row):
             label = f"a model of its own whose gates are blind, cost {row['cost'][1]:.2f}"
             met = row["delta"] >= 0.01 and row["low"] > 0
             rows.append((label, f"L2A {_above(row)}", "+1, interval above 0", met))
@@ -200,6 +201,11 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
         ["", "measured", "to be shown", ""],
         [[label, found, bar, "" if met is None else "met" if met else "**missed**"] for label, found, bar, met in rows],
     )
+
+
+def _matched(row: Row) -> bool:
+    """Whether L2A's point of a comparison costs about as much as the other's."""
+    return bool(row["cost"][1] - row["cost"][0] < 0.02)
 
 
 def _out_of_distribution(found: Mapping[str, Row]) -> str:

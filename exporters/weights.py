@@ -175,7 +175,7 @@ def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
     """The allocator and the transition gate, stacked gates side by side; of gates that no input moves what they say."""
     allocator, transition = gated.allocator, gated.transition
     stacks = {"layers": allocator.layer_gates} | ({"heads": allocator.head_gates} if allocator.config.heads else {})
-    reading = any(bool(mlp.outer.any()) for mlp in stacks.values())
+    reading = {name for name, mlp in stacks.items() if mlp.outer.any()}
     if reading or allocator.demand is not None:
         yield "gates.norm", _array(allocator.norm.weight)
         yield "gates.norm_bias", _array(allocator.norm.bias)
@@ -183,7 +183,7 @@ def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
         yield from _embedding("gates.embedding", allocator.embedding)
     for name, mlp in stacks.items():
         yield f"gates.{name}.outer_bias", _array(mlp.outer_bias[:, None])
-        if mlp.outer.any():
+        if name in reading:
             yield f"gates.{name}.inner", _array(mlp.inner.permute(1, 0, 2).flatten(1))  # [inputs, gates * hidden]
             yield f"gates.{name}.inner_bias", _array(mlp.inner_bias.flatten())
             yield f"gates.{name}.outer", _array(mlp.outer)  # [gates, hidden, outputs]

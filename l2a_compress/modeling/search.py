@@ -49,7 +49,7 @@ def greedy_path(
     prices: dict[int | None, float] = {}  # by the layer that a step gives up, None where it narrows
     while steps := _steps(gated, path[-1], importance, first):
         now = path[-1]
-        kinds = [given_up([now, step[-1]])[0] if len(step[-1].layers) < len(now.layers) else None for step in steps]
+        kinds = [next(iter(given_up([now, step[-1]])), None) for step in steps]
         losses = dict.fromkeys(kinds, loss)
         if gated.cost.fraction(now) > least or not prices.keys() >= {*kinds}:
             found = _losses(gated, batches, states, now, [step[-1] for step in steps])

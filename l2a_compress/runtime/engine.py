@@ -41,7 +41,7 @@ Runs = Literal["python", "native"]
 Decoder = GraphDecoder | NativeDecoder | EngineDecoder
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
-_MOST_CHOSEN = 256  # budgets whose allocation is kept for all prompts
+_MOST_CHOSEN = 256  # budgets whose allocation is kept
 _TRIES = 3  # of a run that fails for another reason than memory
 
 
@@ -442,7 +442,7 @@ class Engine:
         chosen = self._choices(request, told)
         if told not in chosen:
             kept = self._fixed(request, budget, told) if self.serve == "variants" else self._ask(request, told)
-            chosen[told] = kept
+            self._remember(request, told, kept)
         return chosen[told]
 
     def _blind(self, told: Told) -> bool:
@@ -452,11 +452,13 @@ class Engine:
 
     def _choices(self, request: Request, told: Told) -> dict[Told, tuple[int, ...]]:
         """What was chosen by budget: for this request, or for all of them."""
-        if not self._blind(told):
-            return request.chosen
-        if len(self._chosen) >= _MOST_CHOSEN:
-            self._chosen.clear()
-        return self._chosen
+        return self._chosen if self._blind(told) else request.chosen
+
+    def _remember(self, request: Request, told: Told, kept: tuple[int, ...]) -> None:
+        chosen = self._choices(request, told)
+        if told not in chosen and len(chosen) >= _MOST_CHOSEN:
+            chosen.clear()
+        chosen[told] = kept
 
     def _fixed(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
         """Of the variants that keep to a budget, the largest; of several, what the router says."""
@@ -552,7 +554,7 @@ class Engine:
         outputs = lane.prefill(request, self._inputs(lane, [request]))
         if request.kept is None:
             request.kept = tuple(outputs["kept_groups"][0].tolist())
-        self._choices(request, request.told)[request.told] = request.kept
+        self._remember(request, request.told, request.kept)
         if request.started is None:
             request.started = self.clock()
         self._take(request, outputs, 0)

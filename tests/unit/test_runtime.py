@@ -108,18 +108,23 @@ def alone(
     return written
 
 
-def test_a_budget_that_changes_acts_from_the_next_token_on(made: Path) -> None:
-    engine = Engine(made, max_rows=4, threads=1)
-    plans = [lambda step, row=row: Budget(compute=(1.0, 0.45, 0.8, 1.0)[(step // 3 + row) % 4]) for row in range(6)]
-    expected = [alone(made, prompt, plan, engine) for prompt, plan in zip(texts(6), plans, strict=True)]
-    requests = engine.submit(texts(6), [plan(0) for plan in plans], limits=LIMITS)
+def written_under(engine: Engine, plans: list[Callable[[int], Budget]]) -> list[list[int]]:
+    """The texts of a prompt for each plan, which says the budget of each token."""
+    requests = engine.submit(texts(len(plans)), [plan(0) for plan in plans], limits=LIMITS)
 
     def change(_: int) -> None:
         for request, plan in zip(requests, plans, strict=True):
             engine.set_budget(request, plan(len(request.written)))
 
     finish(engine, change)
-    assert [request.written for request in requests] == expected
+    return [request.written for request in requests]
+
+
+def test_a_budget_that_changes_acts_from_the_next_token_on(made: Path) -> None:
+    engine = Engine(made, max_rows=4, threads=1)
+    plans = [lambda step, row=row: Budget(compute=(1.0, 0.45, 0.8, 1.0)[(step // 3 + row) % 4]) for row in range(6)]
+    expected = [alone(made, prompt, plan, engine) for prompt, plan in zip(texts(6), plans, strict=True)]
+    assert written_under(engine, plans) == expected
     steady = engine.submit(texts(6), [Budget(compute=0.45)] * 6, limits=LIMITS)
     finish(engine)
     assert [request.written for request in steady] != expected
@@ -148,14 +153,7 @@ def test_gates_that_read_no_prompt_are_asked_once_for_each_budget(
 
     whole = GraphDecoder.step
     monkeypatch.setattr(GraphDecoder, "step", step)
-    requests = engine.submit(texts(6), [plan(0) for plan in plans], limits=LIMITS)
-
-    def change(_: int) -> None:
-        for request, plan in zip(requests, plans, strict=True):
-            engine.set_budget(request, plan(len(request.written)))
-
-    finish(engine, change)
-    assert [request.written for request in requests] == expected
+    assert written_under(engine, plans) == expected
     assert sorted(budget for _, budget in asked) == pytest.approx([0.45, 0.8])
     assert all(ids == [[engine.tags.think]] for ids, _ in asked)
 
