@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets, minimum_compute
-from l2a_compress.modeling.deciders import GateRequest, GateResult, decide
+from l2a_compress.modeling.deciders import GateRequest, decide
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import SCORE_LIMIT
 from l2a_compress.modeling.projection import effective_scores
@@ -49,7 +49,7 @@ def calibrate_prices(gated: GatedModel, prompts: Prompts, budgets: Sequence[floa
     was_training = gated.training
     gated.eval()
     if gated.gate_config.mode == "stem":
-        cost_at = partial(_demanded_cost if gated.gate_config.has_demand else _stem_cost_at, gated, prompts)
+        cost_at = _stem_costs(gated, prompts)
         table = [(budget, _bisect(cost_at(budget), budget)) for budget in budgets]
         for left, right in pairwise(tuple(table)):
             table += _between(cost_at, left, right)
@@ -86,66 +86,92 @@ def _bisect(mean_cost: MeanCost, budget: float, *, rounds: int = 30) -> float:
     return high
 
 
-def _stem_cost_at(gated: GatedModel, prompts: Prompts, budget: float) -> MeanCost:
-    """The mean cost as a function of the price, for gates that are told ``budget``."""
-    found = [_probe(gated, ids, mask, budget) for ids, mask in prompts]
-    layers, groups = (torch.cat([one.layer_scores for one in found]), torch.cat([one.group_scores for one in found]))
-    return partial(_stem_cost, gated, layers, groups)
+def _stem_costs(gated: GatedModel, prompts: Prompts) -> Callable[[float], MeanCost]:
+    """For a budget that gates are told, the mean cost as a function of the price.
+
+    The prompts are read once, unless the network sees the budget too: ``<think>`` is then another token for each.
+    """
+    shown = gated.think_id is not None and gated.gate_config.tokens
+    once = None if shown else _summaries(gated, prompts, 1.0)
+
+    def cost_at(budget: float) -> MeanCost:
+        summaries = _summaries(gated, prompts, budget) if once is None else once
+        if gated.allocator.demand is not None:
+            return _demanded_cost(gated, summaries)
+        told = _budgets(gated, len(summaries), budget).to(summaries.device).features
+        layers, groups = gated.allocator.scores(gated.allocator.features(summaries, told))
+        return partial(_scored_cost, gated, layers, groups)
+
+    return cost_at
 
 
-def _demanded_cost(gated: GatedModel, prompts: Prompts, budget: float) -> MeanCost:
-    """The mean cost as a function of the price, for inputs that get what is worth it to them out of ``budget``."""
-    found = [_probe(gated, ids, mask, budget).summary for ids, mask in prompts]
-    summaries = torch.cat([summary for summary in found if summary is not None])
+def _demanded_cost(gated: GatedModel, summaries: Tensor) -> MeanCost:
+    """That of inputs each of which gets the level that is worth its price. What one takes at a level is kept."""
+    demand, rows = gated.allocator.demand, len(summaries)
+    assert demand is not None
+    think = _budgets(gated, rows, 1.0).think.to(summaries.device)
+    known = torch.full((rows, len(demand.levels)), torch.nan, dtype=torch.float64, device=summaries.device)
 
     def mean_cost(price: float) -> float:
-        priced = _priced(gated, len(summaries), budget, price).to(summaries.device)
-        hard = decide(gated.allocator, gated.cost, summaries, priced).hard
-        return _mean_fraction(gated, hard.layers, hard.groups)
+        chosen = demand.chosen(summaries, think, torch.full_like(think, price))
+        new = known[range(rows), chosen].isnan().nonzero().squeeze(1)
+        priced = _budgets(gated, len(new), 1.0, price).to(summaries.device)
+        hard = decide(gated.allocator, gated.cost, summaries[new], priced).hard
+        known[new, chosen[new]] = _units(gated, hard.layers, hard.groups)
+        return _mean(gated, known[range(rows), chosen])
 
     return mean_cost
 
 
-def _probe(gated: GatedModel, ids: Tensor, mask: Tensor, budget: float) -> GateResult:
-    """What the stem's gates say, at price 0."""
-    request = GateRequest(_priced(gated, len(ids), budget, 0.0).to(ids.device), mask)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    gates: GateResult | None = gated(ids, mask, request=request, position_ids=positions, probe=True).gates
-    gated.state.reset()
-    assert gates is not None
-    return gates
+def _summaries(gated: GatedModel, prompts: Prompts, budget: float) -> Tensor:
+    """What the gates see of each prompt behind the stem: [prompts, 2 * width]."""
+    found = []
+    for ids, mask in prompts:
+        request = GateRequest(_budgets(gated, len(ids), budget).to(ids.device), mask)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        gates = gated(ids, mask, request=request, position_ids=positions, probe=True).gates
+        gated.state.reset()
+        assert gates is not None
+        assert gates.summary is not None
+        found.append(gates.summary)
+    return torch.cat(found)
 
 
-def _priced(gated: GatedModel, rows: int, budget: float, price: float) -> BudgetBatch:
-    """A ``mean`` batch at one budget and a price that is not yet in the table."""
+def _budgets(gated: GatedModel, rows: int, budget: float, price: float = -torch.inf) -> BudgetBatch:
+    """Rows that are told a budget and held to nothing, but to pay a price that is not yet in the table."""
     batch = batch_budgets([Budget()] * rows, gated.cost, gated.gate_config)
     limits = replace(batch.limits, price=torch.full((rows,), price))
     return BudgetBatch(compute=torch.full((rows,), budget), think=batch.think, limits=limits)
 
 
-def _stem_cost(gated: GatedModel, layers: Tensor, groups: Tensor, price: float) -> float:
+def _scored_cost(gated: GatedModel, layers: Tensor, groups: Tensor, price: float) -> float:
     """With no other limit the projection keeps exactly what exceeds the price."""
     least = gated.gate_config.min_groups if gated.gate_config.heads else gated.shape.num_groups
     kept = layers > price
     offered = (effective_scores(layers, groups) > price) | (torch.arange(groups.shape[-1]) < least)
-    return _mean_fraction(gated, kept, offered & kept[..., None])
+    return _mean(gated, _units(gated, kept, offered & kept[..., None]))
 
 
 def _inline_cost(gated: GatedModel, prompts: Prompts, budget: float, price: float) -> float:
     kept = []
     for ids, mask in prompts:
-        request = GateRequest(_priced(gated, len(ids), budget, price).to(ids.device), mask)
+        request = GateRequest(_budgets(gated, len(ids), budget, price).to(ids.device), mask)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         gates = gated(ids, mask, request=request, position_ids=positions).gates
         gated.state.reset()
         assert gates is not None
         kept.append((gates.layers, gates.groups))
     layers, groups = (torch.cat(part) for part in zip(*kept, strict=True))
-    return _mean_fraction(gated, layers, groups)
+    return _mean(gated, _units(gated, layers, groups))
 
 
-def _mean_fraction(gated: GatedModel, layers: Tensor, groups: Tensor) -> float:
+def _units(gated: GatedModel, layers: Tensor, groups: Tensor) -> Tensor:
+    """What decisions [prompts, gated layers], [prompts, gated layers, groups] cost with the stem: [prompts]."""
     cost = gated.cost
-    units = layers.sum(1) * cost.layer_units + groups.sum((1, 2)) * cost.group_units
     stem = cost.dense_units * gated.gate_config.stem_layers // gated.shape.num_layers
-    return float((units + stem).double().mean()) / cost.dense_units
+    return (layers.sum(1) * cost.layer_units + groups.sum((1, 2)) * cost.group_units + stem).double()
+
+
+def _mean(gated: GatedModel, units: Tensor) -> float:
+    """As a share of dense; divided last, so that a mean that is a budget exactly is not above or below it."""
+    return float(units.mean()) / gated.cost.dense_units
