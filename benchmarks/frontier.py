@@ -75,8 +75,8 @@ class Experiment:
     short: bool = False
 
 
-def _short(about: str, settings: tuple[str, ...] = (), *, without: str = "", threshold: bool = False) -> Experiment:
-    return Experiment(about, settings, without, SHORT_CAPS, SHORT_MEANS, threshold, short=True)
+def _short(about: str, settings: tuple[str, ...] = (), **options: Any) -> Experiment:
+    return Experiment(about, settings, caps=SHORT_CAPS, means=SHORT_MEANS, short=True, **options)
 
 
 def _static(method: str, compute: float) -> Experiment:
@@ -106,9 +106,9 @@ EXPERIMENTS = {
         baselines=("fixed_budget",),
         probes=True,
     ),
-    "short": _short("what the ablations below are compared with: the recipe at its own length"),
+    "short": _short("what the ablations below are compared with: the recipe at its own length", probes=True),
     "layers": _short("no head gates", without="heads"),
-    "no-kl": _short("without logical consistency", without="kl"),
+    "no-kl": _short("without logical consistency", without="kl", probes=True),
     "no-tokens": _short("without the token terms", without="tokens"),
     "short-blind": replace(_short("gates that see the budget alone", BLIND), means=()),
     "short-gradient": _short("the order of layers learned by the layer gates", GRADIENT),
@@ -190,7 +190,7 @@ def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts
         probe: EvalConfig = replace(common, budgets=PROBED, contracts=("mean",))
         report = evaluate(loaded, probe, data=DataConfig(subset=subset), seed=seed, think_shares=())
         found[subset] = _trimmed(report)
-    if "split" in parts and experiment.probes:
+    if "split" in parts and experiment.probes and not experiment.short:
         split = measure_split(loaded, **SPLIT, seed=seed).split
         noted = replace(loaded.config, metrics={**loaded.config.metrics, "split": split.to_json()})
         settings, works = replace(common, budgets=(1.0,)), [work for work in WORKS if work >= split.points[0].work]

@@ -145,7 +145,9 @@ def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """The short runs: each point, and its difference to ``short`` where that was measured at the same budget."""
     result: dict[str, Any] = {}
     whole = {(r["seed"], p["contract"], p["budget"]): p for r in found.get("short", []) for p in points(r)}
-    for name, group in found.items():
+    for name, group in sorted(
+        found.items(), key=lambda item: item[0] != "short"
+    ):  # first what others are compared with
         rows = _frontier(group)
         for row in rows:
             key = row["contract"], row["budget"]
@@ -156,7 +158,13 @@ def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
                 if (point["contract"], point["budget"]) == key and (record["seed"], *key) in whole
             ]
             row["against"] = compared(pairs) if pairs and name != "short" else None
-        result[name] = {"about": group[0]["about"], "seeds": [record["seed"] for record in group], "points": rows}
+        result[name] = {
+            "about": group[0]["about"],
+            "seeds": [record["seed"] for record in group],
+            "points": rows,
+            "think": _think(group),
+            "ood": _out_of_distribution(group),
+        }
     return result
 
 
@@ -176,10 +184,16 @@ def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]])
     summary["gap_input_blind"] = middle[0] if middle else None
     tuned = sorted(tables["fine_tuned"], key=lambda row: row["delta"])
     summary["best_static_tuned_delta"] = tuned[0] if tuned else None
+    summary["ood_gap_extra"] = _out_of_distribution(main)
+    return summary
+
+
+def _out_of_distribution(group: Sequence[Record]) -> dict[str, Any]:
+    """By how much the gap to dense grows on problems of kinds that were never trained on, at the same price."""
     extra = {}
     for subset in ("terse", "crowded"):
         inside, outside = [], []
-        for record in main:
+        for record in group:
             if subset not in record["reports"]:
                 continue
             there = record["reports"][subset]
@@ -190,8 +204,7 @@ def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]])
         if outside:
             near, far = compared(inside), compared(outside)
             extra[subset] = {"value": round(far["delta"] - near["delta"], 5), "out": far, "in": near}
-    summary["ood_gap_extra"] = extra
-    return summary
+    return extra
 
 
 def _frontier(group: Sequence[Record]) -> list[dict[str, Any]]:

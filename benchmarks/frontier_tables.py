@@ -246,14 +246,21 @@ def _split(rows: Iterable[Row]) -> str:
 def _ablations(found: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, one in found.items():
+        label = f"`{name}`: {one['about']}"
         for row in one["points"]:
             if row["budget"] in (0.8, 0.66, 0.5):
-                label = f"`{name}`: {one['about']}" if row["budget"] == 0.8 else ""
                 rows.append(
                     [label, f"{row['contract']} {row['budget']:g}", _share(row)]
                     + [f"{100 * row[key]:.1f} %" for key in ("layer_sparsity", "cost")]
                     + ["" if row["against"] is None else _above(row["against"])]
                 )
+                label = ""
+        for row, share in zip(one["think"], ("half", "a quarter"), strict=False):
+            tokens = f"{100 * row['accuracy'][0]:.2f} % with {row['tokens']:.3f} of the tokens"
+            rows.append(["", f"think cap of {share}", tokens, "", "", ""])
+        for subset, row in one["ood"].items():
+            gap = f"gap to dense {_below(row['out'])}, grown by {100 * row['value']:.2f}"
+            rows.append(["", f"mean 0.6, `{subset}`", gap, "", f"{100 * row['out']['cost'][1]:.1f} %", ""])
     return _table(["run", "asked for", "exact match", "layers off", "cost", "difference to `short`"], rows)
 
 
