@@ -26,7 +26,8 @@ from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.runtime.engine import Engine, Serve
+from l2a_compress.runtime.chooser import Serve
+from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Limits, Request
 from l2a_compress.runtime.sampling import Sampling
 from l2a_compress.training.calibration import calibration_prompts

@@ -11,11 +11,10 @@ Served by variants, each request runs on the static graph of its budget, and onl
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -23,25 +22,23 @@ import numpy as np
 
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import Bundle, GraphEntry
-from l2a_compress.errors import BudgetError, BundleError, ConfigError, L2AError, OutOfMemoryError, SessionError
-from l2a_compress.limits import Contract, limits_of, think_share
+from l2a_compress.errors import BundleError, ConfigError, L2AError, OutOfMemoryError, SessionError
+from l2a_compress.limits import Contract
 from l2a_compress.reasoning import Reasoning, Tags
+from l2a_compress.runtime.chooser import Chooser, Decoder, Serve, decision, widths_of
 from l2a_compress.runtime.decoder import GraphDecoder, predicates
 from l2a_compress.runtime.engine_lane import EngineLane, OpenEngine
 from l2a_compress.runtime.lane import Lane
-from l2a_compress.runtime.native import Native, NativeDecoder
+from l2a_compress.runtime.native import Native
 from l2a_compress.runtime.providers import Provider
-from l2a_compress.runtime.request import TAGS, Limits, Request, Told
+from l2a_compress.runtime.request import TAGS, Limits, Request
 from l2a_compress.runtime.sampling import Sampler, Sampling
 from l2a_compress.runtime.tensorrt import EngineDecoder
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Serve = Literal["if", "variants"]
 Runs = Literal["python", "native"]
-Decoder = GraphDecoder | NativeDecoder | EngineDecoder
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
-_MOST_CHOSEN = 256  # budgets whose allocation is kept
 _TRIES = 3  # of a run that fails for another reason than memory
 
 
@@ -129,14 +126,15 @@ class Engine:
         names = ("think", "end_think", "answer", "end_answer")
         think, end_think, answer, end_answer = (bundle.tags[name] for name in names)
         self.tags = Tags(think=think, end_think=end_think, answer=answer, end_answer=end_answer)
+        self._chooser = Chooser(self.folder, bundle, contract=contract, serve=serve, decoder=self._decoder)
         budgets = {entry.budget for entry in bundle.variants if entry.budget is not None}
-        self.ladder = tuple(budget for budget in sorted(budgets or LADDER, reverse=True) if self._serves(budget))
+        self.ladder = tuple(
+            budget for budget in sorted(budgets or LADDER, reverse=True) if self._chooser.serves(budget)
+        )
         self.ended: deque[Request] = deque(maxlen=64)
         self.steps: deque[StepTime] = deque(maxlen=512)
         self._memory_left = memory_left or (lambda: None)
         self._lanes: dict[str, Lane | EngineLane] = {}
-        self._router: Decoder | None = None
-        self._chosen: dict[Told, tuple[int, ...]] = {}  # where all prompts get the same
         self._waiting: deque[Request] = deque()
         self._late: deque[Request] = deque()  # that could not be in time any more
         self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
@@ -194,7 +192,7 @@ class Engine:
         made = []
         for prompt, asked, tier in zip(prompts, budgets, tiers or [None] * len(prompts), strict=True):
             budget, now = asked or Budget(), self.clock()
-            told = self._told(budget)
+            told = self._chooser.told(budget)
             self._check(prompt, limits.cap(budget) + limits.max_answer_tokens + TAGS)
             made.append(
                 Request(
@@ -228,10 +226,10 @@ class Engine:
         """
         if request.done:
             return
-        told = self._told(budget)
+        told = self._chooser.told(budget)
         cap = request.limits.cap(budget)
         self._check(request.prompt, cap + request.limits.max_answer_tokens + TAGS)
-        kept = None if request.kept is None else self._choose(request, budget, told)
+        kept = None if request.kept is None else self._chooser.choose(request, budget, told)
         request.budget, request.told, request.reasoning.cap = budget, told, cap
         if kept is None or kept == request.kept:
             return
@@ -360,30 +358,8 @@ class Engine:
         self._waiting.clear()
         self._late.clear()
         self._lanes.clear()
-        self._router = self._native = None
-
-    def _serves(self, budget: float) -> bool:
-        try:
-            self._told(Budget(compute=budget))
-        except BudgetError:
-            return False
-        return True
-
-    def _fitting(self, budget: Budget) -> list[GraphEntry]:
-        """The variants that keep to a budget, the largest first."""
-        layers_and_heads = replace(budget, think_tokens=None)
-        cost = self.bundle.cost
-        return [v for v in self.bundle.variants if v.allocation and cost.fits(v.allocation, layers_and_heads)]
-
-    def _told(self, budget: Budget) -> Told:
-        bundle = self.bundle
-        if self.serve == "variants" and not self._fitting(budget):
-            raise BudgetError(f"no variant of the bundle keeps to the budget {budget}; export one with --ladder")
-        spend = limits_of(
-            budget, bundle.cost, bundle.gates["stem_layers"], contract=self.contract, prices=bundle.prices
-        )
-        share = think_share(budget, bundle.gates["think_reference"])
-        return Told((budget.compute, share), (spend.units, spend.layers, spend.heads), spend.price)
+        self._chooser.close()
+        self._native = None
 
     def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
         bundle, think = self.bundle, self.tags.think
@@ -432,63 +408,16 @@ class Engine:
     def _entry(self, request: Request) -> GraphEntry:
         """The graph that a request runs on."""
         if request.kept is None and (self.serve == "variants" or self.open_engine is not None):
-            request.kept = self._choose(request, request.budget, request.told)
+            request.kept = self._chooser.choose(request, request.budget, request.told)
         if self.serve == "if" and self._whole is not None:
             return self._whole
-        return next(entry for entry in self.bundle.variants if _widths(entry) == request.kept)
-
-    def _choose(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
-        """KV groups of each layer that a prompt gets under a budget."""
-        chosen = self._choices(request, told)
-        if told not in chosen:
-            kept = self._fixed(request, budget, told) if self.serve == "variants" else self._ask(request, told)
-            self._remember(request, told, kept)
-        return chosen[told]
-
-    def _blind(self, told: Told) -> bool:
-        """Whether the gates do not read the prompt under this budget."""
-        contract = "mean" if math.isfinite(told.price) else "cap"
-        return contract in self.bundle.gates.get("input_blind", ())
-
-    def _choices(self, request: Request, told: Told) -> dict[Told, tuple[int, ...]]:
-        """What was chosen by budget: for this request, or for all of them."""
-        return self._chosen if self._blind(told) else request.chosen
-
-    def _remember(self, request: Request, told: Told, kept: tuple[int, ...]) -> None:
-        chosen = self._choices(request, told)
-        if told not in chosen and len(chosen) >= _MOST_CHOSEN:
-            chosen.clear()
-        chosen[told] = kept
-
-    def _fixed(self, request: Request, budget: Budget, told: Told) -> tuple[int, ...]:
-        """Of the variants that keep to a budget, the largest; of several, what the router says."""
-        fit = self._fitting(budget)
-        same = [entry for entry in fit if entry.budget == fit[0].budget]
-        if len(same) == 1:
-            return _widths(same[0])
-        told = Told((same[0].budget or 1.0, told.features[1]), told.limits, told.price)
-        place = int(self._route(request, told)["variant"][0])
-        return _widths(self.bundle.variants[place])
-
-    def _ask(self, request: Request, told: Told) -> tuple[int, ...]:
-        """What the gates choose."""
-        return tuple(self._route(request, told)["kept_groups"][0].tolist())
-
-    def _route(self, request: Request, told: Told) -> Mapping[str, Array]:
-        if self._router is None:
-            entry = next((entry for entry in self.bundle.graphs if entry.kind == "router"), None)
-            if entry is None:
-                raise BundleError(f"{self.folder}: has no router graph to ask the gates again; export it again")
-            self._router = self._decoder(entry)
-        prompt = request.prompt[-1:] if self._blind(told) else request.prompt
-        tokens = np.array([prompt], dtype=np.int64)
-        return self._router.step(tokens, np.ones_like(tokens), **_decision([told]))
+        return next(entry for entry in self.bundle.variants if widths_of(entry) == request.kept)
 
     def _inputs(self, lane: Lane | EngineLane, requests: Sequence[Request]) -> dict[str, Array]:
         """What a graph reads beside tokens and mask; an allocation of -1 asks the gates."""
         if lane.entry.kind not in ("if", "told"):
             return {}
-        layers, told = self.bundle.shape.num_layers, _decision([request.told for request in requests])
+        layers, told = self.bundle.shape.num_layers, decision([request.told for request in requests])
         kept = np.array([request.kept or (-1,) * layers for request in requests], dtype=np.int64)
         if lane.entry.kind == "if":
             return {**told, "allocation": kept}
@@ -554,7 +483,7 @@ class Engine:
         outputs = lane.prefill(request, self._inputs(lane, [request]))
         if request.kept is None:
             request.kept = tuple(outputs["kept_groups"][0].tolist())
-        self._remember(request, request.told, request.kept)
+        self._chooser.remember(request, request.told, request.kept)
         if request.started is None:
             request.started = self.clock()
         self._take(request, outputs, 0)
@@ -663,16 +592,3 @@ class Endless(Sampler):
         logits = logits.copy()
         logits[self._tags] = -np.inf
         return super().token(logits)
-
-
-def _decision(told: Sequence[Told]) -> dict[str, Array]:
-    """Budgets as a graph reads them."""
-    return {
-        "budget": np.array([each.features for each in told], dtype=np.float32),
-        "limits": np.array([each.limits for each in told], dtype=np.int64),
-        "price": np.array([each.price for each in told], dtype=np.float32),
-    }
-
-
-def _widths(entry: GraphEntry) -> tuple[int, ...]:
-    return tuple(len(kept) for kept in entry.allocation.groups) if entry.allocation else ()

@@ -15,9 +15,10 @@ from tokenizers import Tokenizer
 from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, ConfigError
 from l2a_compress.limits import Contract
+from l2a_compress.runtime.chooser import Serve
 from l2a_compress.runtime.controller import Controller
 from l2a_compress.runtime.costs import cost_table
-from l2a_compress.runtime.engine import Engine, Runs, Serve
+from l2a_compress.runtime.engine import Engine, Runs
 from l2a_compress.runtime.engine_lane import OpenEngine
 from l2a_compress.runtime.policy import Policy
 from l2a_compress.runtime.providers import Provider

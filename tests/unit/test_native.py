@@ -16,7 +16,8 @@ from l2a_compress.bundle import Bundle
 from l2a_compress.errors import BundleError, ConfigError, L2AError
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.runtime import Limits, Runtime, Sampling
-from l2a_compress.runtime.engine import Engine, Serve
+from l2a_compress.runtime.chooser import Serve
+from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.native import Native, library
 from toy_models import new_artifact, prompts
 

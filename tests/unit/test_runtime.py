@@ -90,7 +90,7 @@ def alone(
     reasoning = Reasoning(engine.tags, cap=limits.max_think_tokens, max_answer=limits.max_answer_tokens)
     written: list[int] = []
     while reasoning.stage != "done":
-        told = engine._told(kept_at(len(written)))
+        told = engine._chooser.told(kept_at(len(written)))
         decision = {
             "budget": np.array([told.features], dtype=np.float32),
             "limits": np.array([told.limits], dtype=np.int64),
@@ -147,7 +147,7 @@ def test_gates_that_read_no_prompt_are_asked_once_for_each_budget(
     asked = []
 
     def step(decoder: GraphDecoder, ids: np.ndarray, mask: np.ndarray, **more: np.ndarray) -> Any:
-        if decoder is engine._router:
+        if decoder is engine._chooser.router:
             asked.append((ids.tolist(), float(more["budget"][0, 0])))
         return whole(decoder, ids, mask, **more)
 
@@ -177,7 +177,7 @@ def test_a_lean_graph_computes_again_what_a_higher_budget_needs(lean: Path) -> N
         decoder = GraphDecoder(lean / "if.onnx", threads=1)
         decoder.start(1, 64)
         ids = np.array([prompt + kept], dtype=np.int64)
-        told = engine._told(high)
+        told = engine._chooser.told(high)
         outputs = decoder.step(
             ids,
             np.ones_like(ids),
