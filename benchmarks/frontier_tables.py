@@ -50,10 +50,14 @@ def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
 def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
     """Those of one model of real_llm.json."""
     points: Mapping[str, Sequence[Row]] = found["points"]
+
+    def label(name: str, number: int) -> str:
+        return "reference" if name == "l2a" and not number else name  # whose first point is the dense model's
+
     heads = "model,budget,cost,layers off,NLL,KL to the reference,agreement with it".split(",")
     rows = [
         [
-            "reference" if name == "l2a" and not number else name,
+            label(name, number),
             *(f"{row[key]:.3f}" for key in ("budget", "cost")),
             f"{100 * row['layer_sparsity']:.1f} %",
             *(f"{row[key]:.4f}" for key in ("nll", "kl")),
@@ -65,9 +69,10 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
     against = []
     for name, group in points.items():
         for theirs in group if name != "l2a" else ():
-            ours = max(
-                (one for one in points["l2a"][1:] if one["cost"] <= theirs["cost"] + 1e-3), key=lambda one: one["cost"]
-            )
+            within = [one for one in points["l2a"][1:] if one["cost"] <= theirs["cost"] + 1e-3]
+            if not within:
+                continue
+            ours = max(within, key=lambda one: one["cost"])
             nll, low, high = paired(ours["nll_by_problem"], theirs["nll_by_problem"])
             agreement = paired(ours["agreement_by_problem"], theirs["agreement_by_problem"])
             against.append(
@@ -78,8 +83,24 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
                     _above(dict(zip(("delta", "low", "high"), agreement, strict=True))),
                 ]
             )
+    answers = [
+        [
+            label(name, number),
+            f"{row['budget']:.3f}",
+            f"{100 * row['layer_sparsity']:.1f} %",
+            f"{row['think_tokens']:.0f}",
+            _share({"accuracy": row["accuracy"], "interval": (row["accuracy_low"], row["accuracy_high"])}),
+        ]
+        for name, group in found.get("answers", {}).items()
+        for number, row in enumerate(group)
+    ]
     return {
         "real": _table(heads, rows),
+        **(
+            {"real-answers": _table(["model", "budget", "layers off", "tokens", "exact match"], answers)}
+            if answers
+            else {}
+        ),
         "real-static": _table(
             ["static model", "its layers off", "L2A's", "NLL: L2A less static", "agreement in points"], against
         ),

@@ -4,6 +4,7 @@
     python benchmarks/real_llm.py l2a --data DIR               gates and adapters on that model
     python benchmarks/real_llm.py block_influence-75 --data DIR     a static model of 0.75 of the layers' cost
     python benchmarks/real_llm.py measure --data DIR           NLL, KL and agreement of all that is trained
+    python benchmarks/real_llm.py answers --data DIR           exact match of the answers that it writes
     python benchmarks/real_llm.py report                       its tables, which frontier.py summary puts into docs
 
 Each goes on where it was cut off, and does nothing where it is done. Data are GSM8K's training problems
@@ -28,6 +29,7 @@ from frontier_tables import real_tables
 from measure import RESULTS, likelihood, machine, progress
 
 from l2a_compress.evaluation.frontier import evaluate
+from l2a_compress.evaluation.values import Metric
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.families import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, attention_of, decoder_layers
 from l2a_compress.modeling.loading import load_base
@@ -39,6 +41,7 @@ from l2a_compress.training.store import load_artifact
 
 RESULT = RESULTS / "real_llm.json"
 KEPT = ("dropped_layers", "nll_by_problem", "agreement_by_problem")
+WRITTEN = ("budget", "cost", "layer_sparsity", "accuracy", "accuracy_low", "accuracy_high", "outcomes", "think_tokens")
 BUDGETS = (1.0, 0.875, 0.75, 2 / 3, 0.5625)
 STATIC = {
     f"{method}-{round(100 * compute)}": (method, compute)
@@ -115,12 +118,14 @@ def _merge(artifact: Path, recipe: Recipe, target: Path) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Measures every run that is trained and not measured yet, problem by problem against the dense reference."""
+    answers = options.what == "answers"
     content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    found = content.setdefault(options.model, {"points": {}})
+    found = content.setdefault(options.model, {})
     found["machine"] = machine(options.threads)
+    measured = found.setdefault("answers" if answers else "points", {})
     for name in ("l2a", *STATIC):
         artifact = options.work / options.model / name / "artifact"
-        if not artifact.is_dir() or (name in found["points"] and not options.again):
+        if not artifact.is_dir() or (name in measured and not options.again):
             continue
         loaded = load_artifact(artifact)
         static = loaded.config.metrics.get("static")
@@ -128,9 +133,17 @@ def measure(options: argparse.Namespace) -> None:
         settings = replace(
             loaded.recipe.evaluation, budgets=budgets, contracts=("cap",), problems=options.problems, baselines=()
         )
-        report = evaluate(loaded, settings, metric="nll", think_shares=(), batch_size=8, progress=progress)
+        metric: Metric = "nll"
+        if answers:
+            metric, settings = "accuracy", replace(settings, max_think_tokens=256)
+        report = evaluate(loaded, settings, metric=metric, think_shares=(), batch_size=8, progress=progress)
         points = [report.dense, *report.points] if name == "l2a" else report.points
-        found["points"][name] = [likelihood(point) | {name: getattr(point, name) for name in KEPT} for point in points]
+        measured[name] = [
+            {key: getattr(point, key) for key in WRITTEN}
+            if answers
+            else likelihood(point) | {key: getattr(point, key) for key in KEPT}
+            for point in points
+        ]
         found.setdefault("training", {})[name] = dict(loaded.config.metrics)
         found["settings"] = {"common": COMMON, "l2a": GATED, "steps": options.steps, "sft_steps": options.sft_steps}
         write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
@@ -146,7 +159,7 @@ def report_of(content: dict[str, Any]) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sft", "l2a", *STATIC, "measure", "report"])
+    parser.add_argument("what", choices=["sft", "l2a", *STATIC, "measure", "answers", "report"])
     parser.add_argument("--model", choices=sorted(SOURCES), default="qwen2.5-coder-0.5b")
     parser.add_argument("--data", type=Path, help="a folder with gsm8k/train.jsonl")
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="folder of checkpoints (%(default)s)")
@@ -166,7 +179,7 @@ def main() -> None:
     if options.data is None:
         parser.error("--data names the folder that has gsm8k/train.jsonl")
     options.data, options.work = options.data.resolve(), options.work.resolve()
-    if options.what == "measure":
+    if options.what in ("measure", "answers"):
         measure(options)
     else:
         trained(options.what, options)
