@@ -40,6 +40,7 @@ def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
         "same-weights": _against(fixed),
         "fine-tuned": _against(result["fine_tuned"]),
         "blind": _against(result["blind"]),
+        "blind-short": _against(result["blind_short"]),
         "untrained": _against(others),
         "out-of-distribution": _out_of_distribution(result["summary"]["ood_gap_extra"]),
         "split": _split(result["split"]),
@@ -182,9 +183,10 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
         if _matched(row):
             label = f"the same weights with one allocation for all inputs, cost {row['cost'][1]:.2f}"
             rows.append((label, f"L2A {_above(row)}", "", None))
-    for row in result["blind"]:
+    for row in [*result["blind"], *result["blind_short"]]:
         if _matched(row):
-            label = f"a model of its own whose gates are blind, cost {row['cost'][1]:.2f}"
+            length = " (both of 1,000 steps)" if row in result["blind_short"] else ""
+            label = f"a model of its own whose gates are blind, cost {row['cost'][1]:.2f}{length}"
             met = row["delta"] >= 0.01 and row["low"] > 0
             rows.append((label, f"L2A {_above(row)}", "+1, interval above 0", met))
     for row in result["fine_tuned"]:
