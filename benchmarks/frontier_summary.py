@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from frontier_tables import fill, real_tables, tables_of
+from frontier_tables import fill, latency_table, real_tables, tables_of
 from measure import RESULTS
 
 from l2a_compress.evaluation.statistics import paired, wilson
@@ -139,7 +139,9 @@ def summarize() -> None:
     write_atomic(RESULTS / "frontier.json", json.dumps(result, indent=1) + "\n")
     draw(main, found, dense)
     real = json.loads((RESULTS / "real_llm.json").read_text())["qwen2.5-coder-0.5b"]
-    write_atomic(PAGE, fill(PAGE.read_text(), tables_of(result) | real_tables(real)))
+    latency = json.loads((RESULTS / "head_latency.json").read_text())["head_latency"]
+    pages = tables_of(result) | real_tables(real) | latency_table(latency)
+    write_atomic(PAGE, fill(PAGE.read_text(), pages))
 
 
 def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:

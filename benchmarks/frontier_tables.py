@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from results/frontier.json and results/real_llm.json, each between two comments."""
+"""The tables of docs/results.md, from frontier.json, real_llm.json and head_latency.json, each between two comments."""
 
 from __future__ import annotations
 
@@ -106,6 +106,21 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             ["static model", "its layers off", "L2A's", "NLL: L2A less static", "agreement in points"], against
         ),
     }
+
+
+def latency_table(found: Mapping[str, Any]) -> dict[str, str]:
+    """That of head_latency.json: each size of the layers alone once, at the smallest budget that gives it."""
+    sides = ("layers", "heads")
+    rows = {}
+    for row in found["compared"]:
+        batch, alone, with_heads = row["batch"], row["layers"], row["heads"]
+        cells = [f"{100 * cost:.1f} %" for _, cost, *_ in (alone, with_heads)]
+        times = [f"{1e3 * seconds:.2f} ms" for *_, seconds in (alone, with_heads)]
+        shares = [f"{100 * accuracy:.2f} %" for _, _, accuracy, _ in (alone, with_heads)]
+        pairs = [cell for three in zip(cells, times, shares, strict=True) for cell in three]
+        rows[batch, cells[0]] = [str(batch), *pairs, _above(row)]
+    heads = ["batch", *(f"{what}, {side}" for side in sides for what in ("cost", "a request", "exact match"))]
+    return {"heads": _table([*heads, "difference"], rows.values())}
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
