@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets, minimum_compute
-from l2a_compress.modeling.deciders import GateRequest, decide
+from l2a_compress.modeling.deciders import GateRequest, GateResult, decide
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import SCORE_LIMIT
 from l2a_compress.modeling.projection import effective_scores
@@ -125,16 +125,21 @@ def _demanded_cost(gated: GatedModel, summaries: Tensor) -> MeanCost:
 
 def _summaries(gated: GatedModel, prompts: Prompts, budget: float) -> Tensor:
     """What the gates see of each prompt behind the stem: [prompts, 2 * width]."""
-    found = []
+    found = (gates.summary for gates in _read(gated, prompts, budget, probe=True))
+    return torch.cat([summary for summary in found if summary is not None])
+
+
+def _read(
+    gated: GatedModel, prompts: Prompts, budget: float, price: float = -torch.inf, *, probe: bool = False
+) -> Iterator[GateResult]:
+    """What the gates decide, batch by batch."""
     for ids, mask in prompts:
-        request = GateRequest(_budgets(gated, len(ids), budget).to(ids.device), mask)
+        request = GateRequest(_budgets(gated, len(ids), budget, price).to(ids.device), mask)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        gates = gated(ids, mask, request=request, position_ids=positions, probe=True).gates
+        gates = gated(ids, mask, request=request, position_ids=positions, probe=probe).gates
         gated.state.reset()
         assert gates is not None
-        assert gates.summary is not None
-        found.append(gates.summary)
-    return torch.cat(found)
+        yield gates
 
 
 def _budgets(gated: GatedModel, rows: int, budget: float, price: float = -torch.inf) -> BudgetBatch:
@@ -153,16 +158,7 @@ def _scored_cost(gated: GatedModel, layers: Tensor, groups: Tensor, price: float
 
 
 def _inline_cost(gated: GatedModel, prompts: Prompts, budget: float, price: float) -> float:
-    kept = []
-    for ids, mask in prompts:
-        request = GateRequest(_budgets(gated, len(ids), budget, price).to(ids.device), mask)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        gates = gated(ids, mask, request=request, position_ids=positions).gates
-        gated.state.reset()
-        assert gates is not None
-        kept.append((gates.layers, gates.groups))
-    layers, groups = (torch.cat(part) for part in zip(*kept, strict=True))
-    return _mean(gated, _units(gated, layers, groups))
+    return _mean(gated, torch.cat([_units(gated, r.layers, r.groups) for r in _read(gated, prompts, budget, price)]))
 
 
 def _units(gated: GatedModel, layers: Tensor, groups: Tensor) -> Tensor:
