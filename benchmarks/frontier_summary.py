@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from frontier_tables import fill, latency_table, real_tables, tables_of
+from frontier_tables import fill, page_tables
 from measure import RESULTS
 
 from l2a_compress.evaluation.statistics import paired, wilson
@@ -138,19 +138,15 @@ def summarize() -> None:
     }
     write_atomic(RESULTS / "frontier.json", json.dumps(result, indent=1) + "\n")
     draw(main, found, dense)
-    real = json.loads((RESULTS / "real_llm.json").read_text())["qwen2.5-coder-0.5b"]
-    latency = json.loads((RESULTS / "head_latency.json").read_text())["head_latency"]
-    pages = tables_of(result) | real_tables(real) | latency_table(latency)
-    write_atomic(PAGE, fill(PAGE.read_text(), pages))
+    write_atomic(PAGE, fill(PAGE.read_text(), page_tables(RESULTS)))
 
 
 def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """The short runs: each point, and its difference to ``short`` where that was measured at the same budget."""
     result: dict[str, Any] = {}
     whole = {(r["seed"], p["contract"], p["budget"]): p for r in found.get("short", []) for p in points(r)}
-    for name, group in sorted(
-        found.items(), key=lambda item: item[0] != "short"
-    ):  # first what others are compared with
+    for name in sorted(found, key=lambda name: name != "short"):  # first what others are compared with
+        group = found[name]
         rows = _frontier(group)
         for row in rows:
             key = row["contract"], row["budget"]

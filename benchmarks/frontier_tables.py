@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from l2a_compress.evaluation.statistics import paired
@@ -30,8 +32,16 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
     return text
 
 
+def page_tables(results: Path) -> dict[str, str]:
+    """All tables of the page by name, from a folder of results."""
+    frontier, real, latency = (
+        json.loads((results / f"{name}.json").read_text()) for name in ("frontier", "real_llm", "head_latency")
+    )
+    return tables_of(frontier) | real_tables(real["qwen2.5-coder-0.5b"]) | latency_table(latency["head_latency"])
+
+
 def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
-    """All of them by name, in Markdown."""
+    """Those of frontier.json by name, in Markdown."""
     fixed = [row for row in result["untrained"] if row["other"] == "fixed_budget"]
     others = [row for row in result["untrained"] if row["other"] != "fixed_budget"]
     return {
@@ -95,22 +105,19 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
         for name, group in found.get("answers", {}).items()
         for number, row in enumerate(group)
     ]
-    return {
+    tables = {
         "real": _table(heads, rows),
-        **(
-            {"real-answers": _table(["model", "budget", "layers off", "tokens", "exact match"], answers)}
-            if answers
-            else {}
-        ),
         "real-static": _table(
             ["static model", "its layers off", "L2A's", "NLL: L2A less static", "agreement in points"], against
         ),
     }
+    if answers:
+        tables["real-answers"] = _table(["model", "budget", "layers off", "tokens", "exact match"], answers)
+    return tables
 
 
 def latency_table(found: Mapping[str, Any]) -> dict[str, str]:
     """That of head_latency.json: each size of the layers alone once, at the smallest budget that gives it."""
-    sides = ("layers", "heads")
     rows = {}
     for row in found["compared"]:
         batch, alone, with_heads = row["batch"], row["layers"], row["heads"]
@@ -119,7 +126,10 @@ def latency_table(found: Mapping[str, Any]) -> dict[str, str]:
         shares = [f"{100 * accuracy:.2f} %" for _, _, accuracy, _ in (alone, with_heads)]
         pairs = [cell for three in zip(cells, times, shares, strict=True) for cell in three]
         rows[batch, cells[0]] = [str(batch), *pairs, _above(row)]
-    heads = ["batch", *(f"{what}, {side}" for side in sides for what in ("cost", "a request", "exact match"))]
+    heads = [
+        "batch",
+        *(f"{what}, {side}" for side in ("layers", "heads") for what in ("cost", "a request", "exact match")),
+    ]
     return {"heads": _table([*heads, "difference"], rows.values())}
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from frontier_tables import fill, latency_table, real_tables, tables_of
+from frontier_tables import fill, page_tables
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_of_the_page_are_those_of_the_results() -> None:
-    results = ROOT / "benchmarks/results"
-    real = json.loads((results / "real_llm.json").read_text())["qwen2.5-coder-0.5b"]
-    latency = json.loads((results / "head_latency.json").read_text())["head_latency"]
-    tables = tables_of(json.loads((results / "frontier.json").read_text())) | real_tables(real) | latency_table(latency)
+    tables = page_tables(ROOT / "benchmarks/results")
     page = (ROOT / "docs/results.md").read_text()
     assert fill(page, tables) == page
     assert "| cap | 1 |" in tables["frontier"]
