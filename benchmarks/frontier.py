@@ -37,7 +37,7 @@ GRADIENT = (
     *("annealing.search_rows=0", "annealing.search_trials=0", "annealing.noise_start=1.0"),
     *("annealing.explore=0.05", "annealing.settle=0.35"),
 )
-BLIND = ("gates.summary=none", "gates.demand=false")
+BLIND = ("gates.summary=none", "gates.demand=false", "draws.contract=cap")
 THRESHOLD = (*GRADIENT, "gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0")
 # What a run has beyond the recipe's: time, and the budgets that it meets.
 LONG = (
@@ -157,7 +157,7 @@ def run(name: str, args: argparse.Namespace) -> Path:
         "about": experiment.about,
         "scale": "short" if experiment.short else "long",
         "seed": args.seed,
-        "settings": settings[1:],
+        "settings": [text.replace(f"{args.work}/", "") for text in settings[1:]],
         "without": experiment.without,
         "training": dict(loaded.config.metrics),
         "machine": f"{os.cpu_count()} x {platform.machine()}, {args.threads} thread(s), torch {torch.__version__}",

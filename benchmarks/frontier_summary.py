@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from frontier_tables import fill, page_tables
+from frontier_tables import costliest, fill, page_tables
 from measure import RESULTS
 
 from l2a_compress.evaluation.statistics import paired, wilson
@@ -20,7 +20,6 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 PICTURES = PAGE.with_name("images")
 Point = dict[str, Any]
 Record = dict[str, Any]
-EVEN = 0.004  # costs that differ by no more count as equal
 
 
 def records() -> dict[str, list[Record]]:
@@ -68,8 +67,7 @@ def at_sparsity(record: Record, least: float) -> Point | None:
 
 def at_cost(record: Record, most: float, contract: str = "mean") -> Point | None:
     """The point of that contract with the largest cost of at most ``most``."""
-    found = [p for p in points(record) if p["contract"] == contract and p["cost"] <= most + EVEN]
-    return max(found, key=lambda point: point["cost"], default=None)
+    return costliest((point for point in points(record) if point["contract"] == contract), most)
 
 
 def against(

@@ -2,6 +2,7 @@
 
     python benchmarks/real_llm.py sft --data DIR               a short dense fine-tuning that gives the format; merged
     python benchmarks/real_llm.py l2a --data DIR               gates and adapters on that model
+    python benchmarks/real_llm.py l2a-twice --data DIR         the same for twice the steps: those of two static models
     python benchmarks/real_llm.py block_influence-75 --data DIR     a static model of 0.75 of the layers' cost
     python benchmarks/real_llm.py measure --data DIR           NLL, KL and agreement of all that is trained
     python benchmarks/real_llm.py answers --data DIR           exact match of the answers that it writes
@@ -54,7 +55,11 @@ COMMON = (
     *("draws.condensed_below=0.0", "draws.minimum=0.5", "optim.batch_size=8", "optim.accumulate=2", "optim.lr=5e-4"),
     *("optim.save_steps=20", "optim.log_steps=5", "adapter.rank=16", "adapter.alpha=32"),
 )
-GATED = ("annealing.explore=0.3", "annealing.settle=0.3", "annealing.search_rows=16", "annealing.noise_start=4.0")
+SEARCHED = ("annealing.search_rows=16", "annealing.noise_start=4.0")
+GATED = {  # and for how many times the steps of a static model
+    "l2a": (1, ("annealing.explore=0.3", "annealing.settle=0.3", *SEARCHED)),
+    "l2a-twice": (2, ("annealing.explore=0.2", "annealing.settle=0.2", "evaluation.calibration=32", *SEARCHED)),
+}
 
 
 def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
@@ -70,9 +75,8 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
         settings += ['static.method="uniform"', f"optim.steps={options.sft_steps}", f"seed={options.seed + 1000}"]
         without += ["kl"]
     else:
-        settings += [f"optim.steps={options.steps}"]
-    if name == "l2a":
-        settings += GATED
+        times, more = GATED.get(name, (1, ()))
+        settings += [f"optim.steps={times * options.steps}", *more]
     if name in STATIC:
         method, compute = STATIC[name]
         settings += [f'static.method="{method}"', f"static.compute={compute}"]
@@ -123,7 +127,7 @@ def measure(options: argparse.Namespace) -> None:
     found = content.setdefault(options.model, {})
     found["machine"] = machine(options.threads)
     measured = found.setdefault("answers" if answers else "points", {})
-    for name in ("l2a", *STATIC):
+    for name in (*GATED, *STATIC):
         artifact = options.work / options.model / name / "artifact"
         if not artifact.is_dir() or (name in measured and not options.again):
             continue
@@ -145,7 +149,7 @@ def measure(options: argparse.Namespace) -> None:
             for point in points
         ]
         found.setdefault("training", {})[name] = dict(loaded.config.metrics)
-        found["settings"] = {"common": COMMON, "l2a": GATED, "steps": options.steps, "sft_steps": options.sft_steps}
+        found["settings"] = {"common": COMMON, **GATED, "steps": options.steps, "sft_steps": options.sft_steps}
         write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
     report_of(content)
 
@@ -159,7 +163,7 @@ def report_of(content: dict[str, Any]) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sft", "l2a", *STATIC, "measure", "answers", "report"])
+    parser.add_argument("what", choices=["sft", *GATED, *STATIC, "measure", "answers", "report"])
     parser.add_argument("--model", choices=sorted(SOURCES), default="qwen2.5-coder-0.5b")
     parser.add_argument("--data", type=Path, help="a folder with gsm8k/train.jsonl")
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="folder of checkpoints (%(default)s)")

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from l2a_compress._machine import peak_bytes, processor
+from l2a_compress._machine import peak_of, processor
 from l2a_compress.bundle import COSTS_FILE, GraphEntry
 from l2a_compress.cost import ModelShape
 from l2a_compress.files import write_atomic
@@ -102,15 +100,9 @@ def _run(decoder: GraphDecoder, shape: ModelShape) -> tuple[float, float]:
 
 def _peak(path: Path, shape: ModelShape, *, in_place: bool) -> int | None:
     """Bytes; None where the system does not tell."""
-    command = [sys.executable, "-m", __name__, str(path), json.dumps(shape.to_json()), str(int(in_place))]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    peak = int(done.stdout.splitlines()[-1])
-    return peak or None
+    return peak_of(f"from {__name__} import run_once; run_once({str(path)!r}, {shape.to_json()!r}, {in_place!r})")
 
 
-if __name__ == "__main__":
-    _run(
-        GraphDecoder(Path(sys.argv[1]), in_place=bool(int(sys.argv[3])), threads=1),
-        ModelShape.from_json(json.loads(sys.argv[2])),
-    )
-    print(peak_bytes() or 0)
+def run_once(path: str, shape: Mapping[str, Any], in_place: bool) -> None:
+    """Opens one graph and runs it."""
+    _run(GraphDecoder(Path(path), in_place=in_place, threads=1), ModelShape.from_json(shape))

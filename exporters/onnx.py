@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -126,8 +127,10 @@ class ExportOptions:
                 f"block = {self.block} at {self.precision}: choose one of {', '.join(map(str, SIZES))}, with "
                 f"precision {' or '.join(blocks)}"
             )
-        if self.per_budget < 1:
-            raise ConfigError(f"per_budget = {self.per_budget}: must be at least 1")
+        for name in ("calibration", "per_budget", "positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: must be at least 1")
         if not self.budgets and (self.static_shapes or self.per_budget > 1):
             raise ConfigError("static shapes and a router are of variants; leave --variants on")
         if not self.budgets and not self.if_graph:
@@ -290,6 +293,10 @@ def _refuse(gated: GatedModel, options: ExportOptions) -> None:
     if gated.gate_config.mode != "stem":
         raise ConfigError("inline gates decide layer by layer and have no graph; train with --gates stem to export")
     _window(gated.model.config)
+    most = _positions(gated, options)
+    for batch, sequence in options.static_shapes:
+        if sequence > most:
+            raise ConfigError(f"static shape batch={batch} seq={sequence}: longer than the bundle's {most} positions")
 
 
 def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -> GraphSpec:
@@ -315,13 +322,27 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -
 def _measured(
     folder: Path, graphs: Sequence[GraphEntry], shape: ModelShape, options: ExportOptions
 ) -> list[GraphEntry]:
-    """Measures all graphs and removes the variants that gain nothing."""
-    costs = calibrate(folder, graphs, shape, in_place=options.dialect == "ort")
-    slow = not_faster(graphs, costs)
-    for graph in slow:
-        log.warning("%s is not faster than the next larger variant on this machine and is left out", graph.name)
-        (folder / graph.file).unlink()
-    return [graph for graph in graphs if graph not in slow]
+    """Measures what runs by itself; removes the variants that gain nothing, and those that were part of such alone."""
+    alone = [graph for graph in graphs if graph.kind in (IF_NAME, "variant")]
+    slow = not_faster(alone, calibrate(folder, alone, shape, in_place=options.dialect == "ort"))
+    stays: list[GraphEntry] = []
+    level: list[Allocation] = []  # of the budget at hand, and of the last one before it that stays
+    above, budget = level, math.inf
+    for graph in graphs:
+        why = "is not faster than the next larger variant on this machine" if graph in slow else ""
+        if graph.kind == "variant" and graph.allocation and graph.budget and not why:
+            if graph.budget < budget:
+                budget, above, level = graph.budget, level or above, []
+            if above and not any(map(graph.allocation.is_subset, above)):
+                why = "is no part of the larger variants that stay"
+            else:
+                level.append(graph.allocation)
+        if why:
+            log.warning("%s %s and is left out", graph.name, why)
+            (folder / graph.file).unlink()
+        else:
+            stays.append(graph)
+    return stays
 
 
 def _window(config: PretrainedConfig) -> int | None:

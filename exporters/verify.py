@@ -194,7 +194,8 @@ def _compare(
         if entry.kind == "told":
             chosen = np.array([[len(groups) for groups in allocation.groups] for allocation in given], dtype=np.int64)
             stem = gated.gate_config.stem_layers
-            inputs = {"budget": inputs["budget"], "allocation": chosen, **predicates(chosen, stem, widths)}
+            shown = {"budget": inputs["budget"]} if gated.gate_config.tokens else {}
+            inputs = {**shown, "allocation": chosen, **predicates(chosen, stem, widths)}
         found, kept = graph_logits(decoder, ids, mask, follow, inputs)
         if kept is not None:
             same &= kept.tolist() == [[len(groups) for groups in allocation.groups] for allocation in given]

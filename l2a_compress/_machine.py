@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+import sys
 from pathlib import Path
+
+from l2a_compress.errors import OutOfMemoryError, SessionError
 
 
 def processor() -> str:
@@ -22,3 +26,20 @@ def peak_bytes() -> int | None:
         return None
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+def peak_of(code: str) -> int | None:
+    """The most memory of a process of its own that runs so many lines of Python; None where the system does not tell.
+
+    Raises:
+        OutOfMemoryError: the system killed it.
+        SessionError: it failed; its own error is in the message.
+    """
+    code += f"; from {__name__} import peak_bytes; print(peak_bytes() or 0)"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    if done.returncode < 0:
+        raise OutOfMemoryError(f"a process that measures memory was killed by signal {-done.returncode}; free some")
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        raise SessionError(f"a process that measures memory failed: {said}")
+    return int(done.stdout.splitlines()[-1]) or None

@@ -6,11 +6,11 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel
-from l2a_compress.errors import BudgetError
+from l2a_compress.errors import BudgetError, ConfigError
 
 Contract = Literal["cap", "mean"]
 Prices = Sequence[tuple[float, float]]
@@ -42,7 +42,10 @@ def limits_of(
 
     Raises:
         BudgetError: the budget lies below what the stem alone costs, or ``mean`` is asked without calibrated prices.
+        ConfigError: there is no such contract.
     """
+    if contract not in get_args(Contract):
+        raise ConfigError(f"contract must be one of {', '.join(get_args(Contract))}, found {contract!r}")
     shape = cost.shape
     stem_heads = stem_layers * shape.num_groups
     stem_units = stem_layers * cost.layer_units + stem_heads * cost.group_units

@@ -43,7 +43,7 @@ class Steering {
 
   private:
     l2a::Selector selector_;
-    l2a::Signals signals_{"0"};
+    l2a::Signals signals_;  // of no GPU: engines run on the processor
     l2a_selector_state state_ = l2a::Selector::start();
     l2a_decision decision_{};
     double last_ = -1.0;

@@ -3,10 +3,7 @@
 namespace l2a::core {
 namespace {
 
-constexpr const char* kManifest = "manifest.json";
-constexpr const char* kWeights = "weights.bin";
 constexpr std::uint64_t kMostBytes = 1U << 24;  // of the manifest
-constexpr const char* kRemedy = "; copy the folder or export it again";
 
 std::string read_manifest(const std::string& folder) {
     const std::string path = folder + "/" + kManifest;

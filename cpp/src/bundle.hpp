@@ -14,6 +14,9 @@
 
 namespace l2a::core {
 
+inline constexpr const char* kManifest = "manifest.json";
+inline constexpr const char* kWeights = "weights.bin";
+
 enum class Kind { any, told, variant, fixed, router };  // `if`, `told`, `variant`, `static`, `router` in the manifest
 
 struct GraphEntry {

@@ -58,7 +58,7 @@ class Engine {
     std::deque<Request*> waiting_;
     std::vector<Request*> rows_;
     std::vector<std::pair<Told, Widths>> chosen_;  // where all prompts get the same
-    std::int64_t full_ = -1;  // so many rows were too many; -1: not known
+    std::int64_t full_ = -1;                       // so many rows were too many; -1: not known
     std::uint64_t next_ = 0;
     std::int64_t copied_ = 0;
     std::int64_t recomputed_ = 0;

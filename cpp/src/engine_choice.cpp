@@ -1,5 +1,6 @@
 // Which allocation a request gets, and the graph that runs it.
 #include <algorithm>
+#include <cstdlib>
 
 #include "engine.hpp"
 
@@ -53,21 +54,34 @@ void Engine::remember(Request& request, const Told& told, const Widths& kept) {
     known.emplace_back(told, kept);
 }
 
-// Of the variants that keep to a budget the largest; of several, what the router says.
+// Of the variants that keep to a budget the largest; of several, what the router says. It knows budgets and no other
+// caps: where its choice breaks one, the nearest that does not takes its place.
 Widths Engine::fixed(const Request& request, const Budget& budget, Told told) {
     const Manifest& manifest = runtime_->manifest();
-    const std::vector<std::size_t> fit = fitting(budget);
-    const GraphEntry& largest = manifest.graphs[fit.front()];
-    const auto same = std::count_if(fit.begin(), fit.end(),
-                                    [&](std::size_t place) { return manifest.graphs[place].budget == largest.budget; });
-    if (same == 1) return largest.widths;
+    std::vector<std::size_t> same = fitting(budget);
+    const GraphEntry& largest = manifest.graphs[same.front()];
+    same.erase(std::remove_if(same.begin(), same.end(),
+                              [&](std::size_t place) { return manifest.graphs[place].budget != largest.budget; }),
+               same.end());
+    if (same.size() == 1) return largest.widths;
     told.compute = static_cast<float>(largest.budget);
     route(request, told);
     const auto place = static_cast<std::size_t>(arrays_.variant.front());
     if (place >= manifest.variants.size()) {
         throw Error(L2A_ERROR_SESSION, "the router names a variant that the bundle has not; export it again");
     }
-    return manifest.graphs[manifest.variants[place]].widths;
+    const auto named = std::find(same.begin(), same.end(), manifest.variants[place]);
+    if (named != same.end()) return manifest.graphs[*named].widths;
+    const auto apart = [&](std::size_t one) {
+        std::int64_t total = 0;
+        for (std::size_t layer = 0; layer < arrays_.kept.size(); ++layer) {
+            total += std::abs(manifest.graphs[one].widths[layer] - arrays_.kept[layer]);
+        }
+        return total;
+    };
+    const auto nearest = std::min_element(
+        same.begin(), same.end(), [&](std::size_t one, std::size_t other) { return apart(one) < apart(other); });
+    return manifest.graphs[*nearest].widths;
 }
 
 // Asks the router graph, which leaves its answer in the arrays.

@@ -41,9 +41,14 @@ bool Engine::admit(Request& request) {
     request.graph = options_.variants ? graph_of(request.kept) : graphs_.front();
     const auto used = static_cast<std::int64_t>(rows_.size());
     std::int64_t rows = used + 1;
-    if (rows > caches_.rows()) rows = std::min(options_.max_rows, 2 * rows - 1);
-    const std::int64_t bytes = caches_.bytes_for(rows, request.most_tokens());
-    if (options_.max_cache_bytes > 0 && bytes > options_.max_cache_bytes) {
+    const auto beyond = [&](std::int64_t count) {
+        return options_.max_cache_bytes > 0 &&
+               caches_.bytes_for(count, request.most_tokens()) > options_.max_cache_bytes;
+    };
+    const std::int64_t many = std::min(options_.max_rows, 2 * rows - 1);
+    if (rows > caches_.rows() && !beyond(many)) rows = many;  // to grow seldom
+    if (beyond(rows)) {
+        const std::int64_t bytes = caches_.bytes_for(rows, request.most_tokens());
         if (used > 0) return false;
         throw Error(L2A_ERROR_OUT_OF_MEMORY, "request " + std::to_string(request.id) + ": " + std::to_string(bytes) +
                                                  " bytes of keys and values are more than max_cache_bytes, " +

@@ -17,8 +17,6 @@
 namespace l2a::core {
 namespace {
 
-constexpr const char* kRemedy = "; copy the folder or export it again";
-
 std::vector<std::string> parts_of(std::string_view name) {
     std::vector<std::string> found;
     while (true) {

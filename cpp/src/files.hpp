@@ -11,6 +11,9 @@
 
 namespace l2a::core {
 
+// What an error about a file of a bundle ends with.
+inline constexpr const char* kRemedy = "; copy the folder or export it again";
+
 // Bytes of a file that never change: mapped, so that all who use them share one copy. Immutable, any thread.
 class Mapping {
   public:

@@ -8,9 +8,6 @@ namespace {
 
 constexpr std::int64_t kSchemaVersion = 1;
 constexpr std::int64_t kMostLayers = 1024;
-constexpr const char* kManifest = "manifest.json";
-constexpr const char* kWeights = "weights.bin";
-const Check check{L2A_ERROR_BUNDLE};
 
 }  // namespace
 
@@ -31,13 +28,13 @@ const Json& list(const Json& value, const std::string& name) {
 namespace {
 
 Shape shape_of(const Json& data) {
-    check.keys(data, "shape",
-               {"num_layers", "hidden_size", "intermediate_size", "num_heads", "num_groups", "head_dim", "vocab_size",
-                "tied"});
+    manifest_check.keys(data, "shape",
+                        {"num_layers", "hidden_size", "intermediate_size", "num_heads", "num_groups", "head_dim",
+                         "vocab_size", "tied"});
     Shape shape;
-    shape.tied = check.flag(data["tied"], "shape.tied");
+    shape.tied = manifest_check.flag(data["tied"], "shape.tied");
     const auto size = [&](const char* name, std::int64_t most = INT64_MAX) {
-        return check.integer(data[name], std::string("shape.") + name, 1, most);
+        return manifest_check.integer(data[name], std::string("shape.") + name, 1, most);
     };
     shape.num_layers = size("num_layers", kMostLayers);
     shape.hidden_size = size("hidden_size");
@@ -55,10 +52,10 @@ Shape shape_of(const Json& data) {
 
 Tags tags_of(const Json& data, const Shape& shape) {
     const std::vector<std::string> names{"think", "end_think", "answer", "end_answer"};
-    check.keys(data, "tags", names);
+    manifest_check.keys(data, "tags", names);
     std::vector<std::int64_t> ids;
     for (const std::string& name : names) {
-        ids.push_back(check.integer(data[name], "tags." + name, 0, shape.vocab_size - 1));
+        ids.push_back(manifest_check.integer(data[name], "tags." + name, 0, shape.vocab_size - 1));
     }
     if (std::set<std::int64_t>(ids.begin(), ids.end()).size() != ids.size()) {
         bundle_error("tags must be four different tokens, found " + shown(data));
@@ -69,7 +66,7 @@ Tags tags_of(const Json& data, const Shape& shape) {
 void check_widths(const Json& data, const Shape& shape) {
     std::int64_t last = 0;
     for (const Json& width : list(data, "widths")) {
-        const std::int64_t before = std::exchange(last, check.integer(width, "widths", 1, shape.num_groups));
+        const std::int64_t before = std::exchange(last, manifest_check.integer(width, "widths", 1, shape.num_groups));
         if (last <= before) bundle_error("widths must ascend, found " + shown(data));
     }
     if (last != shape.num_groups) {
@@ -83,9 +80,9 @@ Prices prices_of(const Json& data) {
         if (!pair.is_array() || pair.size() != 2) {
             bundle_error("prices must be a list of [budget, price] pairs, found " + shown(data));
         }
-        const double budget = check.share(pair[0], "prices: a budget");
+        const double budget = manifest_check.share(pair[0], "prices: a budget");
         if (!found.empty() && budget <= found.back().first) bundle_error("prices: budgets must ascend");
-        found.emplace_back(budget, check.number(pair[1], "prices: a price"));
+        found.emplace_back(budget, manifest_check.number(pair[1], "prices: a price"));
     }
     return found;
 }
@@ -94,22 +91,23 @@ std::map<std::string, FileEntry> files_of(const Json& data) {
     if (!data.is_object()) bundle_error("files must be an object, found " + shown(data));
     std::map<std::string, FileEntry> found;
     for (const auto& item : data.items()) {
-        const std::string name = check.line(Json(item.key()), "files: a path");
+        const std::string name = manifest_check.line(Json(item.key()), "files: a path");
         if (!is_inside(name) || name == kManifest) {
             bundle_error("files: " + shown(item.key()) + " is not a path inside the bundle folder");
         }
-        check.keys(item.value(), "files." + name, {"sha256", "size"});
-        found[name] = {check.sha256(item.value()["sha256"], "files." + name + ".sha256"),
-                       static_cast<std::uint64_t>(check.integer(item.value()["size"], "files." + name + ".size", 0))};
+        manifest_check.keys(item.value(), "files." + name, {"sha256", "size"});
+        found[name] = {
+            manifest_check.sha256(item.value()["sha256"], "files." + name + ".sha256"),
+            static_cast<std::uint64_t>(manifest_check.integer(item.value()["size"], "files." + name + ".size", 0))};
     }
     if (found.count(kWeights) == 0) bundle_error("files must list weights.bin");
     return found;
 }
 
 void check_texts(const Json& data, const std::string& name, const std::vector<std::string>* only) {
-    if (only != nullptr) check.keys(data, name, *only);
+    if (only != nullptr) manifest_check.keys(data, name, *only);
     if (!data.is_object()) bundle_error(name + " must be an object, found " + shown(data));
-    for (const auto& item : data.items()) check.text(item.value(), name + "." + item.key());
+    for (const auto& item : data.items()) manifest_check.text(item.value(), name + "." + item.key());
 }
 
 void read_gates(const Json& data, Manifest& manifest) {
@@ -117,9 +115,10 @@ void read_gates(const Json& data, Manifest& manifest) {
     const Json missing;
     const auto field = [&](const char* name) -> const Json& { return data.contains(name) ? data[name] : missing; };
     GateRules& rules = manifest.rules;
-    rules.stem_layers = check.integer(field("stem_layers"), "gates.stem_layers", 1, manifest.shape.num_layers - 1);
-    rules.think_reference = check.integer(field("think_reference"), "gates.think_reference", 1);
-    manifest.tokens = check.flag(field("tokens"), "gates.tokens");
+    rules.stem_layers =
+        manifest_check.integer(field("stem_layers"), "gates.stem_layers", 1, manifest.shape.num_layers - 1);
+    rules.think_reference = manifest_check.integer(field("think_reference"), "gates.think_reference", 1);
+    manifest.tokens = manifest_check.flag(field("tokens"), "gates.tokens");
     if (!data.contains("input_blind")) return;
     for (const Json& contract : list(data["input_blind"], "gates.input_blind")) {
         const bool cap = one_of(contract, "gates.input_blind", {"cap", "mean"}) == "cap";
@@ -136,10 +135,11 @@ Manifest Manifest::parse(std::string_view text) {
     } catch (const std::invalid_argument& error) {
         bundle_error(std::string("not JSON (") + error.what() + "); the file is corrupt");
     }
-    check.keys(data, "Bundle",
-               {"schema_version", "base", "artifact", "shape", "dialect", "precision", "gates", "tags", "positions",
-                "widths", "whole_cache", "prices", "graphs", "quality", "versions", "files"});
-    if (const auto version = check.integer(data["schema_version"], "schema_version", 1); version > kSchemaVersion) {
+    manifest_check.keys(data, "Bundle",
+                        {"schema_version", "base", "artifact", "shape", "dialect", "precision", "gates", "tags",
+                         "positions", "widths", "whole_cache", "prices", "graphs", "quality", "versions", "files"});
+    if (const auto version = manifest_check.integer(data["schema_version"], "schema_version", 1);
+        version > kSchemaVersion) {
         bundle_error("schema_version " + std::to_string(version) + " is newer than " + std::to_string(kSchemaVersion) +
                      ", the latest this library reads; upgrade it");
     }
@@ -150,9 +150,9 @@ Manifest Manifest::parse(std::string_view text) {
     found.cost = *cost;
     found.dialect = one_of(data["dialect"], "dialect", {"ort", "standard"});
     found.precision = one_of(data["precision"], "precision", {"fp32", "fp16", "bf16", "int8", "fp8", "int4"});
-    check.sha256(data["artifact"], "artifact");
-    found.positions = check.integer(data["positions"], "positions", 1);
-    found.whole_cache = check.flag(data["whole_cache"], "whole_cache");
+    manifest_check.sha256(data["artifact"], "artifact");
+    found.positions = manifest_check.integer(data["positions"], "positions", 1);
+    found.whole_cache = manifest_check.flag(data["whole_cache"], "whole_cache");
     const std::vector<std::string> base{"name", "family", "digest"};
     check_texts(data["base"], "base", &base);
     check_texts(data["versions"], "versions", nullptr);

@@ -9,6 +9,8 @@
 
 namespace l2a::core {
 
+inline constexpr Check manifest_check{L2A_ERROR_BUNDLE};
+
 // The text of `known` that a value is.
 const std::string& one_of(const Json& value, const std::string& name, const std::vector<std::string>& known);
 // A value that is a list.

@@ -7,7 +7,6 @@ namespace l2a::core {
 namespace {
 
 constexpr std::size_t kMostVariants = 256;
-const Check check{L2A_ERROR_BUNDLE};
 
 // An allocation as the manifest writes it; the think limit matters only where two are compared.
 struct Allocation {
@@ -29,19 +28,19 @@ struct Allocation {
     }
 };
 
-struct Graph {
+struct Parsed {
     GraphEntry entry;
     std::optional<Allocation> allocation;
 };
 
 Allocation allocation_of(const Json& data, const std::string& what) {
-    check.keys(data, what, {"num_groups", "groups", "think_tokens"}, {"think_tokens"});
+    manifest_check.keys(data, what, {"num_groups", "groups", "think_tokens"}, {"think_tokens"});
     Allocation found;
-    found.num_groups = check.integer(data["num_groups"], what + ": num_groups", 1);
+    found.num_groups = manifest_check.integer(data["num_groups"], what + ": num_groups", 1);
     for (const Json& kept : list(data["groups"], what + ": groups")) {
         auto& layer = found.groups.emplace_back();
         for (const Json& group : list(kept, what + ": groups")) {
-            const auto number = check.integer(group, what + ": a group", 0, found.num_groups - 1);
+            const auto number = manifest_check.integer(group, what + ": a group", 0, found.num_groups - 1);
             if (!layer.empty() && number <= layer.back()) {
                 bundle_error(what + ": groups must be ascending without repeats, found " + shown(kept));
             }
@@ -50,24 +49,25 @@ Allocation allocation_of(const Json& data, const std::string& what) {
     }
     if (found.groups.empty()) bundle_error(what + ": groups must list the kept KV groups of at least one layer");
     if (data.contains("think_tokens") && !data["think_tokens"].is_null()) {
-        found.think_tokens = check.integer(data["think_tokens"], what + ": think_tokens", 0);
+        found.think_tokens = manifest_check.integer(data["think_tokens"], what + ": think_tokens", 0);
     }
     return found;
 }
 
 void check_sizes(const Json& data, const std::string& what) {
     const std::vector<std::string> names{"batch", "sequence", "total", "past", "present"};
-    check.keys(data, what + ": sizes", names);
-    for (const std::string& name : names) check.integer(data[name], what + ": " + name, name == "past" ? 0 : 1);
+    manifest_check.keys(data, what + ": sizes", names);
+    for (const std::string& name : names)
+        manifest_check.integer(data[name], what + ": " + name, name == "past" ? 0 : 1);
 }
 
-Graph graph_of(const Json& data, std::size_t place) {
+Parsed graph_of(const Json& data, std::size_t place) {
     std::string what = "graphs[" + std::to_string(place) + "]";
-    check.keys(data, what, {"name", "file", "kind", "budget", "allocation", "cost", "sizes"});
-    Graph found;
+    manifest_check.keys(data, what, {"name", "file", "kind", "budget", "allocation", "cost", "sizes"});
+    Parsed found;
     GraphEntry& entry = found.entry;
-    entry.name = check.line(data["name"], what + ": graph.name");
-    entry.file = check.line(data["file"], what + ": graph.file");
+    entry.name = manifest_check.line(data["name"], what + ": graph.name");
+    entry.file = manifest_check.line(data["file"], what + ": graph.file");
     what += ": graph " + entry.name;
     const std::vector<std::string> kinds{"if", "told", "variant", "static", "router"};
     const std::string& kind = one_of(data["kind"], what + ": kind", kinds);
@@ -80,9 +80,9 @@ Graph graph_of(const Json& data, std::size_t place) {
         bundle_error(what + ": a static graph has sizes, other graphs none");
     }
     if (entry.kind == Kind::fixed) check_sizes(data["sizes"], what);
-    entry.cost = check.share(data["cost"], what + ": cost");
+    entry.cost = manifest_check.share(data["cost"], what + ": cost");
     if (fixed) {
-        entry.budget = check.share(data["budget"], what + ": budget");
+        entry.budget = manifest_check.share(data["budget"], what + ": budget");
         found.allocation = allocation_of(data["allocation"], what + ": allocation");
         for (const auto& kept : found.allocation->groups) {
             entry.widths.push_back(static_cast<std::int64_t>(kept.size()));
@@ -92,10 +92,10 @@ Graph graph_of(const Json& data, std::size_t place) {
 }
 
 // Names of their own, listed files, and variants that are a nested ladder.
-void check_graphs(const std::vector<Graph>& graphs, const Manifest& manifest) {
+void check_graphs(const std::vector<Parsed>& graphs, const Manifest& manifest) {
     std::set<std::string> names;
     std::vector<const Allocation*> variants;
-    for (const Graph& graph : graphs) {
+    for (const Parsed& graph : graphs) {
         names.insert(graph.entry.name);
         if (graph.entry.kind == Kind::variant) variants.push_back(&*graph.allocation);
     }
@@ -107,7 +107,7 @@ void check_graphs(const std::vector<Graph>& graphs, const Manifest& manifest) {
     double budget = 1.0;
     std::vector<const Allocation*> level;
     std::vector<const Allocation*> above;
-    for (const Graph& graph : graphs) {
+    for (const Parsed& graph : graphs) {
         const std::string what = "graph " + graph.entry.name;
         if (manifest.files.count(graph.entry.file) == 0) {
             bundle_error(what + ": its file " + shown(graph.entry.file) + " is not listed in files");
@@ -142,11 +142,11 @@ void check_graphs(const std::vector<Graph>& graphs, const Manifest& manifest) {
 }  // namespace
 
 std::vector<GraphEntry> graphs_of(const Json& data, const Manifest& manifest) {
-    std::vector<Graph> graphs;
+    std::vector<Parsed> graphs;
     for (const Json& graph : list(data, "graphs")) graphs.push_back(graph_of(graph, graphs.size()));
     check_graphs(graphs, manifest);
     std::vector<GraphEntry> found;
-    for (Graph& graph : graphs) found.push_back(std::move(graph.entry));
+    for (Parsed& graph : graphs) found.push_back(std::move(graph.entry));
     return found;
 }
 

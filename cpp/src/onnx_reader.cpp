@@ -11,7 +11,7 @@
 namespace l2a::core {
 namespace {
 
-constexpr int kDeepest = 64;  // of graphs within graphs
+constexpr int kDeepestGraph = 64;  // of graphs within graphs
 constexpr std::uint64_t kGraph = 7, kNode = 1, kInitializer = 5, kOutput = 12;
 
 std::uint64_t number(std::string_view digits) {
@@ -71,7 +71,7 @@ Node node(std::string_view bytes) {
 }
 
 void collect(std::string_view graph, std::vector<ExternalTensor>& found, int depth) {
-    if (depth > kDeepest) bundle_error("not an ONNX graph of ours: graphs within graphs, too deep");
+    if (depth > kDeepestGraph) bundle_error("not an ONNX graph of ours: graphs within graphs, too deep");
     for (Fields fields(graph); fields.next();) {
         if (fields.is_bytes(kInitializer)) {
             ExternalTensor each = tensor(fields.bytes());
@@ -85,7 +85,7 @@ void collect(std::string_view graph, std::vector<ExternalTensor>& found, int dep
 // Names that nodes of a graph and of its branches read, by whether a matrix product reads them.
 void readers(std::string_view graph, std::map<std::string, bool>& found, const std::set<std::string>& constants,
              int depth) {
-    if (depth > kDeepest) bundle_error("not an ONNX graph of ours: graphs within graphs, too deep");
+    if (depth > kDeepestGraph) bundle_error("not an ONNX graph of ours: graphs within graphs, too deep");
     for (Fields fields(graph); fields.next();) {
         if (!fields.is_bytes(kNode)) continue;
         const Node each = node(fields.bytes());

@@ -2,8 +2,16 @@
 
 #include <algorithm>
 #include <cctype>
+#include <iterator>
 
 namespace l2a::core {
+namespace {
+
+// What ONNX Runtime says where memory is short; messages name tensors and files too, such as `allocation`.
+constexpr const char* kShort[] = {"bad_alloc",          "bad allocation", "failed to allocate",
+                                  "unable to allocate", "out of memory",  "cannot allocate memory"};
+
+}  // namespace
 
 Ort::Ort() : api_(OrtGetApiBase()->GetApi(ORT_API_VERSION)) {
     if (api_ == nullptr) {
@@ -19,7 +27,8 @@ void Ort::check(OrtStatus* status, const std::string& what) const {
     std::string lower = text;
     std::transform(lower.begin(), lower.end(), lower.begin(),
                    [](unsigned char letter) { return static_cast<char>(std::tolower(letter)); });
-    if (lower.find("alloc") != std::string::npos || lower.find("memory") != std::string::npos) {
+    const auto said = [&](const char* words) { return lower.find(words) != std::string::npos; };
+    if (std::any_of(std::begin(kShort), std::end(kShort), said)) {
         throw Error(L2A_ERROR_OUT_OF_MEMORY,
                     what + ": not enough memory (" + text + "); free some, or lower the budget");
     }

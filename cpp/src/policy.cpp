@@ -5,7 +5,7 @@
 namespace l2a::core {
 namespace {
 
-const Check check{L2A_ERROR_CONFIG};
+constexpr Check policy_check{L2A_ERROR_CONFIG};
 
 Json parsed(std::string_view text, const std::string& what) {
     try {
@@ -16,7 +16,7 @@ Json parsed(std::string_view text, const std::string& what) {
 }
 
 double bounded(const Json& value, const std::string& name, double most) {
-    const double found = check.number(value, name);
+    const double found = policy_check.number(value, name);
     if (!(found >= 0.0 && found <= most)) config_error(name + " is out of range, found " + shown(value));
     return found;
 }
@@ -32,7 +32,7 @@ std::vector<std::string> names(const Json& value, const std::string& name) {
 }
 
 Tier tier_of(const Json& data, const std::string& name) {
-    check.keys(data, name, {"floor", "ceiling"}, {"floor", "ceiling"});
+    policy_check.keys(data, name, {"floor", "ceiling"}, {"floor", "ceiling"});
     Tier tier;
     if (data.contains("floor")) tier.floor = bounded(data["floor"], name + ".floor", 1.0);
     if (data.contains("ceiling")) tier.ceiling = bounded(data["ceiling"], name + ".ceiling", 1.0);
@@ -73,7 +73,7 @@ void read_rest(const Json& data, Policy& policy) {
     }
     if (data.contains("pressures")) policy.pressures = names(data["pressures"], "policy.pressures");
     if (data.contains("memories")) policy.memories = names(data["memories"], "policy.memories");
-    if (data.contains("buckets")) policy.buckets = check.integer(data["buckets"], "policy.buckets", 1);
+    if (data.contains("buckets")) policy.buckets = policy_check.integer(data["buckets"], "policy.buckets", 1);
     if (!data.contains("tiers")) return;
     if (!data["tiers"].is_object()) config_error("policy.tiers must be a table, found " + shown(data["tiers"]));
     for (const auto& item : data["tiers"].items()) {
@@ -82,20 +82,20 @@ void read_rest(const Json& data, Policy& policy) {
 }
 
 double cost(const Json& data, const char* name, const std::string& step, bool zero) {
-    const double found = check.number(data[name], step + "." + name);
+    const double found = policy_check.number(data[name], step + "." + name);
     if (!(found > 0.0 || (zero && found == 0.0))) config_error(step + "." + name + " must be above 0");
     return found;
 }
 
 CostStep step_of(const Json& data, const std::string& what) {
-    check.keys(data, what,
-               {"budget", "layers", "heads", "prefill_seconds", "decode_seconds", "memory_bytes", "cache_bytes",
-                "row_seconds"},
-               {"row_seconds"});
+    policy_check.keys(data, what,
+                      {"budget", "layers", "heads", "prefill_seconds", "decode_seconds", "memory_bytes", "cache_bytes",
+                       "row_seconds"},
+                      {"row_seconds"});
     CostStep step;
-    step.budget = check.share(data["budget"], what + ".budget");
-    step.layers = check.integer(data["layers"], what + ".layers", 1);
-    step.heads = check.integer(data["heads"], what + ".heads", 1);
+    step.budget = policy_check.share(data["budget"], what + ".budget");
+    step.layers = policy_check.integer(data["layers"], what + ".layers", 1);
+    step.heads = policy_check.integer(data["heads"], what + ".heads", 1);
     step.prefill_seconds = cost(data, "prefill_seconds", what, false);
     step.decode_seconds = cost(data, "decode_seconds", what, false);
     step.memory_bytes = cost(data, "memory_bytes", what, true);
@@ -110,7 +110,7 @@ Policy Policy::parse(std::string_view text) {
     const Json data = parsed(text, "policy");
     std::vector<std::string> known{"kind", "pressures", "memories", "buckets", "tiers"};
     for (const Number& number : kNumbers) known.emplace_back(number.name);
-    check.keys(data, "policy", known, known);
+    policy_check.keys(data, "policy", known, known);
     Policy policy;
     for (const Number& number : kNumbers) {
         if (data.contains(number.name)) {

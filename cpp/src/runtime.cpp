@@ -12,7 +12,6 @@
 namespace l2a::core {
 namespace {
 
-constexpr const char* kWeights = "weights.bin";
 constexpr std::size_t kLeastShared = 1U << 16;  // bytes of a constant that is worth it
 
 }  // namespace

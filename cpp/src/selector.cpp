@@ -28,6 +28,13 @@ const CostStep& below(const CostSteps& steps, double budget) {
     return found == steps.end() ? steps.back() : *found;
 }
 
+// The smallest step of at least `budget`, else the largest of all.
+const CostStep& above(const CostSteps& steps, double budget) {
+    const auto found =
+        std::find_if(steps.rbegin(), steps.rend(), [&](const auto& step) { return step.budget >= budget; });
+    return found == steps.rend() ? steps.front() : *found;
+}
+
 // Budget of the largest step that takes no longer than `room`, else of the smallest of all.
 template <typename Seconds>
 double largest(const CostSteps& steps, Seconds seconds, double room) {
@@ -56,7 +63,7 @@ class Selection {
           work_(work),
           policy_(policy),
           ceiling_(below(steps, rule.ceiling).budget),
-          floor_(below(steps, rule.floor).budget),
+          floor_(std::min(ceiling_, above(steps, rule.floor).budget)),
           free_(1 - std::min(0.99, reading(readings, "service.contention").value_or(0.0))) {
         terms.push_back({"policy", ceiling_, "ceiling " + text(rule.ceiling)});
     }

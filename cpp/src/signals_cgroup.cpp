@@ -14,7 +14,7 @@
 namespace l2a::core {
 namespace {
 
-constexpr double kInfinite = std::numeric_limits<double>::infinity();
+constexpr double kNoLimit = std::numeric_limits<double>::infinity();
 constexpr double kUnlimited = 1152921504606846976.0;  // 2^60; version 1 writes a number near 2^63 for no limit
 
 using Levels = std::vector<std::string>;  // the group's folder and those around it, the innermost first
@@ -23,12 +23,12 @@ double number(const std::string& text) {
     std::istringstream words(text);
     std::string word;
     words >> word;
-    if (word == "max") return kInfinite;
+    if (word == "max") return kNoLimit;
     std::int64_t value = 0;
     const auto [rest, code] = std::from_chars(word.data(), word.data() + word.size(), value);
-    if (code == std::errc::result_out_of_range) return kInfinite;
+    if (code == std::errc::result_out_of_range) return kNoLimit;
     if (code != std::errc() || rest != word.data() + word.size()) throw std::runtime_error("not a number: " + text);
-    return static_cast<double>(value) >= kUnlimited ? kInfinite : static_cast<double>(value);
+    return static_cast<double>(value) >= kUnlimited ? kNoLimit : static_cast<double>(value);
 }
 
 double number_in(const std::string& path) {
@@ -65,7 +65,7 @@ std::string first(const Levels& levels, const std::string& name) {
 
 double least(const Levels& levels, const std::string& name) {
     first(levels, name);
-    double found = kInfinite;
+    double found = kNoLimit;
     for (const std::string& level : levels) {
         if (is_file(level + "/" + name)) found = std::min(found, number_in(level + "/" + name));
     }
@@ -87,7 +87,7 @@ std::string folder_of(const std::string& path) {
 double left(const Levels& levels, const std::string& limit, const std::string& current,
             const std::string& reclaimable) {
     first(levels, limit);
-    double found = kInfinite;
+    double found = kNoLimit;
     bool any = false;
     for (const std::string& level : levels) {
         if (!is_file(level + "/" + limit) || !is_file(level + "/" + current)) continue;
@@ -99,7 +99,7 @@ double left(const Levels& levels, const std::string& limit, const std::string& c
 }
 
 double quota(const Levels& levels) {
-    double found = kInfinite;
+    double found = kNoLimit;
     for (const std::string& level : levels) {
         if (!is_file(level + "/cpu.max")) continue;
         std::istringstream words(lines_of(level + "/cpu.max").at(0));
@@ -111,7 +111,7 @@ double quota(const Levels& levels) {
 }
 
 double quota_1(const Levels& levels) {
-    double found = kInfinite;
+    double found = kNoLimit;
     for (const std::string& level : levels) {
         if (!is_file(level + "/cpu.cfs_quota_us")) continue;
         const double most = number_in(level + "/cpu.cfs_quota_us");

@@ -113,14 +113,21 @@ class Chooser:
         return self._chosen if self._blind(told) else request.chosen
 
     def _fixed(self, request: Request, budget: Budget, told: Told) -> Widths:
-        """Of the variants that keep to a budget, the largest; of several, what the router says."""
+        """Of the variants that keep to a budget, the largest; of several, what the router says.
+
+        The router knows budgets and no other caps: where its choice breaks one, it is the nearest that does not.
+        """
         fit = self._fitting(budget)
         same = [entry for entry in fit if entry.budget == fit[0].budget]
         if len(same) == 1:
             return widths_of(same[0])
         told = Told((same[0].budget or 1.0, told.features[1]), told.limits, told.price)
-        place = int(self._route(request, told)["variant"][0])
-        return widths_of(self.bundle.variants[place])
+        found = self._route(request, told)
+        named = self.bundle.variants[int(found["variant"][0])]
+        if named in same:
+            return widths_of(named)
+        kept = found["kept_groups"][0]
+        return min(map(widths_of, same), key=lambda widths: int(abs(np.array(widths) - kept).sum()))
 
     def _ask(self, request: Request, told: Told) -> Widths:
         """What the gates choose."""

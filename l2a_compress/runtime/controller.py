@@ -72,6 +72,7 @@ class Controller:
         self.switches = 0
         self._seconds, self._last = seconds, float("-inf")
         self._tiers: dict[str, _Tier] = {}
+        self._short_since: float | None = None  # when memory was last found to be short, while it is
         self._think = float(engine.bundle.gates["think_reference"])  # tokens that a request is expected to write
         self._new, self._prompt = self._think + TAGS, 0.0
         self._seen: Request | None = None
@@ -116,8 +117,12 @@ class Controller:
                 self.apply(request)
         default = self._tiers["default"].decision
         engine.paused = not default.admit
+        if not engine.paused:
+            self._short_since = None
+            return
+        since = self._short_since = now if self._short_since is None else self._short_since
         first = next(engine.queued, None)
-        if engine.paused and first is not None and now - first.submitted > policy.patience_seconds:
+        if first is not None and now - max(since, first.submitted) > policy.patience_seconds:
             reason = next(term.reason for term in default.terms if term.name == "memory")
             engine.cancel(first, OutOfMemoryError(f"no memory for {policy.patience_seconds:g} s: {reason}"))
 
@@ -130,7 +135,7 @@ class Controller:
         if request.tier is None:
             return
         budget = self.budget(request.tier)
-        if request.kept is not None and not (budget.think_tokens is not None and self._ends(request.tier)):
+        if request.started is not None and not (budget.think_tokens is not None and self._ends(request.tier)):
             budget = replace(budget, think_tokens=request.budget.think_tokens)
         budget = request.ceiling.tighter(budget)
         if budget != request.budget:
@@ -150,8 +155,8 @@ class Controller:
             name: reading.value if now - reading.at <= policy.stale_seconds else None
             for name, reading in self.readings.items()
         }
-        current = self._tiers.get("default")
-        held = self.table.steps[0 if current is None else current.decision.step].memory_bytes
+        loaded = self.engine.loaded_budgets
+        held = max((step.memory_bytes for step in self.table.steps if step.budget in loaded), default=0.0)
         for name in policy.memories:
             value = values.get(name)
             if value is not None:
@@ -181,7 +186,7 @@ class Controller:
         """What a request that waits is expected to need."""
         engine = self.engine
         rows = max(1, min(engine.max_rows, engine.rows + len(engine.waiting)))
-        waiting = next((request for request in requests if request.kept is None), None)
+        waiting = next((request for request in requests if request.started is None), None)
         prompt = self._prompt if waiting is None else len(waiting.prompt)
         return Work(prompt_tokens=round(prompt), new_tokens=self._new, think_tokens=self._think, rows=rows)
 
@@ -192,7 +197,7 @@ class Controller:
             return None, None
         deadline, request = min(deadlines, key=lambda pair: pair[0])
         left = max(0.0, deadline - now)
-        if request.kept is None:
+        if request.started is None:
             return replace(work, prompt_tokens=len(request.prompt)), left
         new = max(1.0, work.new_tokens - len(request.written))  # its reasoning is as long as it is: it has been told
         return replace(work, prompt_tokens=0, new_tokens=new, think_tokens=0.0), left

@@ -1,32 +1,32 @@
 """The cost table of a bundle on this machine, measured through the engine that serves it.
 
-A table holds for one bundle, processor, number of threads and way of serving. It is measured when it is first needed,
-in seconds to a minute, and kept in the user's cache folder.
+A table holds for one bundle, processor, provider, number of threads and of rows, contract and way of serving. It is
+measured when it is first needed, in seconds to a minute, and kept in the user's cache folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from l2a_compress import _validate
-from l2a_compress._machine import peak_bytes, processor
+from l2a_compress._machine import peak_of, processor
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import MANIFEST_FILE
-from l2a_compress.errors import ConfigError
+from l2a_compress.errors import ConfigError, StorageError
 from l2a_compress.files import write_atomic
 from l2a_compress.runtime.engine import Engine, Rehearsal
 from l2a_compress.runtime.selector import Step
 
 PROMPT, TOKENS, ROUNDS = 64, 12, 5
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,20 +96,35 @@ class CostTable:
 
 
 def cost_table(engine: Engine, *, progress: Callable[[str], None] | None = None) -> CostTable:
-    """The table of an idle engine: what this machine measured before, or else measured now."""
+    """The table of an idle engine: what this machine measured before, or else measured now.
+
+    Raises:
+        ConfigError: requests are running.
+        SessionError: a graph cannot be loaded or run.
+    """
     try:
         return CostTable.load(cached_path(engine))
     except ConfigError:
         (progress or (lambda _: None))("measuring what each budget costs on this machine")
     table = measure(engine)
-    keep(engine, table)
+    try:
+        keep(engine, table)
+    except StorageError as error:
+        log.warning("the costs that were measured are not kept for the next start: %s", error)
     return table
 
 
 def keep(engine: Engine, table: CostTable) -> None:
-    """Keeps a table for the next engines like this one."""
+    """Keeps a table for the next engines like this one.
+
+    Raises:
+        StorageError: the cache folder is not writable, or the disk is full.
+    """
     path = cached_path(engine)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path.parent}: cannot be made ({error}); set L2A_CACHE to a folder that can") from error
     table.write(path)
 
 
@@ -120,6 +135,7 @@ def cached_path(engine: Engine) -> Path:
     manifest = (engine.folder / MANIFEST_FILE).read_bytes()
     about = [processor(), os.cpu_count(), engine.threads, engine.serve, engine.max_rows, engine.contract]
     about += [] if engine.engine == "python" else [engine.engine]
+    about += [] if engine.provider == "cpu" else [engine.provider]
     digest = hashlib.sha256(json.dumps(about).encode() + manifest).hexdigest()
     return cache / "costs" / f"{digest[:32]}.json"
 
@@ -171,14 +187,11 @@ def _rehearse(engine: Engine, budget: float, *, rows: int) -> Rehearsal:
 
 def _peak(engine: Engine, budget: float) -> float:
     """Bytes of a process that serves one request; 0 where the system does not tell."""
-    about = {"folder": str(engine.folder), "serve": engine.serve, "threads": engine.threads, "engine": engine.engine}
-    code = f"from {__name__} import print_peak; print_peak({about!r}, {budget!r})"
-    done = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
-    return float(done.stdout.splitlines()[-1])
+    names = ("serve", "threads", "engine", "provider", "contract")
+    about = {"folder": str(engine.folder), **{name: getattr(engine, name) for name in names}}
+    return float(peak_of(f"from {__name__} import serve_one; serve_one({about!r}, {budget!r})") or 0)
 
 
-def print_peak(about: Mapping[str, Any], budget: float) -> None:
-    """Serves one request and prints the most bytes that this process has held."""
-    engine = Engine(max_rows=1, **about)
-    _rehearse(engine, budget, rows=1)
-    print(peak_bytes() or 0)
+def serve_one(about: Mapping[str, Any], budget: float) -> None:
+    """Serves one request."""
+    _rehearse(Engine(max_rows=1, **about), budget, rows=1)

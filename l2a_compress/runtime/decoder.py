@@ -20,6 +20,11 @@ CACHE_TYPES = {
     "tensor(bfloat16)": (np.uint16, 16),
 }
 PAST, _PRESENT = "past_key_values.", "present."
+# What onnxruntime says where memory is short; its messages name tensors and files too, such as `allocation`.
+_SHORT = (
+    *("bad_alloc", "bad allocation", "failed to allocate", "unable to allocate", "out of memory"),
+    "cannot allocate memory",
+)
 
 
 class GraphDecoder:
@@ -111,11 +116,11 @@ class GraphDecoder:
         binding = self._binding
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         self._given = {name: np.ascontiguousarray(value) for name, value in given.items()}
-        for name, value in self._given.items():
-            binding.bind_cpu_input(name, value)
-        for name in self._fresh:
-            binding.bind_output(name, "cpu")
         try:
+            for name, value in self._given.items():
+                binding.bind_cpu_input(name, value)
+            for name in self._fresh:
+                binding.bind_output(name, "cpu")
             self.session.run_with_iobinding(binding)
         except Exception as error:
             raise session_error(self._path, "run", error) from error
@@ -145,6 +150,7 @@ def predicates(allocation: Array, stem: int, widths: Sequence[int]) -> dict[str,
 def session_error(path: Path, action: str, error: Exception) -> SessionError:
     """What onnxruntime says, as an error of this library; its words tell whether memory was short."""
     text = f"{type(error).__name__}: {error}".strip()
-    if isinstance(error, MemoryError) or "alloc" in text or "memory" in text.lower():
+    said = text.replace(str(path), "").lower()
+    if isinstance(error, MemoryError) or any(words in said for words in _SHORT):
         return OutOfMemoryError(f"{path}: not enough memory to {action} it ({text}); free some, or lower the budget")
     return SessionError(f"{path}: onnxruntime cannot {action} it: {text}")

@@ -115,7 +115,8 @@ class Engine:
         for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value!r}")
-        for name, word, words in (("serve", serve, get_args(Serve)), ("engine", engine, get_args(Runs))):
+        choices = (("serve", serve, Serve), ("engine", engine, Runs), ("contract", contract, Contract))
+        for name, word, words in ((name, word, get_args(kind)) for name, word, kind in choices):
             if word not in words:
                 raise ConfigError(f"{name} must be one of {', '.join(words)}, found {word!r}")
         self.folder, self.threads, self.clock = Path(folder), threads, clock
@@ -288,6 +289,13 @@ class Engine:
         return list(self._lanes)
 
     @property
+    def loaded_budgets(self) -> set[float]:
+        """The budgets of the ladder whose graphs are loaded: all, where one graph serves them or all share one copy."""
+        if self.serve == "if" or self._native is not None:
+            return set(self.ladder)
+        return {lane.entry.budget for lane in self._lanes.values() if lane.entry.budget is not None}
+
+    @property
     def runs_on(self) -> str:
         """What the graphs that are loaded run on, as it was found, for people."""
         return "; ".join(f"{name}: {lane.runs_on}" for name, lane in self._lanes.items()) or "nothing that is loaded"
@@ -422,7 +430,8 @@ class Engine:
         if lane.entry.kind == "if":
             return {**told, "allocation": kept}
         runs = predicates(kept, self.bundle.gates["stem_layers"], self.bundle.widths)
-        return {"budget": told["budget"], "allocation": kept, **runs}
+        shown = {"budget": told["budget"]} if self.bundle.gates["tokens"] else {}
+        return {**shown, "allocation": kept, **runs}
 
     # Requests
 
@@ -444,33 +453,36 @@ class Engine:
                 if not request.done:
                     queue.appendleft(request)
                 continue
-            if not admitted:
+            if admitted is None:
                 queue.appendleft(request)
                 self._full = self.rows
                 break
-            tokens += request.length
+            tokens += admitted
         return tokens
 
     def _queue(self) -> deque[Request]:
         """Where the next one comes from. Who will be late gives way to those that can still be in time."""
         waiting, ends = self._waiting, self.clock() + self._service
-        while waiting and waiting[0].kept is None and (end := waiting[0].deadline) is not None and end <= ends:
+        while waiting and waiting[0].started is None and (end := waiting[0].deadline) is not None and end <= ends:
             self._late.append(waiting.popleft())
+            self._full = None  # what it waited for is nothing to the next one
         return waiting or self._late
 
-    def _admit(self, request: Request) -> bool:
-        """Computes a request's tokens. False where it must wait for memory, or for other graphs to be free."""
+    def _admit(self, request: Request) -> int | None:
+        """Computes a request's tokens and says how many; None where it must wait for memory or for another graph."""
         lane = self._open(self._entry(request))
         if lane is None:
-            return False
-        rows = len(lane.requests) + 1
-        if rows > lane.caches.rows:
-            rows = min(self.max_rows, 2 * rows - 1)
-        need = lane.caches.growth(rows, request.most_tokens)
-        left = self._memory_left() if need else None
-        if left is not None and need > left:
+            return None
+        least = len(lane.requests) + 1
+        many = least if least <= lane.caches.rows else min(self.max_rows, 2 * least - 1)  # to grow seldom
+        for rows in dict.fromkeys((many, least)):
+            need = lane.caches.growth(rows, request.most_tokens)
+            left = self._memory_left() if need else None
+            if left is None or need <= left:
+                break
+        else:
             if self.rows:
-                return False
+                return None
             raise OutOfMemoryError(
                 f"request {request.number}: {need} bytes for its keys and values, of which {left:g} are left; "
                 "free some, or lower its limits"
@@ -479,7 +491,7 @@ class Engine:
         held = self._held.get(request.number)
         if held is not None and isinstance(lane, Lane):
             lane.resume(request, self._held.pop(request.number))
-            return True
+            return 0
         outputs = lane.prefill(request, self._inputs(lane, [request]))
         if request.kept is None:
             request.kept = tuple(outputs["kept_groups"][0].tolist())
@@ -487,7 +499,7 @@ class Engine:
         if request.started is None:
             request.started = self.clock()
         self._take(request, outputs, 0)
-        return True
+        return request.length
 
     def _failed(self, request: Request, error: L2AError) -> None:
         """What becomes of the first that waits when it cannot run: it waits, is tried again, gets less, or ends."""

@@ -107,7 +107,7 @@ class Runtime:
             max_graphs: most variants that are loaded at a time.
             engine: ``native``: the C++ runtime runs the graphs, all over one copy of the weights (docs/cpp.md).
             policy: of the selector; None for the default one.
-            sources: of signals; None for those of this machine.
+            sources: of signals; None for those of this machine, of its GPU too where that is what serves.
             provider: what onnxruntime runs graphs on: ``cpu``, ``cuda``, ``trt`` or ``trt-rtx``.
             open_engine: opens an engine of TensorRT by its graph's name, as
                 ``partial(EngineDecoder, target="trt")``; prompts then run on engines, one at a time.
@@ -119,7 +119,7 @@ class Runtime:
             ConfigError: a bad argument, or the C++ runtime is not there.
         """
         policy = policy or Policy()
-        found = machine() if sources is None else sources
+        found = machine(gpu=provider != "cpu" or open_engine is not None) if sources is None else sources
         made = Engine(
             folder,
             max_rows=max_rows,
@@ -167,6 +167,8 @@ class Runtime:
     ) -> list[Request]:
         """Queues prompts for :meth:`step`: all of them, or none. Arguments and errors are those of :meth:`generate`."""
         limits = limits or Limits()
+        if isinstance(prompts, str):
+            raise ConfigError("prompts must be a list of texts, found one text; put it into a list")
         self.policy.tier(tier)
         if len(budgets) != len(prompts):
             raise ConfigError(f"{len(budgets)} budgets for {len(prompts)} prompts; give one, or one for each")
@@ -259,11 +261,14 @@ class Runtime:
     ) -> Iterator[str | Answer]:
         """Pieces of text as they are written, tags included, and the answer as the last item; as :meth:`generate`."""
         (request,) = self.submit([prompt], [budget], limits=limits, sampling=sampling, tier=tier, seconds=seconds)
-        return self._pieces(request)
+        pieces = self._pieces(request)
+        next(pieces)  # from here on the request ends with the iterator, be it ever asked or not
+        return pieces
 
     def _pieces(self, request: Request) -> Iterator[str | Answer]:
         told = ""
         try:
+            yield told
             while not request.done:
                 self.step()
                 text = self.text(request)

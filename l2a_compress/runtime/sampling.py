@@ -38,6 +38,8 @@ class Sampling:
             raise ConfigError(f"top_k must be at least 0, found {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be in (0, 1], found {self.top_p!r}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, found {self.seed!r}")
 
 
 class Sampler:

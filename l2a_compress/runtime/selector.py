@@ -165,7 +165,8 @@ def select(
             "a cost table needs steps whose budgets fall from one to the next; calibrate the bundle again"
         )
     rule = policy.tier(tier)
-    ceiling, floor = _below(steps, rule.ceiling).budget, _below(steps, rule.floor).budget
+    ceiling = _below(steps, rule.ceiling).budget
+    floor = min(ceiling, _above(steps, rule.floor).budget)
     terms = [Term(name="policy", budget=ceiling, reason=f"ceiling {rule.ceiling:g}")]
     for term in _terms(steps, readings, work, urgent or work, policy, ceiling, floor):
         terms.append(term if term.budget >= floor else replace(term, budget=floor))
@@ -279,6 +280,11 @@ def _cap(
 def _below(steps: Sequence[Step], budget: float) -> Step:
     """The largest step of at most ``budget``, else the smallest of all."""
     return next((step for step in steps if step.budget <= budget), steps[-1])
+
+
+def _above(steps: Sequence[Step], budget: float) -> Step:
+    """The smallest step of at least ``budget``, else the largest of all."""
+    return next((step for step in reversed(steps) if step.budget >= budget), steps[0])
 
 
 def _largest(steps: Sequence[Step], seconds: Callable[[Step], float], room: float) -> float:

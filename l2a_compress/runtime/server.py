@@ -31,8 +31,8 @@ class Stream:
     went wrong is raised in its place.
     """
 
-    def __init__(self, server: Server, request: Request) -> None:
-        self.request = request
+    def __init__(self, server: Server, request: Request, tier: str) -> None:
+        self.request, self._tier = request, tier
         self._server, self._told = server, ""
         self._items: list[str | Answer | Exception] = []
         self._wake: list[Callable[[], object]] = []
@@ -67,7 +67,8 @@ class Stream:
         Raises:
             BudgetError: the model cannot keep to the budget; the old one stays.
         """
-        self._server.call(lambda: self._server.runtime.set_budget(self.request, budget))
+        tier = self._tier
+        self._server.call(lambda: self._server.runtime.set_budget(self.request, budget, tier=tier))
 
     def cancel(self) -> None:
         """Ends the request with what is written."""
@@ -147,7 +148,7 @@ class Server:
             (request,) = self.runtime.submit(
                 [prompt], [budget], limits=limits, sampling=sampling, tier=tier, seconds=seconds
             )
-            self._streams.append(stream := Stream(self, request))
+            self._streams.append(stream := Stream(self, request, tier))
             return stream
 
         return self.call(submit)
@@ -173,8 +174,8 @@ class Server:
             try:
                 return future.result(timeout=_IDLE)
             except TimeoutError:
-                if future.done():
-                    raise  # the action's own
+                if future.done():  # in between; or the error is the action's own
+                    return future.result()
                 if not self._thread.is_alive():
                     raise SessionError("the server is closed; open another one") from None
 

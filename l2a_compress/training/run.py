@@ -84,16 +84,24 @@ def train(
         from l2a_compress.training.teacher import TeacherCache
 
         samples.teacher = TeacherCache.build(gated, samples, collate, recipe.optim, out / "teacher")
-    start = last_checkpoint(checkpoints)
+    start, annealing = last_checkpoint(checkpoints), recipe.annealing
+    searched = bool(annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
+    if searched and not gated.gate_config.has_demand and samples.draws.contract != "cap":
+        raise ConfigError(
+            f"draws.contract = {samples.draws.contract!r}: where the order of the layers is searched and there is no "
+            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
+        )
     if recipe.static.method:
         allocation = static_allocation(recipe, gated, samples, collate)
         gated.allocator.fix(allocation)
         budget = math.ceil(1e4 * gated.cost.fraction(allocation)) / 1e4
-        # Such a model is only ever asked for what it is.
-        samples.draws = dataclasses.replace(samples.draws, minimum=budget, minimum_share=1.0, dense_share=0.0)
+        # Such a model is only ever asked for what it is, and explores nothing.
+        samples.draws = dataclasses.replace(
+            samples.draws, minimum=budget, minimum_share=1.0, dense_share=0.0, contract="cap"
+        )
+        annealing = dataclasses.replace(annealing, noise_start=0.0, noise_end=0.0)
     elif start is None:
         _set_prior(gated, samples, collate, recipe.optim.prior_rows)
-    searched = bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
     if searched:
         gated.allocator.layer_gates.requires_grad_(False)
         gated.allocator.head_gates.requires_grad_(False)
@@ -104,7 +112,7 @@ def train(
 
     step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
     trainer = L2ATrainer(
-        annealing=recipe.annealing,
+        annealing=annealing,
         optim=recipe.optim,
         explored=explored if searched else None,
         model=step,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,11 +13,13 @@ import torch
 
 from l2a_compress._cli import main
 from l2a_compress.budget import Budget
+from l2a_compress.bundle import Bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError
 from l2a_compress.exporters.onnx import ExportOptions, export
+from l2a_compress.limits import limits_of
 from l2a_compress.modeling.generation import GenerationConfig, generate
 from l2a_compress.runtime.caches import Caches
-from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.engine import Engine, Runs
 from l2a_compress.runtime.request import Limits, Request
 from l2a_compress.runtime.runtime import Runtime
 from l2a_compress.runtime.sampling import Sampler, Sampling
@@ -187,6 +190,10 @@ def test_a_stream_nobody_listens_to_ends(made: tuple[Path, Path]) -> None:
     next(stream)
     stream.close()
     assert not runtime.engine.busy
+    dropped = runtime.stream("Ann has 3 apples.", limits=LIMITS)
+    assert runtime.engine.busy
+    del dropped  # before its first piece
+    assert not runtime.engine.busy
 
 
 def test_prompts_are_refused_together(made: tuple[Path, Path]) -> None:
@@ -195,7 +202,18 @@ def test_prompts_are_refused_together(made: tuple[Path, Path]) -> None:
         runtime.generate(["Ann", "Ann " * 3000])
     with pytest.raises(ConfigError, match="1 budgets for 2 prompts"):
         runtime.generate(["Ann", "Bob"], [Budget()])
+    with pytest.raises(ConfigError, match="a list of texts"):
+        runtime.generate("Ann")
     assert not runtime.engine.busy
+
+
+def test_a_contract_that_there_is_not_is_refused(made: tuple[Path, Path]) -> None:
+    for engine in get_args(Runs):
+        with pytest.raises(ConfigError, match="contract must be one of cap, mean, found 'Cap'"):
+            Engine(made[1], contract="Cap", engine=engine)  # type: ignore[arg-type]
+    bundle = Bundle.load(made[1])
+    with pytest.raises(ConfigError, match="contract must be one of cap, mean"):
+        limits_of(Budget(), bundle.cost, 1, contract="Cap")  # type: ignore[arg-type]
 
 
 def test_caches_keep_what_they_hold_while_they_grow() -> None:
@@ -232,7 +250,8 @@ def test_sampling_follows_its_distribution() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}]
+    "settings",
+    [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}],
 )
 def test_bad_sampling_is_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):

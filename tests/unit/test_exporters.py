@@ -727,6 +727,37 @@ def test_a_variant_that_is_not_faster_than_the_last_that_stays_is_dropped(made: 
     assert [graph.name for graph in not_faster(graphs, costs)] == [graphs[2].name, graphs[3].name]
 
 
+def test_a_variant_goes_with_the_last_that_it_was_a_part_of(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, small = Allocation.dense(LAYERS, GROUPS), Allocation.of_layers((0, 1, 2), LAYERS, GROUPS)
+    one, other = (Allocation.of_layers((0, 1, 2, last, 4), LAYERS, GROUPS) for last in (3, 5))
+    part = Allocation.of_layers((0, 1, 2, 5), LAYERS, GROUPS)  # of the other alone
+    ladder = ((1.0, whole), (0.85, one), (0.85, other), (0.7, part), (0.5, small))
+    seconds = {"if": 5.0, "b1": 5.0, "b0.85": 4.0, "b0.85-2": 6.0, "b0.7": 3.0, "b0.5": 2.0}
+    costs = {"graphs": {name: {"decode_seconds": value} for name, value in seconds.items()}}
+    monkeypatch.setattr("l2a_compress.exporters.onnx.calibrate", lambda *_, **__: costs)
+    options = ExportOptions(budgets=(1.0,), allocations=ladder, calibrate=True)
+    bundle = export(made[0], tmp_path / "bundle", options)
+    assert [graph.name for graph in bundle.variants] == ["b1", "b0.85", "b0.5"]
+    assert "b0.85-2 is not faster" in caplog.text
+    assert "b0.7 is no part of the larger variants that stay" in caplog.text
+    assert not (tmp_path / "bundle" / "b0.7.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["calibration", "per_budget", "positions"])
+def test_counts_that_cannot_be_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} = 0: must be at least 1"):
+        dataclasses.replace(OPTIONS, **{name: 0})
+
+
+def test_shapes_beyond_the_positions_are_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, static_shapes=((1, 64), (2, 65)), positions=64)
+    with pytest.raises(ConfigError, match="batch=2 seq=65: longer than the bundle's 64 positions"):
+        export(made[0], tmp_path / "bundle", options)
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_the_commands_export_verify_and_inspect(
     made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import math
 import random
@@ -17,30 +18,29 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from l2a_compress._cli import main
+from l2a_compress._machine import peak_of
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, OutOfMemoryError, SessionError
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.reasoning import Reasoning
-from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Server
-from l2a_compress.runtime.controller import Controller
+from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Server, Tier
+from l2a_compress.runtime.chooser import widths_of
 from l2a_compress.runtime.costs import CostTable, cached_path, cost_table
-from l2a_compress.runtime.decoder import GraphDecoder
+from l2a_compress.runtime.decoder import GraphDecoder, session_error
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
-from l2a_compress.runtime.selector import Step
-from l2a_compress.runtime.signals import Source
-from toy_models import new_artifact, prompts
+from toy_models import new_artifact
+from toy_runtime import LIMITS, Told, finish, table, texts
 
-LIMITS = Limits(max_think_tokens=9, max_answer_tokens=4, tau_threshold=None)
 ROOT = Path(__file__).parents[2]
 TEXT = "Ann has 3 apples."
 
@@ -64,20 +64,6 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("L2A_CACHE", str(tmp_path / "cache"))
-
-
-def texts(count: int) -> list[list[int]]:
-    ids, mask = prompts(count, 12, seed=3)
-    return [row[held.bool()].tolist() for row, held in zip(ids, mask, strict=True)]
-
-
-def finish(engine: Engine, before: Callable[[int], object] = lambda _: None) -> int:
-    for step in range(500):
-        if not engine.busy:
-            return step
-        before(step)
-        engine.step()
-    raise AssertionError("requests do not end")
 
 
 def alone(
@@ -408,6 +394,62 @@ def test_a_request_waits_for_memory_and_is_refused_where_none_can_come(made: Pat
         assert "bytes for its keys and values" in str(request.error)
 
 
+def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
+    left = [math.inf]
+    engine = Engine(made, max_rows=8, threads=1, memory_left=lambda: left[0])
+    engine.submit(texts(1) * 3, [None] * 3, limits=LIMITS)
+    engine.step()
+    (lane,) = engine._lanes.values()
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    left[0] = lane.caches.growth(4, request.most_tokens)
+    assert left[0] < lane.caches.growth(7, request.most_tokens)
+    engine.step()
+    assert engine.rows == 4
+
+
+def test_a_request_that_brings_its_keys_and_values_has_computed_nothing(made: Path) -> None:
+    engine = Engine(made, max_rows=1, max_graphs=2, threads=1, serve="variants")
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+    engine.set_budget(request, Budget(compute=0.45))
+    engine.step()
+    assert [step.prompt_tokens for step in engine.steps] == [len(request.prompt), 0]
+    assert request.kept == widths_of(engine.bundle.variants[-1])
+
+
+def test_a_router_that_breaks_a_cap_is_not_followed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(made, threads=1, serve="variants")
+    whole, middle, small = engine.bundle.variants
+    same = tuple(dataclasses.replace(entry, budget=1.0) for entry in (whole, middle, small))
+    graphs = (*same, *(graph for graph in engine.bundle.graphs if graph.kind != "variant"))
+    engine.bundle = engine._chooser.bundle = dataclasses.replace(engine.bundle, graphs=graphs)
+    kept = np.array([widths_of(small)])
+    answer = {"variant": np.array([0]), "kept_groups": kept}
+    monkeypatch.setattr(engine._chooser, "_route", lambda *_: answer)
+    most = len(middle.allocation.layers) if middle.allocation else 0
+    (request,) = engine.submit(texts(1), [Budget(layers=most)], limits=LIMITS)
+    engine.step()
+    assert request.kept == widths_of(small)
+    answer["variant"] = np.array([1])
+    (request,) = engine.submit(texts(1), [Budget(layers=most)], limits=LIMITS)
+    finish(engine)
+    assert request.kept == widths_of(middle)
+
+
+def test_words_of_a_name_are_no_lack_of_memory() -> None:
+    where = Path("/data/memory/alloc/if.onnx")
+    for text, short in (
+        ("Got invalid dimensions for input: allocation", False),
+        (f"Load model from {where} failed: Protobuf parsing failed", False),
+        ("std::bad_alloc", True),
+        ("Failed to allocate memory for requested buffer of size 64", True),
+        ("CUDA failure 2: out of memory", True),
+    ):
+        error = session_error(where, "run", RuntimeError(text))
+        assert isinstance(error, OutOfMemoryError) == short, text
+    assert isinstance(session_error(where, "run", MemoryError()), OutOfMemoryError)
+
+
 def test_an_answer_ends_before_a_text_that_stops_it(made: Path) -> None:
     runtime = Runtime.open(made, threads=1)
     limits = Limits(max_think_tokens=3, max_answer_tokens=12)
@@ -428,186 +470,6 @@ def test_an_answer_ends_before_a_text_that_stops_it(made: Path) -> None:
             Limits(stop=bad)  # type: ignore[arg-type]
 
 
-class Told(Source):
-    """Readings that a test sets."""
-
-    units = MappingProxyType({"pressure.cpu_some": "share", "host.memory_available": "bytes"})
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    def _values(self) -> dict[str, float | str]:
-        return dict(self.values)
-
-
-def table(*budgets: float, serve: str = "if") -> CostTable:
-    steps = tuple(
-        Step(
-            budget=budget,
-            layers=round(6 * budget),
-            heads=round(12 * budget),
-            prefill_seconds=1e-3 * budget,
-            decode_seconds=1e-2 * budget,
-            memory_bytes=1e6 * budget,
-            cache_bytes=10,
-        )
-        for budget in budgets
-    )
-    return CostTable(device="d", threads=1, serve=serve, rows=4, steps=steps)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def steered(folder: Path, policy: Policy) -> tuple[Controller, Told, Clock]:
-    clock, told = Clock(), Told()
-    engine = Engine(folder, max_rows=4, threads=1, clock=clock)
-    return Controller(engine, table(1.0, 0.7, 0.45), policy, [told]), told, clock
-
-
-def test_a_squeeze_lowers_the_budget_at_once_and_dwell_raises_it_by_steps(made: Path) -> None:
-    policy = Policy(dwell_seconds=2.0, pressures=("pressure.cpu_some",))
-    controller, told, clock = steered(made, policy)
-    limits = Limits(max_think_tokens=60, tau_threshold=None)
-    auto, fixed = controller.engine.submit(texts(2), [None] * 2, limits=limits, tiers=["default", None])
-    seen = []
-    for tick in range(60):
-        told.values["pressure.cpu_some"] = 0.9 if 10 <= tick < 20 else 0.0
-        clock.now += 0.2
-        controller.update()
-        controller.engine.step()
-        seen.append(auto.budget.compute)
-    assert seen[:10] == [1.0] * 10
-    assert seen[10:20] == [0.45] * 10
-    assert 0.7 in seen
-    assert seen[-1] == 1.0
-    assert seen == sorted(seen[:10]) + sorted(seen[10:])  # it only rises after the squeeze
-    assert controller.switches <= 4  # down, the cap on heads, and two steps up
-    assert fixed.budget == Budget()
-    assert controller.readings["pressure.cpu_some"].value == 0.0
-
-
-def test_caps_that_come_and_go_do_not_flap(made: Path) -> None:
-    controller, told, clock = steered(made, Policy(dwell_seconds=5.0, pressures=("pressure.cpu_some",)))
-    for tick in range(300):  # a minute
-        told.values["pressure.cpu_some"] = 0.5 if tick % 2 else 0.0
-        clock.now += 0.2
-        controller.update()
-    assert 1 <= controller.switches <= 30
-
-
-def test_memory_that_is_short_pauses_admission_and_patience_ends(made: Path) -> None:
-    controller, told, clock = steered(made, Policy(patience_seconds=3.0))
-    engine = controller.engine
-    told.values["host.memory_available"] = 0.0
-    # What the loaded graph holds is counted as free for another one: 1e6 of the largest, of which 0.45e6 are needed.
-    assert controller.budget().compute < 1.0
-    controller.table = table(1.0)
-    controller._tiers.clear()
-    told.values["host.memory_available"] = -1e6
-    for seconds in (None, 1.0):  # whoever is late while it waits is not forgotten either
-        (request,) = engine.submit(texts(1), [None], tiers=["default"], seconds=seconds)
-        for _ in range(20):
-            clock.now += 0.2
-            controller.update()
-            engine.step()
-        assert isinstance(request.error, OutOfMemoryError)
-        assert "no memory for 3 s" in str(request.error)
-    told.values["host.memory_available"] = 1e9
-    (request,) = engine.submit(texts(1), [None], limits=LIMITS, tiers=["default"])
-    clock.now += 1.0
-    controller.update()
-    finish(engine)
-    assert request.error is None
-
-
-def test_stale_readings_decide_nothing(made: Path) -> None:
-    controller, told, clock = steered(made, Policy(stale_seconds=5.0, pressures=("pressure.cpu_some",)))
-    told.values["pressure.cpu_some"] = 0.9
-    for ahead, last in ((1.0, "pressure"), (10.0, "dwell")):
-        clock.now = time.monotonic() + ahead  # readings are made on the clock of the system
-        controller.update(force=True)
-        assert controller.decision is not None
-        assert controller.decision.terms[-1].name == last
-
-
-def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:
-    controller, _, clock = steered(made, Policy(target_seconds=2.0))
-    engine = controller.engine
-    (urgent,) = engine.submit(texts(1), [None], tiers=["default"], seconds=0.5)
-    clock.now += 0.2
-    controller.update()
-    decision = controller.decision
-    assert decision is not None
-    assert decision.binding.name == "time"
-    assert urgent.budget.compute == 0.45
-    cap = engine.bundle.gates["think_reference"] // 2
-    assert urgent.budget.think_tokens == cap
-    engine.step()
-    clock.now += 9.0
-    controller.update()
-    assert urgent.budget == Budget(compute=0.45, think_tokens=cap)  # it has been told: it stays
-    engine.cancel(urgent)
-    engine.submit(texts(40), [None] * 40, tiers=["default"] * 40)
-    clock.now += 0.2
-    controller.update()
-    assert controller.decision is not None
-    assert controller.decision.binding.name == "queue"
-
-
-def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
-    clock = Clock()
-    engine = Engine(made, max_rows=1, threads=1, clock=clock)
-    first, second, third = (engine.submit(texts(1), [None], limits=LIMITS, seconds=1.0)[0] for _ in range(3))
-    (free,) = engine.submit(texts(1), [None], limits=LIMITS)
-    engine.step()
-    clock.now += 2.0
-    (fresh,) = engine.submit(texts(1), [None], limits=LIMITS, seconds=1.0)
-    engine.cancel(third)
-    order = []
-    finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
-    assert order == [first, free, fresh, second]  # the first one had begun
-    assert engine.late == 0
-    assert second.reasoning.answer
-    assert second.error is None
-    assert not third.written
-    # By what the last one took, one of the next two can be in time.
-    engine = Engine(made, max_rows=1, threads=1, clock=clock)
-    (slow,) = engine.submit(texts(1), [None], limits=LIMITS)
-    engine.step()
-    clock.now += 10.0
-    finish(engine)
-    assert slow.done
-    assert engine._service == pytest.approx(1.0)
-    hopeless, hopeful = (engine.submit(texts(1), [None], limits=LIMITS, seconds=seconds)[0] for seconds in (0.9, 1.1))
-    order = []
-    finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
-    assert order == [hopeful, hopeless]
-
-
-def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:
-    controller, _, clock = steered(made, Policy())
-    engine = controller.engine
-    engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
-    old = engine._decode
-
-    def slow(lane: Any) -> None:
-        clock.now += 0.02  # the table says 0.01
-        old(lane)
-
-    engine._decode = slow  # type: ignore[method-assign]
-    for _ in range(12):
-        engine.step()
-    controller.update(force=True)
-    contention = controller.readings["service.contention"].value
-    assert contention == pytest.approx(0.5, abs=0.1)
-
-
 def test_the_cost_table_is_measured_once(made: Path) -> None:
     engine = Engine(made, max_rows=2, threads=1)
     said: list[str] = []
@@ -624,10 +486,37 @@ def test_the_cost_table_is_measured_once(made: Path) -> None:
     cached_path(engine).write_text("{")
     assert cost_table(engine, progress=said.append).device == found.device
     assert len(said) == 2
+    kept = cached_path(engine)
+    engine.provider = "cuda"
+    assert cached_path(engine) != kept
+    engine.provider = "cpu"
     (request,) = engine.submit(texts(1), [None])
     with pytest.raises(ConfigError, match="measure before"):
         engine.rehearse(Budget(), rows=1, prompt_tokens=4, new_tokens=1)
     engine.cancel(request)
+
+
+def test_a_cost_table_that_cannot_be_kept_is_used(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("L2A_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("l2a_compress.runtime.costs.measure", lambda _: table(1.0))
+    assert cost_table(Engine(made, threads=1)) == table(1.0)
+    assert "not kept" in caplog.text
+    assert "L2A_CACHE" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ("raise SystemExit('no such graph')", SessionError, "failed: no such graph"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", OutOfMemoryError, "killed by signal 9"),
+    ],
+)
+def test_a_process_that_measures_memory_and_fails_is_one_error(code: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        peak_of(code)
 
 
 @pytest.mark.parametrize(
@@ -671,18 +560,6 @@ def test_auto_is_the_least_of_what_is_asked_and_allowed(made: Path, monkeypatch:
     with pytest.raises(BudgetError):
         runtime.set_budget(request, Budget(compute=0.01))
     assert request.budget.compute == 0.8
-
-
-def test_a_bundle_without_a_router_is_not_steered(made: Path) -> None:
-    engine = Engine(made, threads=1)
-    graphs = tuple(graph for graph in engine.bundle.graphs if graph.kind != "router")
-    object.__setattr__(engine.bundle, "graphs", graphs)
-    with pytest.raises(BundleError, match="router"):
-        Controller(engine, table(1.0))
-    (request,) = engine.submit(texts(1), [None])
-    engine.step()
-    with pytest.raises(BundleError, match="router"):
-        engine.set_budget(request, Budget(compute=0.5))
 
 
 def test_many_callers_share_a_server(made: Path) -> None:
@@ -740,6 +617,30 @@ def test_a_server_tells_what_went_wrong(made: Path, monkeypatch: pytest.MonkeyPa
         assert server.stream(TEXT, limits=LIMITS).answer().answer
         waiting = server.stream(TEXT, limits=Limits(max_think_tokens=400, tau_threshold=None))
     assert waiting.answer().think_tokens < 400  # closed: what was written
+
+
+def test_an_action_that_ends_as_the_wait_does_has_ended(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Server(Runtime.open(made, threads=1)) as server:
+        result, done = Future.result, threading.Event()
+
+        def late(future: Future[Any], timeout: float | None = None) -> Any:
+            if timeout is not None and not done.is_set():
+                result(future)
+                done.set()
+                raise TimeoutError
+            return result(future, timeout)
+
+        monkeypatch.setattr(Future, "result", late)
+        assert server.call(lambda: 7) == 7
+
+
+def test_a_stream_keeps_its_tier(made: Path) -> None:
+    policy = Policy(tiers={"default": Tier(), "flex": Tier(ceiling=0.5)})
+    with Server(Runtime.open(made, threads=1, policy=policy, sources=())) as server:
+        stream = server.stream(TEXT, "auto", tier="flex")
+        stream.set_budget("auto")
+        assert stream.request.tier == "flex"
+        assert stream.answer().budget.compute <= 0.5
 
 
 def test_the_example_service_answers(made: Path) -> None:

@@ -159,6 +159,7 @@ class FakeNvml:
     """A device that does not know utilization, as a MIG instance."""
 
     nvmlClocksThrottleReasonGpuIdle = 1
+    nvmlClocksThrottleReasonSwPowerCap = 4
     reasons = 1
 
     def __init__(self) -> None:
@@ -193,7 +194,9 @@ def test_a_gpu_is_read_value_by_value(device: int | str) -> None:
     assert values(gpu) == {"memory_free": 4 << 30, "memory_total": 10 << 30, "utilization": None, "throttled": 0}
     assert first["gpu.utilization"].why == "RuntimeError: Not Supported"
     assert nvml.opened == ["init", device]
-    nvml.reasons = 1 | 4
+    nvml.reasons = 1 | 4  # a power limit is what a busy GPU runs at
+    assert values(gpu)["throttled"] == 0
+    nvml.reasons = 4 | 8
     assert values(gpu)["throttled"] == 1
 
 
@@ -277,6 +280,18 @@ def test_azure_takes_the_first_event_that_ends_the_machine(service: Any) -> None
     assert left(spot) == 30
     events.append({"EventType": "Terminate", "NotBefore": "", "Resources": ["vm"]})
     assert left(spot) == 0
+
+
+def test_azure_leaves_out_what_ends_other_machines(service: Any) -> None:
+    address, answers = service
+    at = format_datetime(NOW + timedelta(seconds=30), usegmt=True)
+    events = [{"EventType": "Preempt", "NotBefore": at, "Resources": ["set_3"]}]
+    answers["GET", "/metadata/scheduledevents?api-version=2020-07-01"] = lambda _: (200, json.dumps({"Events": events}))
+    answers["GET", "/metadata/instance/compute/name?api-version=2021-02-01&format=text"] = lambda _: (200, "set_1")
+    spot = AzureSpot(address, clock=lambda: NOW)
+    assert left(spot) == math.inf
+    events[0]["Resources"] = ["set_3", "set_1"]
+    assert left(spot) == 30
 
 
 @pytest.mark.parametrize("kind", [AwsSpot, GcpSpot, AzureSpot])

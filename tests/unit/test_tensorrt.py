@@ -93,6 +93,15 @@ def test_verify_names_node_rule_and_fix(bundle: Path, capsys: pytest.CaptureFixt
 # graphs
 
 
+def test_told_of_a_model_without_token_gates_takes_no_budget(tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, tokens=False)
+    export(artifact, tmp_path / "bundle", dataclasses.replace(TRT, calibrate=True))
+    rows = [row for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=3) if row.graph == "told"]
+    assert rows
+    assert all(row.equal == row.tokens for row in rows)
+    assert "told" not in json.loads((tmp_path / "bundle" / "costs.json").read_text())["graphs"]
+
+
 @pytest.mark.parametrize("head_widths", [False, True])
 def test_told_and_specialised_graphs_are_the_if_graph(head_widths: bool, tmp_path: Path) -> None:
     artifact = new_artifact(tmp_path)

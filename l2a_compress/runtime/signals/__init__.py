@@ -13,10 +13,14 @@ from l2a_compress.runtime.signals.reading import Background, Reading, Signals, S
 from l2a_compress.runtime.signals.spot import AwsSpot, AzureSpot, GcpSpot
 
 
-def machine() -> list[Source]:
-    """Sources of this machine: host, pressure, control group, and the first GPU where NVML's package is installed."""
+def machine(*, gpu: bool = True) -> list[Source]:
+    """Sources of this machine: host, pressure, control group, and the first GPU where NVML's package is installed.
+
+    Args:
+        gpu: whether a GPU is to be watched; not where it does not serve, as what others do on it is of no account then.
+    """
     found: list[Source] = [Host(), Pressure(), Cgroup()]
-    return [*found, Gpu()] if find_spec("pynvml") else found
+    return [*found, Gpu()] if gpu and find_spec("pynvml") else found
 
 
 __all__ = [

@@ -9,8 +9,9 @@ from typing import Any
 
 from l2a_compress.runtime.signals.reading import Source, each
 
-# Clocks that are low because there is nothing to do, or because somebody set them, are no throttling.
-_HARMLESS = ("nvmlClocksThrottleReasonGpuIdle", "nvmlClocksThrottleReasonApplicationsClocksSetting")
+# Clocks that are low because there is nothing to do, because somebody set them, or because a GPU that is busy keeps to
+# its power limit, as it did when costs were measured, are no throttling.
+_HARMLESS = tuple(f"nvmlClocksThrottleReason{name}" for name in ("GpuIdle", "ApplicationsClocksSetting", "SwPowerCap"))
 
 
 class Gpu(Source):
@@ -18,7 +19,7 @@ class Gpu(Source):
 
     Readings: ``gpu.memory_free`` and ``gpu.memory_total`` in bytes; ``gpu.utilization``, the share of the last sample
     period in which a kernel ran (not supported on a MIG instance); ``gpu.throttled``, 1 where clocks are held down by
-    power, heat or hardware, else 0. Source: https://docs.nvidia.com/deploy/nvml-api/
+    heat or hardware, else 0. Source: https://docs.nvidia.com/deploy/nvml-api/
 
     NVML is initialized at the first reading and never shut down, as other users of the process may need it.
 

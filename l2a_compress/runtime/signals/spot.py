@@ -101,12 +101,19 @@ class AzureSpot(_Spot):
 
     endpoint = "http://169.254.169.254"
     _ENDS = ("Preempt", "Terminate", "Reboot", "Redeploy")
+    _HEADERS = MappingProxyType({"Metadata": "true"})
+    _name: str | None = None
 
     def _end(self) -> datetime | None:
-        text = self._ask("/metadata/scheduledevents?api-version=2020-07-01", {"Metadata": "true"})
+        text = self._ask("/metadata/scheduledevents?api-version=2020-07-01", self._HEADERS)
         if text is None:
             raise ValueError("the service has no scheduled events")
         events = [event for event in json.loads(text)["Events"] if event["EventType"] in self._ENDS]
+        if not events:
+            return None
+        if self._name is None:  # events of a whole scale set come to each of its machines
+            self._name = self._ask("/metadata/instance/compute/name?api-version=2021-02-01&format=text", self._HEADERS)
+        events = [event for event in events if self._name is None or self._name in event["Resources"]]
         # An event that has started has no time any more.
         return min((_http_date(event["NotBefore"]) or self._clock() for event in events), default=None)
 
