@@ -34,7 +34,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ConfigError("lm-eval is not installed: pip install 'l2a-compress[lm-eval]'") from error
+    raise ConfigError("lm-eval is not installed: pip install 'l2a-compress[train,lm-eval]'") from error
 
 __all__ = ["L2AModel", "main"]
 
