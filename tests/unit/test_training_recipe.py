@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2a_compress import profiles
+from l2a_compress._cli import main
 from l2a_compress.errors import ConfigError
+from l2a_compress.training import run
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.recipe import Recipe, with_overrides
 
@@ -150,3 +152,41 @@ def test_a_list_of_sources_cannot_be_overridden_by_key() -> None:
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="unknown recipe 'nothing'"):
         Recipe.named("nothing")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """What the command line wants to be trained; nothing is."""
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(run, "train", lambda recipe, out, **options: recipes.append(recipe))
+    return recipes
+
+
+def told(*options: str) -> int:
+    return main(["compress", "train", "--no-evaluate", *options])
+
+
+def test_data_of_the_command_line_replace_those_of_the_recipe(asked: list[Recipe]) -> None:
+    assert told("--recipe", "smollm2-135m", "--data", "x.jsonl") == 0
+    assert asked[0].data == DataConfig(source="x.jsonl", kind="gsm8k")
+    assert told("--recipe", "qwen3-4b", "--data", "x.jsonl", "--kind", "text", "--columns", "text=body") == 0
+    assert asked[1].data == DataConfig(source="x.jsonl", kind="text", columns={"text": "body"})
+    assert told("--recipe", "qwen3-4b", "--data", "embedded") == 0
+    assert asked[2].data == DataConfig()
+
+
+def test_settings_come_after_all_other_options(asked: list[Recipe]) -> None:
+    settings = ["--set", "data.max_length=256", "--set", "data.limit=9", "--set", "optim.steps=7"]
+    assert told("--recipe", "smollm2-135m", *settings, "--data", "x.jsonl", "--steps", "5") == 0
+    assert asked[0].data == DataConfig(source="x.jsonl", kind="gsm8k", max_length=256, limit=9)
+    assert asked[0].optim.steps == 7
+
+
+def test_a_kind_or_columns_of_several_sources_are_refused(
+    asked: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in (["--kind", "text"], ["--columns", "text=body"]):
+        assert told("--recipe", "qwen3-4b", *option) == 2
+        assert f"{option[0]}: the recipe has several sources" in capsys.readouterr().err
+    assert told("--recipe", "qwen3-4b", "--set", "data.limit=3") == 2
+    assert asked == []
