@@ -12,6 +12,7 @@ import typer
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import ConfigError
+from l2a_compress.limits import Contract
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +40,9 @@ def run(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Most layers.")] = None,
     heads: Annotated[int | None, typer.Option(help="Most KV groups, summed over the layers.")] = None,
+    contract: Annotated[
+        str, typer.Option(help="cap: the answer keeps to its budget. mean: the average over many answers does.")
+    ] = "cap",
     max_think_tokens: Annotated[int, typer.Option(help="Most tokens of reasoning.")] = 160,
     max_answer_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="The answer ends before this text. May be repeated.")] = None,
@@ -62,6 +66,8 @@ def run(
     from l2a_compress.runtime import Answer, Limits, Runtime, Sampling
     from l2a_compress.runtime.tensorrt import EngineDecoder
 
+    if contract not in get_args(Contract):
+        raise ConfigError(f"--contract must be one of {', '.join(get_args(Contract))}, found {contract!r}")
     limits = Limits(max_think_tokens=max_think_tokens, max_answer_tokens=max_answer_tokens, stop=tuple(stop or ()))
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     asked = "auto" if budget == "auto" else Budget(compute=_share(budget), layers=layers, heads=heads)
@@ -73,6 +79,7 @@ def run(
         bundle,
         max_rows=1,
         threads=threads,
+        contract=contract,  # type: ignore[arg-type]  # checked above
         serve=serve,  # type: ignore[arg-type]  # checked by the engine
         policy=_policy(policy),
         sources=_sources(spot),
