@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
 
 def told(*options: str) -> int:
     return main(["compress", "train", "--no-evaluate", *options])
+
+
+def test_the_page_tells_every_setting_and_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    told = dict(re.findall(r"^\| `([a-z]+\.\w+)` \| (`.*?`|-) \|", page, re.MULTILINE))
+    sections = Recipe().to_json()
+    del sections["seed"]
+    assert told == {
+        f"{section}.{key}": "-" if value is None else f"`{json.dumps(value)}`"
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
 
 
 def test_data_of_the_command_line_replace_those_of_the_recipe(asked: list[Recipe]) -> None:
