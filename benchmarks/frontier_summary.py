@@ -123,7 +123,6 @@ def summarize() -> None:
         "think": _think(main),
         "split": _split(main),
         **tables,
-        "orders": {name: _frontier(found[name]) for name in ("greedy", "gradient") if name in found},
         "ablations": _ablations({name: group for name, group in found.items() if group[0].get("scale") == "short"}),
         "runs": {
             f"{name}-s{record['seed']}": {

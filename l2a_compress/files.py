@@ -67,7 +67,7 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-            _fsync(path.parent)
+            fsync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -100,7 +100,7 @@ def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
             fsync_tree(temporary)
             _check_free(final, force=force)
             _put(temporary, final)
-            _fsync(final.parent)
+            fsync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -177,11 +177,12 @@ def fsync_tree(folder: Path) -> None:
         for name in names:
             path = Path(root, name)
             if not path.is_symlink():
-                _fsync(path)
-        _fsync(Path(root))
+                fsync(path)
+        fsync(Path(root))
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

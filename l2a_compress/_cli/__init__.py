@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from l2a_compress._cli.app import app
+from l2a_compress._cli.extras import optional_packages
 from l2a_compress.errors import L2AError
 
 __all__ = ["main"]
@@ -16,10 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
     An error of the library becomes one line on stderr and exit code 2; ``L2A_DEBUG=1`` shows the traceback instead.
+    So does the lack of a package that an extra installs.
     Wrong usage is 2 as well, and Ctrl-C is 130.
     """
     try:
-        app(args=None if argv is None else list(argv), prog_name="l2a")
+        with optional_packages():
+            app(args=None if argv is None else list(argv), prog_name="l2a")
     except SystemExit as ended:  # how the app ends by itself
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except L2AError as error:

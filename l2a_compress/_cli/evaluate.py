@@ -92,7 +92,12 @@ def evaluate(
     batch_size: BatchSize = 64,
     base: Base = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where the files go. Default: ARTIFACT/evaluation.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Where the files go. Default: the folder evaluation beside the artifact, where training put its "
+            "own and export looks for them.",
+            show_default=False,
+        ),
     ] = None,
     device: Device = "cpu",
     threads: Threads = 0,
@@ -100,7 +105,7 @@ def evaluate(
 ) -> None:
     """Measure an artifact at several budgets, beside the dense model and untrained baselines.
 
-    Ends with a table and leaves four files:
+    Ends with a table and leaves four files, in the place of those of another evaluation that are there:
 
     report.json: every figure, with 95 % Wilson intervals; its schema is published
 
@@ -110,6 +115,7 @@ def evaluate(
     """
     import torch
 
+    from l2a_compress.evaluation.report import REPORT_FILE
     from l2a_compress.training.store import load_artifact
 
     options = {
@@ -125,7 +131,10 @@ def evaluate(
     loaded = load_artifact(artifact, base=base)
     settings = _settings(loaded.recipe.evaluation, budgets, contract, problems, baselines)
     _move(loaded.gated, device)
-    _measure(loaded, out or artifact / "evaluation", settings, quiet=quiet, **options)
+    folder = out or artifact.parent / "evaluation"
+    if (folder / REPORT_FILE).exists():  # said before the work is done, while it can still be stopped
+        typer.echo(f"{folder}: the evaluation that is there will be replaced; --out takes another folder", err=True)
+    _measure(loaded, folder, settings, quiet=quiet, **options)
 
 
 def split(
@@ -177,10 +186,13 @@ def split(
 
 
 def evaluate_artifact(artifact: Path, out: Path, *, quiet: bool = False) -> None:
-    """Measures an artifact as its own recipe says, as training does at its end."""
+    """Measures an artifact as its own recipe says, as training does at its end, where it was trained."""
+    import torch
+
     from l2a_compress.training.store import load_artifact
 
     loaded = load_artifact(artifact)
+    _move(loaded.gated, "cuda" if torch.cuda.is_available() else "cpu")
     _measure(loaded, out, loaded.recipe.evaluation, quiet=quiet)
 
 

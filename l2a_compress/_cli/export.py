@@ -48,7 +48,9 @@ def export(
     whole_cache: Annotated[
         bool, typer.Option(help="Layers that the If graph skips write keys and values, so that it may grow again.")
     ] = True,
-    per_budget: Annotated[int, typer.Option(help="Most variants of a budget; more than one come with a router.")] = 1,
+    per_budget: Annotated[
+        int, typer.Option(help="Most variants of a budget. Of several the router picks one by the prompt.")
+    ] = 1,
     static_shapes: Annotated[
         str | None, typer.Option(help="Also fixed shapes of each variant: 'batch=1,4 seq=512'.", show_default=False)
     ] = None,
@@ -60,7 +62,11 @@ def export(
         str | None, typer.Option(help="GPUs that engines are for: device profiles, by comma.", show_default=False)
     ] = None,
     engines: Annotated[
-        str, typer.Option(help="Graphs that become engines: some of if,told,variants,static.")
+        str,
+        typer.Option(
+            help="Graphs that become engines: some of told (l2a run --serve if), variants (--serve variants), static "
+            "and if (for programs of your own)."
+        ),
     ] = "told,variants,static",
     max_batch: Annotated[int, typer.Option(help="Most rows of an engine.")] = 8,
     max_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt of an engine.")] = 512,
@@ -71,7 +77,9 @@ def export(
     calibrate: Annotated[
         bool, typer.Option(help="Measure every graph on this machine; leave out variants that are not faster.")
     ] = False,
-    positions: Annotated[int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own.")] = None,
+    positions: Annotated[
+        int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own, at most 8192.")
+    ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:

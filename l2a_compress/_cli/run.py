@@ -12,6 +12,7 @@ import typer
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import ConfigError
+from l2a_compress.limits import Contract
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +40,9 @@ def run(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Most layers.")] = None,
     heads: Annotated[int | None, typer.Option(help="Most KV groups, summed over the layers.")] = None,
+    contract: Annotated[
+        str, typer.Option(help="cap: the answer keeps to its budget. mean: the average over many answers does.")
+    ] = "cap",
     max_think_tokens: Annotated[int, typer.Option(help="Most tokens of reasoning.")] = 160,
     max_answer_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="The answer ends before this text. May be repeated.")] = None,
@@ -62,6 +66,8 @@ def run(
     from l2a_compress.runtime import Answer, Limits, Runtime, Sampling
     from l2a_compress.runtime.tensorrt import EngineDecoder
 
+    if contract not in get_args(Contract):
+        raise ConfigError(f"--contract must be one of {', '.join(get_args(Contract))}, found {contract!r}")
     limits = Limits(max_think_tokens=max_think_tokens, max_answer_tokens=max_answer_tokens, stop=tuple(stop or ()))
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     asked = "auto" if budget == "auto" else Budget(compute=_share(budget), layers=layers, heads=heads)
@@ -73,9 +79,10 @@ def run(
         bundle,
         max_rows=1,
         threads=threads,
+        contract=contract,  # type: ignore[arg-type]  # checked above
         serve=serve,  # type: ignore[arg-type]  # checked by the engine
         policy=_policy(policy),
-        sources=_sources(spot),
+        sources=_sources(spot, gpu=provider != "cpu" or engines is not None),
         provider=provider,  # type: ignore[arg-type]  # checked where a session is opened
         open_engine=None if engines is None else partial(EngineDecoder, target=engines),
     )
@@ -250,13 +257,14 @@ def _policy(path: Path | None) -> Policy | None:
     return None if path is None else Policy.load(path)
 
 
-def _sources(spot: str | None) -> list[Source]:
-    """This machine's own, and the notices of its cloud."""
+def _sources(spot: str | None, *, gpu: bool = False) -> list[Source]:
+    """This machine's own, of its GPU too where that serves, and the notices of its cloud."""
     from l2a_compress.runtime.signals import AwsSpot, AzureSpot, Background, GcpSpot, machine
 
+    sources = machine(gpu=gpu)
     if spot is None:
-        return machine()
+        return sources
     if spot not in get_args(Cloud):
         raise ConfigError(f"--spot must be one of {', '.join(get_args(Cloud))}, found {spot!r}")
     notices = AwsSpot() if spot == "aws" else GcpSpot() if spot == "gcp" else AzureSpot()
-    return [*machine(), Background(notices, seconds=2.0)]
+    return [*sources, Background(notices, seconds=2.0)]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from l2a_compress.errors import ConfigError
+
 Setting = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override any setting of the recipe; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override any setting of the recipe, after all other options; may be repeated.",
+    ),
 ]
 
 
@@ -24,9 +30,15 @@ def train(
         str | None, typer.Option(help="Base model: 'embedded', a local folder or a hub name. Default: the recipe's.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Data: 'embedded', a local file or folder, or a hub name. Default: the recipe's.")
+        str | None,
+        typer.Option(
+            help="Data: 'embedded', a local file or folder, or a hub name, in the place of all of the recipe's [data]; "
+            "more of it by --set data.KEY=VALUE. Default: the recipe's."
+        ),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="How rows are read: gsm8k, reasoning, chat, text.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="How rows are read: gsm8k (default with --data), reasoning, chat, text.")
+    ] = None,
     columns: Annotated[str | None, typer.Option(help="Column mapping, e.g. prompt=question,answer=solution.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data, draws and initialization.")] = None,
@@ -68,6 +80,7 @@ def train(
 
     For several processes: accelerate launch --multi_gpu --num_processes N -m l2a_compress compress train ...
     """
+    from l2a_compress.evaluation.baselines import known_baselines
     from l2a_compress.profiles import load_recipe
     from l2a_compress.training.data_config import parse_columns
     from l2a_compress.training.recipe import Recipe, with_overrides
@@ -84,7 +97,7 @@ def train(
         "static.method": static,
         "static.compute": static_compute,
     }
-    table = with_overrides(load_recipe(recipe), settings or [])
+    table = load_recipe(recipe)
     if without is not None:
         table.setdefault("objective", {})["without"] = [name.strip() for name in without.split(",") if name.strip()]
     if add_tags:
@@ -96,12 +109,21 @@ def train(
     if data is not None:
         table["data"] = {"source": data, "kind": kind or ("embedded" if data == "embedded" else "gsm8k")}
     elif kind is not None:
-        table.setdefault("data", {})["kind"] = kind
+        _one_source(table, "--kind")["kind"] = kind
     if columns is not None:
-        table.setdefault("data", {})["columns"] = parse_columns(columns)
-    resolved = Recipe.from_json(table)
+        _one_source(table, "--columns")["columns"] = parse_columns(columns)
+    resolved = Recipe.from_json(with_overrides(table, settings or []))
+    known_baselines(resolved.evaluation.baselines)
     artifact = run_training(resolved, out, trackers=tracker or (), resume=resume, force=force, quiet=quiet)
     if evaluate and is_main_process():
         from l2a_compress._cli.evaluate import evaluate_artifact
 
         evaluate_artifact(artifact, out / "evaluation", quiet=quiet)
+
+
+def _one_source(table: dict[str, Any], option: str) -> dict[str, Any]:
+    """The recipe's table of data, where it is one."""
+    data = table.setdefault("data", {})
+    if not isinstance(data, dict) or "sources" in data:
+        raise ConfigError(f"{option}: the recipe has several sources of data; give --data as well, or edit the recipe")
+    return data

@@ -8,6 +8,7 @@ from decimal import Decimal
 __all__ = ["matches", "normalized"]
 
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def normalized(text: str) -> str:
@@ -17,7 +18,7 @@ def normalized(text: str) -> str:
     """
     words = " ".join(text.split())
     bare = words.rstrip(".").rstrip()
-    number = bare.replace("$", "").replace(",", "").strip()
+    number = _THOUSANDS.sub("", bare.replace("$", "")).strip()
     if not _NUMBER.fullmatch(number):
         return bare
     value = Decimal(number).normalize()

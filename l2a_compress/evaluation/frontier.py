@@ -27,7 +27,7 @@ from l2a_compress.evaluation.workers import measure_runs
 from l2a_compress.limits import Contract as GateContract
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import GenerationConfig
-from l2a_compress.training.calibration import example_batches
+from l2a_compress.training.calibration import calibration_examples, example_batches
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.examples import Split
 from l2a_compress.training.recipe import EvalConfig
@@ -77,8 +77,6 @@ def evaluate(
     settings = settings or artifact.recipe.evaluation
     data, seed = data or artifact.recipe.data, artifact.recipe.seed if seed is None else seed
     contracts, names = _contracts(settings), known_baselines(settings.baselines)
-    if settings.problems < 1 or not settings.budgets:
-        raise ConfigError("evaluation needs at least one budget and one problem")
     metric = metric or _metric_for(data, seed)
     refused = [name for name in names if metric == "nll" and name in OTHERS]
     if refused:
@@ -87,7 +85,7 @@ def evaluate(
     with evaluating(artifact.gated):
         caps = [think_cap(bench, share) for share in think_shares] if metric == "accuracy" else []
         runs = _gated_runs(bench, settings.budgets, contracts, caps)
-        context = Context(artifact.gated, lambda: _calibration(artifact, bench, seed))
+        context = Context(artifact.gated, lambda: _calibration(artifact))
         priced = [run for run in runs if run.budget.think_tokens is None]
         capped = [run for run in priced if run.contract == "cap"]
         runs += baseline_runs(bench, context, names, [_cost(bench, run) for run in capped or priced], caps)
@@ -220,15 +218,15 @@ def _what_runs(run: Run) -> Any:
     return run.allocations, run.budget, run.teacher, run.style, run.exit_entropy
 
 
-def _calibration(artifact: LoadedArtifact, bench: Bench, seed: int) -> list[dict[str, Tensor]]:
-    """Whole examples of the recipe's calibration split; where its data is gone, the prompts that are evaluated."""
-    data = artifact.recipe.data
+def _calibration(artifact: LoadedArtifact) -> list[dict[str, Tensor]]:
+    """Whole examples of the recipe's calibration split."""
+    recipe = artifact.recipe
     try:
-        examples = examples_of(data, "calibration", count=_CALIBRATION_ROWS, seed=seed)
-    except DataError:
-        examples = [problem.example for problem in bench.problems[:_CALIBRATION_ROWS]]
+        examples = calibration_examples(recipe, _CALIBRATION_ROWS)
+    except DataError as error:
+        raise DataError(f"static baselines are chosen on the data of training: {error}; or leave them out") from error
     device = artifact.gated.model.device
-    return example_batches(examples, artifact.tokenizer, max_length=data.max_length, device=device)
+    return example_batches(examples, artifact.tokenizer, max_length=recipe.data.max_length, device=device)
 
 
 def _sorted(points: Sequence[Point], contracts: Sequence[Contract]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
-    raise ConfigError("lm-eval is not installed: pip install 'l2a-compress[lm-eval]'") from error
+    raise ConfigError("lm-eval is not installed: pip install 'l2a-compress[train,lm-eval]'") from error
 
 __all__ = ["L2AModel", "main"]
 
@@ -87,9 +87,8 @@ class L2AModel(TemplateLM):  # type: ignore[misc]
         self.gated, self.reply, self.dense = loaded.gated.to(device or "cpu"), reply, dense
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.budget, self.contract = Budget(compute=float(budget), think_tokens=think_tokens), contract
-        self.limits = GenerationConfig(
-            max_think_tokens=max_think_tokens or loaded.recipe.evaluation.max_think_tokens, max_answer_tokens=64
-        )
+        most = loaded.recipe.evaluation.max_think_tokens if max_think_tokens is None else max_think_tokens
+        self.limits = GenerationConfig(max_think_tokens=most, max_answer_tokens=64)
         self.max_length = int(max_length or self.gated.model.config.max_position_embeddings)
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 16
 

@@ -202,6 +202,7 @@ class Allocator(nn.Module):
             return self._summarize(hidden, prompt_mask)
 
     def _summarize(self, hidden: Tensor, prompt_mask: Tensor) -> Tensor:
+        hidden = hidden.float()  # a sum over a long prompt is more than 16 bits hold
         mask = prompt_mask.to(hidden.dtype)[..., None]
         mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
@@ -209,7 +210,7 @@ class Allocator(nn.Module):
         last = hidden[torch.arange(hidden.shape[0], device=hidden.device), last_at]
         if self.config.summary == "mean":
             last = torch.zeros_like(last)
-        summary = torch.cat([mean, last], dim=-1).float()
+        summary = torch.cat([mean, last], dim=-1)
         return torch.zeros_like(summary) if self.config.summary == "none" else self.norm(summary)
 
     def features(self, summary: Tensor, budget: Tensor) -> Tensor:

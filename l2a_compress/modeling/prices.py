@@ -153,7 +153,8 @@ def _scored_cost(gated: GatedModel, layers: Tensor, groups: Tensor, price: float
     """With no other limit the projection keeps exactly what exceeds the price."""
     least = gated.gate_config.min_groups if gated.gate_config.heads else gated.shape.num_groups
     kept = layers > price
-    offered = (effective_scores(layers, groups) > price) | (torch.arange(groups.shape[-1]) < least)
+    first = torch.arange(groups.shape[-1], device=groups.device) < least
+    offered = (effective_scores(layers, groups) > price) | first
     return _mean(gated, _units(gated, kept, offered & kept[..., None]))
 
 

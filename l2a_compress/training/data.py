@@ -150,7 +150,8 @@ class _RowExamples(MapStyle[Example]):
                 "rows or another share"
             )
         # The limit takes prompts by their hash: a fair sample of a sorted file, and a larger limit keeps all of them.
-        self._indices = sorted(index for _, index in sorted(places)[: config.limit])
+        taken = [index for _, index in sorted(places)[: config.limit]]
+        self._indices = taken if split == "calibration" else sorted(taken)  # whose first ones are a fair sample too
 
     def _split(self, example: Example) -> Split:
         return split_of(

@@ -81,7 +81,7 @@ def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
 
 def draw(config: DrawConfig, seed: int, index: int) -> Draw:
     """The draw of sample ``index``."""
-    u = _generator(seed, index, 0).random(11)
+    u = _generator(seed, index, 0).random(12)
     compute = _compute(config, u[0], u[1])
     think = 1.0 if u[2] < config.full_think_share else 0.1 + 0.9 * u[3]
     switched = u[4] < config.switch_share
@@ -91,7 +91,7 @@ def draw(config: DrawConfig, seed: int, index: int) -> Draw:
         think=float(think),
         style=_style(config, think),
         after=_compute(config, u[5], u[6]) if switched else compute,
-        switch=float(0.2 + 0.7 * u[6]) if switched else 1.0,
+        switch=float(0.2 + 0.7 * u[11]) if switched else 1.0,
         price=float(_PRICES[0] * (_PRICES[1] / _PRICES[0]) ** u[8]),
         lost=float(_MOST_LOST * u[10]) if u[9] < config.noised_share else 0.0,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from l2a_compress._precision import PRECISIONS, use_bfloat16
 from l2a_compress.errors import ConfigError
+from l2a_compress.limits import Contract
 from l2a_compress.modeling.adapters import AdapterConfig
 from l2a_compress.modeling.gates import GateConfig
 from l2a_compress.profiles import load_recipe
@@ -138,6 +139,20 @@ class EvalConfig:
     demand_rows: int = 0
     baselines: tuple[str, ...] = ()
     max_think_tokens: int = 160
+
+    def __post_init__(self) -> None:
+        for name in ("budgets", "contracts", "baselines"):
+            if not isinstance(getattr(self, name), tuple):
+                raise ConfigError(f"evaluation.{name} = {getattr(self, name)!r}: must be a list")
+        for name, least in (("problems", 1), ("calibration", 1), ("demand_rows", 0), ("max_think_tokens", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"evaluation.{name} = {value!r}: must be a whole number of at least {least}")
+        if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
+            raise ConfigError(f"evaluation.budgets = {self.budgets!r}: must be shares of the dense cost, in (0, 1]")
+        for contract in self.contracts:
+            if contract not in get_args(Contract):
+                raise ConfigError(f"contract {contract!r}: choose from {', '.join(get_args(Contract))}")
 
 
 @dataclass(frozen=True, kw_only=True)

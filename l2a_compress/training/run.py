@@ -30,6 +30,7 @@ from l2a_compress.training.calibration import calibration_prompts, demand_batche
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import MixtureConfig
 from l2a_compress.training.demand import fit_demand
+from l2a_compress.training.mixture import Mixture
 from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.samples import LengthGrouped, SampleCollator, Samples, in_batches, whole_samples
 from l2a_compress.training.search import search
@@ -64,14 +65,21 @@ def train(
         out: the run's folder.
         trackers: names of the Trainer's trackers (tensorboard, wandb, ...).
         resume: go on from the last checkpoint; else start again.
-        force: replace an artifact that is already there, and accept checkpoints of another recipe being thrown away.
+        force: throw away the checkpoints of a run with other settings, where the folder holds one.
         quiet: no progress bar.
 
     Raises:
-        ConfigError: the folder holds a run with other settings.
+        ConfigError: the folder holds a run with other settings, or these do not go together.
+        DataError: the data cannot be read, or one of its splits is empty.
         TrainingError: the loss is not finite, or a checkpoint cannot be read.
         StorageError: the disk is full or not writable.
     """
+    searched = bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
+    if searched and not recipe.gates.has_demand and recipe.draws.contract != "cap":
+        raise ConfigError(
+            f"draws.contract = {recipe.draws.contract!r}: where the order of the layers is searched and there is no "
+            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
+        )
     state = _processes()
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
@@ -80,17 +88,17 @@ def train(
     gated, tokenizer, digest = build(recipe)
     samples = training_samples(recipe, tokenizer)
     collate = SampleCollator(tokenizer)
+    gated.to(state.device)
+    if not recipe.static.method:  # read now, so that what is wrong with it does not show when training is over
+        device = gated.model.device
+        calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration, device=device)
+        fitted = bool(recipe.evaluation.demand_rows) and gated.gate_config.has_demand
+        demand = demand_batches(recipe, tokenizer, device=device) if fitted else []
     if recipe.optim.teacher == "cached":
         from l2a_compress.training.teacher import TeacherCache
 
         samples.teacher = TeacherCache.build(gated, samples, collate, recipe.optim, out / "teacher")
     start, annealing = last_checkpoint(checkpoints), recipe.annealing
-    searched = bool(annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
-    if searched and not gated.gate_config.has_demand and samples.draws.contract != "cap":
-        raise ConfigError(
-            f"draws.contract = {samples.draws.contract!r}: where the order of the layers is searched and there is no "
-            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
-        )
     if recipe.static.method:
         allocation = static_allocation(recipe, gated, samples, collate)
         gated.allocator.fix(allocation)
@@ -135,9 +143,8 @@ def train(
         return out / "artifact"
     _write_log(trainer, out / LOG_FILE)
     if not recipe.static.method:
-        if recipe.evaluation.demand_rows and gated.allocator.demand is not None:
-            fit_demand(gated, demand_batches(recipe, tokenizer, device=gated.model.device), seed=recipe.seed)
-        calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration)
+        if demand:
+            fit_demand(gated, demand, seed=recipe.seed)
         gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
     last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
     metrics: dict[str, Any] = {
@@ -184,27 +191,31 @@ def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samp
     draws = recipe.draws
     if not recipe.objective.weight("kl"):  # noised samples would have no loss at all
         draws = dataclasses.replace(draws, noised_share=0.0)
+    examples = load_examples(mixture, "train", recipe.seed)
+    assert isinstance(examples, Mixture)  # of one source, too: it is shuffled
     return Samples(
-        load_examples(mixture, "train", recipe.seed),  # a mixture is shuffled
+        examples,
         tokenizer,
         draws,
         count=recipe.optim.steps * recipe.optim.batch_size,
         seed=recipe.seed,
-        max_length=recipe.data.max_length,
+        max_length=lambda place: mixture.sources[examples.part_of(place)].max_length,
         think_reference=recipe.gates.think_reference,
     )
 
 
 def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, collate: SampleCollator) -> Allocation:
     """What a static method keeps of the model, chosen on training examples."""
-    from l2a_compress.evaluation.baselines import BASELINES, Context, known_baselines
+    from l2a_compress.evaluation.baselines import BASELINES, Context
 
-    (name,) = known_baselines([recipe.static.method])
+    name = recipe.static.method
+    if name not in BASELINES:
+        raise ConfigError(f"static.method = {name!r}: choose from {', '.join(BASELINES)}")
     chooser = gated
     if recipe.static.artifact:
         from l2a_compress.training.store import load_artifact
 
-        chooser = load_artifact(recipe.static.artifact).gated
+        chooser = load_artifact(recipe.static.artifact).gated.to(gated.model.device)
     batches = in_batches(whole_samples(samples, _SEARCH_ROWS), collate, device=gated.model.device)
     return BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
 
@@ -226,15 +237,23 @@ def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool
     if not main:
         return checkpoints
     text = json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
-    other = noted.is_file() and noted.read_text() != text
-    if other and not force:
+    remade = noted.is_file() and _trained(noted.read_text()) != _trained(text)
+    if remade and not force:
         raise ConfigError(f"{out}: holds a run with other settings; choose another --out, or --force to replace it")
-    if other or not resume:
+    if remade or not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
         (out / SEARCH_FILE).unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(noted, text)
     return checkpoints
+
+
+def _trained(recipe: str) -> dict[str, Any] | None:
+    """A recipe without what may be mended when training is over; None where it cannot be read."""
+    try:
+        return {name: section for name, section in json.loads(recipe).items() if name != "evaluation"}
+    except (ValueError, AttributeError):
+        return None
 
 
 def _write_log(trainer: L2ATrainer, path: Path) -> None:

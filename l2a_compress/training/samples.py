@@ -23,7 +23,11 @@ _TRIES = 64
 
 
 class Samples(Dataset[Sample]):
-    """Sample ``i`` depends on (seed, i) alone: example, style, budget, noise. One that does not fit is replaced."""
+    """Sample ``i`` depends on (seed, i) alone: example, style, budget, noise. One that does not fit is replaced.
+
+    Args:
+        max_length: most tokens of an example, by its place among the examples: each source has its own.
+    """
 
     def __init__(
         self,
@@ -33,7 +37,7 @@ class Samples(Dataset[Sample]):
         *,
         count: int,
         seed: int,
-        max_length: int,
+        max_length: Callable[[int], int],
         think_reference: int,
     ) -> None:
         self.examples, self.tokenizer, self.draws = examples, tokenizer, draws
@@ -56,13 +60,15 @@ class Samples(Dataset[Sample]):
 
     def _encode(self, index: int, drawn: Draw) -> Encoded:
         for offset in range(_TRIES):
-            example = self.examples[(index + offset) % len(self.examples)]
+            place = (index + offset) % len(self.examples)
+            example = self.examples[place]
             try:
-                encoded = encode(example, self.tokenizer, _style(example, drawn.style), self.max_length)
+                encoded = encode(example, self.tokenizer, _style(example, drawn.style), self.max_length(place))
                 return self._noised(encoded, index, drawn.lost) if drawn.lost else encoded
             except UnfitError:
                 self.unfit += 1
-        raise DataError(f"{_TRIES} examples in a row do not fit max_length = {self.max_length}; raise data.max_length")
+        longest = self.max_length(index % len(self.examples))
+        raise DataError(f"{_TRIES} examples in a row do not fit max_length = {longest}; raise data.max_length")
 
     def _noised(self, encoded: Encoded, index: int, lost: float) -> Encoded:
         """The prompt without the tokens that are lost; its first and its last one stay."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from l2a_compress.allocation import Allocation
+from l2a_compress.errors import TrainingError
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.importance import drop_losses, inputs_of
@@ -50,12 +51,17 @@ def search(
             were gone, loss]. What it says of a search that was cut off is not tried again.
         main: whether this process writes the file.
         quiet: no progress bar.
+
+    Raises:
+        TrainingError: the file cannot be read.
     """
     gated.eval()
     device = gated.model.device
     plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
     rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
     whole = whole_samples(samples, rows)
+    if len(whole) < rows:
+        log.warning("the search wants %d whole samples and the run has %d: its trials are shorter", rows, len(whole))
     batches = in_batches(whole[: plan.search_rows], collate, size, device=device)
     grouped = by_length(whole[plan.search_rows :], size)  # little is padding
     random.Random(recipe.seed).shuffle(grouped)
@@ -68,9 +74,7 @@ def search(
                 batch["inputs_embeds"] = embedded + told.to(embedded.dtype)  # a base may have 16 bits
     _, importance = drop_losses(gated, batches)
     path = greedy_path(gated, batches, importance, least=recipe.draws.minimum)
-    losses: dict[tuple[int, ...], float] = {}
-    if file.is_file():
-        losses = {tuple(gone): loss for gone, loss in json.loads(file.read_text())["trials"]}
+    losses = _tried(file)
 
     def note(**more: list[int]) -> None:
         if main:
@@ -87,6 +91,16 @@ def search(
     layers, groups = (broadcast(scores.to(device)) for scores in path_scores(path, stem))
     gated.allocator.set_prior(layers, groups)
     gated.train()
+
+
+def _tried(file: Path) -> dict[tuple[int, ...], float]:
+    """What a search that was cut off has noted."""
+    if not file.is_file():
+        return {}
+    try:
+        return {tuple(gone): float(loss) for gone, loss in json.loads(file.read_text())["trials"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{file}: not what a search notes ({error}); remove it to search again") from error
 
 
 def _told(gated: GatedModel, batch: Batch) -> Tensor | None:
@@ -125,7 +139,7 @@ class Trials:
         self.bar = tqdm(desc="sets of layers tried", unit="", leave=False, disable=quiet or None)
 
     def loss(self, gone: Sequence[int]) -> float:
-        """Cross entropy on held-out samples without these layers, after the adapters were trained for that."""
+        """Cross entropy on ``held_out`` without these layers, after the adapters were trained for that."""
         wanted = tuple(sorted(gone))
         if wanted not in self.losses:
             self.losses[wanted] = self._trial(wanted)

@@ -20,7 +20,7 @@ from l2a_compress.modeling.adapters import AdapterConfig
 from l2a_compress.modeling.families import family_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
-from l2a_compress.modeling.loading import digest_of, load_base, resolve
+from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.tags import ensure_tags, read_tags
 from l2a_compress.training.recipe import Recipe
 
@@ -70,7 +70,7 @@ def save_artifact(
                 "name": recipe.model.name,
                 "family": family_of(gated.model.config),
                 "digest": base_digest,
-                "path": None if recipe.model.name == "embedded" else str(Path(resolve(recipe.model.name))),
+                "path": _place(recipe.model.name),
             },
             shape=gated.shape,
             gates=gated.gate_config.to_json(),
@@ -84,6 +84,11 @@ def save_artifact(
         )
         config.write(temporary)
     return config
+
+
+def _place(name: str) -> str | None:
+    """The absolute path of a base model that is a folder."""
+    return str(Path(name).resolve()) if name != "embedded" and Path(name).is_dir() else None
 
 
 def note_metric(folder: str | Path, name: str, value: Any) -> ArtifactConfig:
@@ -108,19 +113,24 @@ def load_artifact(folder: str | Path, *, base: str | None = None) -> LoadedArtif
 
     Raises:
         ArtifactError: the folder is not a whole artifact, or the base model is not the one it was trained on.
+        ConfigError: the base model cannot be loaded.
     """
     folder = Path(folder)
     config = ArtifactConfig.load(folder)
     recipe = Recipe.from_json(config.training)
-    settings = recipe.model
-    model, tokenizer = load_base(
-        base or settings.name, gguf_file=settings.gguf_file, dtype=settings.dtype, attention=settings.attention
-    )
+    settings, noted = recipe.model, config.base.get("path")
+    where = base or settings.name
+    if base is None and noted and Path(noted).is_dir():  # a relative name says nothing in another folder
+        where = noted
+    try:
+        model, tokenizer = load_base(
+            where, gguf_file=settings.gguf_file, dtype=settings.dtype, attention=settings.attention
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: its base {error}; say where it is now with --base") from error
     ensure_tags(tokenizer, model, add=settings.add_tags)
     if digest_of(model) != config.base["digest"]:
-        raise ArtifactError(
-            f"{folder}: was trained on another base model than {base or settings.name!r}; give the right one (--base)"
-        )
+        raise ArtifactError(f"{folder}: was trained on another base model than {where!r}; give the right one (--base)")
     try:
         gates, adapter = GateConfig.from_json(config.gates), AdapterConfig(**config.adapter)
     except (ConfigError, TypeError) as error:

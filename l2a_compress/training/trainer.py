@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from l2a_compress.artifact import describe_files
 from l2a_compress.errors import StorageError, TrainingError
-from l2a_compress.files import fsync_tree
+from l2a_compress.files import fsync, fsync_tree
 from l2a_compress.training.draws import Annealing
 from l2a_compress.training.recipe import BETAS, OptimConfig
 from l2a_compress.training.samples import LengthGrouped
@@ -144,6 +144,7 @@ class L2ATrainer(Trainer):
                 fsync_tree(partial / name)
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(partial / name, final)
+                fsync(folder)
                 shutil.rmtree(partial, ignore_errors=True)
                 _remove_old(folder, keep=self.args.save_total_limit or 2)
         except (

@@ -16,7 +16,7 @@ from l2a_compress.budget import Budget
 from l2a_compress.bundle import Bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError
 from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.limits import limits_of
+from l2a_compress.limits import Contract, limits_of
 from l2a_compress.modeling.generation import GenerationConfig, generate
 from l2a_compress.runtime.caches import Caches
 from l2a_compress.runtime.engine import Engine, Runs
@@ -182,6 +182,22 @@ def test_the_command_answers_and_tells_what_ran(made: tuple[Path, Path], capsys:
     assert "budget.compute" in capsys.readouterr().err
     assert main(["run", str(made[0]), "x"]) == 2
     assert "manifest.json" in capsys.readouterr().err
+
+
+def test_the_command_takes_a_contract(made: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    limits = Limits(max_think_tokens=5, max_answer_tokens=64)
+    told = set()
+    for contract in get_args(Contract):
+        options = ["--contract", contract, "--budget", "0.6", "--max-think-tokens", "5", "--stats"]
+        assert main(["run", str(made[1]), "Ann has 3 apples.", *options]) == 0
+        stats = capsys.readouterr().out.strip().splitlines()[-1]
+        runtime = Runtime.open(made[1], contract=contract)
+        (expected,) = runtime.generate(["Ann has 3 apples."], Budget(compute=0.6), limits=limits)
+        assert f"cost {expected.cost:.3f}, {expected.layers} of 6 layers, {expected.heads} of" in stats
+        told.add(stats.partition("; ")[0])
+    assert len(told) == 2
+    assert main(["run", str(made[1]), "Ann", "--contract", "most"]) == 2
+    assert "--contract must be one of cap, mean, found 'most'" in capsys.readouterr().err
 
 
 def test_a_stream_nobody_listens_to_ends(made: tuple[Path, Path]) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+import l2a_compress
 from l2a_compress import errors
 
 
@@ -10,6 +11,10 @@ def test_every_error_is_ours_and_a_builtin_one(name: str) -> None:
     error = getattr(errors, name)
     assert issubclass(error, errors.L2AError)
     assert issubclass(error, ValueError | OSError | RuntimeError)
+
+
+def test_the_package_gives_every_error() -> None:
+    assert [name for name in errors.__all__ if name not in l2a_compress.__all__] == []
 
 
 def test_the_tree_in_the_docstring_names_every_error() -> None:

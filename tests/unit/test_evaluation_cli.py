@@ -39,14 +39,30 @@ def evaluate(*arguments: object) -> int:
 
 def test_the_recipe_decides_what_is_not_said(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("-a", artifact) == 0
-    report = json.loads((artifact / "evaluation" / "report.json").read_text())
+    folder = artifact.parent / "evaluation"  # where export looks for it
+    report = json.loads((folder / "report.json").read_text())
     assert [(p["contract"], p["budget"]) for p in report["points"]] == [
         (c, b) for c in EvalConfig().contracts for b in (1.0, 0.6)
     ]
     assert report["baselines"] == []
-    out = capsys.readouterr().out
-    assert "L2A cap 0.6" in out
-    assert str(artifact / "evaluation" / "report.html") in out
+    told = capsys.readouterr()
+    assert "L2A cap 0.6" in told.out
+    assert str(folder / "report.html") in told.out
+    assert "replaced" not in told.err
+    assert not (artifact / "evaluation").exists()
+
+
+def test_an_evaluation_that_is_there_is_replaced_and_that_is_said(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--contract", "cap", "--budgets", "1.0", "--think-shares", "0.1", "--out", tmp_path]
+    (tmp_path / "notes.txt").write_text("mine")
+    assert evaluate("-a", artifact, *flags, "--problems", 2) == 0
+    assert "replaced" not in capsys.readouterr().err
+    assert evaluate("-a", artifact, *flags, "--problems", 3) == 0
+    assert f"{tmp_path}: the evaluation that is there will be replaced" in capsys.readouterr().err
+    assert json.loads((tmp_path / "report.json").read_text())["dense"]["n"] == 3
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_flags_override_the_recipe(artifact: Path, tmp_path: Path) -> None:

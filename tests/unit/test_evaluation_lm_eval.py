@@ -20,7 +20,7 @@ from toy_data import REPOSITORY, TINY_GSM8K
 
 pytestmark = [
     pytest.mark.skipif(
-        find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'l2a-compress[lm-eval]'"
+        find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'l2a-compress[train,lm-eval]'"
     ),
     pytest.mark.filterwarnings("ignore"),  # its dependencies warn about their own use of each other
 ]

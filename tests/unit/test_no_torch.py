@@ -3,8 +3,15 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+from l2a_compress._cli.extras import EXTRAS, optional_packages
+from l2a_compress.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
 
 HIDE = """
 import json, sys, time
@@ -52,3 +59,46 @@ def test_the_frameworks_are_really_hidden(module: str) -> None:
     done = run(f"import {module}", check=False)
     assert done.returncode == 1
     assert "hidden: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "package", "extra"),
+    [
+        ("train", "peft", "train"),
+        ("evaluate -a artifact", "torch", "train"),
+        ("export --artifact artifact --out bundle", "onnx", "export"),
+        ("verify bundle", "onnx", "export"),
+    ],
+)
+def test_a_command_without_its_packages_names_the_extra(command: str, package: str, extra: str) -> None:
+    done = run(f"from l2a_compress._cli import main; sys.exit(main(['compress', *{command.split()!r}]))", check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: the package {package}")
+    assert f"pip install 'l2a-compress[{extra}]'" in line
+
+
+@pytest.mark.parametrize("command", [["run", "bundle", "a prompt"], ["select", "bundle"], ["bench", "bundle"]])
+def test_serving_without_onnxruntime_names_both_of_its_extras(command: list[str]) -> None:
+    done = run(f"from l2a_compress._cli import main; sys.exit(main({command!r}))", check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "onnxruntime is not installed" in line
+    assert "l2a-compress[serve]" in line
+    assert "[gpu]" in line
+
+
+def test_a_module_that_no_extra_installs_is_a_fault() -> None:
+    with pytest.raises(ModuleNotFoundError, match="nowhere"), optional_packages():
+        raise ModuleNotFoundError("nowhere", name="nowhere")
+    with pytest.raises(ConfigError, match=r"package onnx is not installed.*\[export\]"), optional_packages():
+        raise ModuleNotFoundError("onnx.reference", name="onnx.reference")
+
+
+def test_every_package_of_an_extra_is_known() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra in ("train", "export", "serve", "lm-eval"):
+        for line in extras[extra]:
+            package = line.partition(">")[0].strip().replace("-", "_")
+            assert EXTRAS[package] in extras, line
+            assert any(line.partition(">")[0] in other for other in extras[EXTRAS[package]]), line

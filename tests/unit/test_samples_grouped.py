@@ -16,7 +16,7 @@ def _samples(count: int) -> Samples:
         DrawConfig(),
         count=count,
         seed=3,
-        max_length=256,
+        max_length=lambda _: 256,
         think_reference=90,
     )
 

@@ -41,7 +41,7 @@ def make_samples(count: int = 8, seed: int = 0) -> Samples:
         )
         for number in (3, 14, 159)
     ]
-    sizes = {"count": count, "seed": seed, "max_length": 64, "think_reference": 16}
+    sizes = {"count": count, "seed": seed, "max_length": lambda _: 64, "think_reference": 16}
     return Samples(examples, bpe_tokenizer(), DrawConfig(), **sizes)
 
 

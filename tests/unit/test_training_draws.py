@@ -66,6 +66,12 @@ def test_the_contract_of_a_sample(contract: str, means: set[bool]) -> None:
     assert {draw(DrawConfig(contract=contract), 0, index).mean for index in range(100)} == means
 
 
+def test_where_a_budget_changes_says_nothing_of_what_it_becomes() -> None:
+    rows = [draw(DrawConfig(switch_share=1.0, dense_share=0.0, minimum_share=0.0), 0, index) for index in range(2000)]
+    correlation = np.corrcoef([row.after for row in rows], [row.switch for row in rows])[0, 1]
+    assert abs(correlation) < 0.1
+
+
 def test_noise_is_gumbel_and_repeats() -> None:
     noise = gumbel_noise(1, 2, (1000, 100))
     assert noise.dtype == np.float32
@@ -125,7 +131,7 @@ def example(number: int, *, words: int = 1) -> Example:
 
 
 def samples(examples: list[Example], count: int, **changes: object) -> Samples:
-    settings = {"count": count, "seed": 0, "max_length": 32, "think_reference": 10} | changes
+    settings = {"count": count, "seed": 0, "max_length": lambda _: 32, "think_reference": 10} | changes
     return Samples(examples, word_tokenizer(), DrawConfig(full_think_share=1.0), **settings)  # type: ignore[arg-type]
 
 
@@ -158,7 +164,7 @@ def test_a_sample_shows_the_trace_its_think_share_asks_for() -> None:
         config,
         count=60,
         seed=1,
-        max_length=256,
+        max_length=lambda _: 256,
         think_reference=100,
     )
     limits = set()
@@ -175,7 +181,7 @@ def test_a_sample_shows_the_trace_its_think_share_asks_for() -> None:
 
 def test_a_noised_prompt_loses_tokens_and_nothing_else_changes() -> None:
     examples, tokenizer = EmbeddedExamples(split="train", seed=0, subset="easy"), word_tokenizer()
-    settings = {"count": 80, "seed": 1, "max_length": 256, "think_reference": 100}
+    settings = {"count": 80, "seed": 1, "max_length": lambda _: 256, "think_reference": 100}
     whole = Samples(examples, tokenizer, DrawConfig(), **settings)  # type: ignore[arg-type]
     noised = Samples(examples, tokenizer, DrawConfig(noised_share=0.5), **settings)  # type: ignore[arg-type]
     shares = []

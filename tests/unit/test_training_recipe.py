@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from l2a_compress import profiles
+from l2a_compress._cli import main
 from l2a_compress.errors import ConfigError
+from l2a_compress.training import run
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.recipe import Recipe, with_overrides
 
@@ -33,7 +36,9 @@ sections = st.fixed_dictionaries(
         "optim": st.fixed_dictionaries(
             {"lr": positive, "steps": st.integers(1, 10**6), "precision": st.sampled_from(["auto", "fp32", "bf16"])}
         ),
-        "evaluation": st.fixed_dictionaries({"budgets": st.lists(st.floats(0.1, 1)), "problems": st.integers(1, 99)}),
+        "evaluation": st.fixed_dictionaries(
+            {"budgets": st.lists(st.floats(0.1, 1), min_size=1), "problems": st.integers(1, 99)}
+        ),
         "data": st.fixed_dictionaries({"limit": st.integers(1, 99), "subset": st.sampled_from(["easy", "hard"])}),
     },
 )
@@ -150,3 +155,70 @@ def test_a_list_of_sources_cannot_be_overridden_by_key() -> None:
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="unknown recipe 'nothing'"):
         Recipe.named("nothing")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """What the command line wants to be trained; nothing is."""
+    recipes: list[Recipe] = []
+    monkeypatch.setattr(run, "train", lambda recipe, out, **options: recipes.append(recipe))
+    return recipes
+
+
+def told(*options: str) -> int:
+    return main(["compress", "train", "--no-evaluate", *options])
+
+
+def test_the_page_tells_every_setting_and_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs/training.md").read_text()
+    told = dict(re.findall(r"^\| `([a-z]+\.\w+)` \| (`.*?`|-) \|", page, re.MULTILINE))
+    sections = Recipe().to_json()
+    del sections["seed"]
+    assert told == {
+        f"{section}.{key}": "-" if value is None else f"`{json.dumps(value)}`"
+        for section, values in sections.items()
+        for key, value in values.items()
+    }
+
+
+def test_data_of_the_command_line_replace_those_of_the_recipe(asked: list[Recipe]) -> None:
+    assert told("--recipe", "smollm2-135m", "--data", "x.jsonl") == 0
+    assert asked[0].data == DataConfig(source="x.jsonl", kind="gsm8k")
+    assert told("--recipe", "qwen3-4b", "--data", "x.jsonl", "--kind", "text", "--columns", "text=body") == 0
+    assert asked[1].data == DataConfig(source="x.jsonl", kind="text", columns={"text": "body"})
+    assert told("--recipe", "qwen3-4b", "--data", "embedded") == 0
+    assert asked[2].data == DataConfig()
+
+
+def test_settings_come_after_all_other_options(asked: list[Recipe]) -> None:
+    settings = ["--set", "data.max_length=256", "--set", "data.limit=9", "--set", "optim.steps=7"]
+    assert told("--recipe", "smollm2-135m", *settings, "--data", "x.jsonl", "--steps", "5") == 0
+    assert asked[0].data == DataConfig(source="x.jsonl", kind="gsm8k", max_length=256, limit=9)
+    assert asked[0].optim.steps == 7
+
+
+def test_a_kind_or_columns_of_several_sources_are_refused(
+    asked: list[Recipe], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in (["--kind", "text"], ["--columns", "text=body"]):
+        assert told("--recipe", "qwen3-4b", *option) == 2
+        assert f"{option[0]}: the recipe has several sources" in capsys.readouterr().err
+    assert told("--recipe", "qwen3-4b", "--set", "data.limit=3") == 2
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("budgets", []), ("budgets", [1.5]), ("budgets", 0.5), ("contracts", "cap"), ("problems", 0)),
+        *(("calibration", -3), ("demand_rows", -1), ("max_think_tokens", 0), ("problems", True)),
+    ],
+)
+def test_wrong_evaluation_settings_are_found_at_once(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"evaluation.{name}"):
+        Recipe.from_json({"evaluation": {name: value}})
+
+
+def test_a_contract_that_there_is_not_is_found_at_once() -> None:
+    with pytest.raises(ConfigError, match="contract 'caps': choose from cap, mean"):
+        Recipe.from_json({"evaluation": {"contracts": ["caps"]}})

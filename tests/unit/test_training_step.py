@@ -31,7 +31,7 @@ def new_batch(rows: int = 8, **draws: Any) -> Batch:
         DrawConfig(**{"minimum": 0.4, "switch_share": 0.5, "full_think_share": 0.2} | draws),
         count=rows,
         seed=0,
-        max_length=256,
+        max_length=lambda _: 256,
         think_reference=16,
     )
     return SampleCollator(word_tokenizer())([samples[index] for index in range(rows)])["batch"]

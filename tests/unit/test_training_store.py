@@ -23,6 +23,7 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.training.recipe import Recipe
+from l2a_compress.training.run import build
 from l2a_compress.training.store import load_artifact, save_artifact
 from toy_models import FAMILIES, GROUPS, LAYERS, prompts, save_base, scramble, tiny_recipe
 
@@ -182,9 +183,25 @@ def test_a_base_model_that_has_moved_can_be_given(made: tuple[GatedModel, Recipe
     shutil.copytree(folder, tmp_path / "artifact")
     training = {**data["training"], "model": {**data["training"]["model"], "name": str(tmp_path / "gone")}}
     rewrite(tmp_path / "artifact", training=training)
-    with pytest.raises(ConfigError, match=r"gone.* cannot be loaded"):
+    base = {**data["base"], "path": None}
+    rewrite(tmp_path / "artifact", training=training, base=base)
+    with pytest.raises(ConfigError, match=r"gone.* cannot be loaded.*--base"):
         load_artifact(tmp_path / "artifact")
     assert load_artifact(tmp_path / "artifact", base=str(tmp_path / "moved")).gated.shape.num_layers == LAYERS
+    rewrite(tmp_path / "artifact", base=base | {"path": str(tmp_path / "moved")})  # where it was, noted absolutely
+    assert load_artifact(tmp_path / "artifact").gated.shape.num_layers == LAYERS
+
+
+def test_the_place_of_a_base_model_is_noted_absolutely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "base")
+    recipe = tiny_recipe(Path("base"))
+    gated, tokenizer, digest = build(recipe)
+    config = save_artifact(gated, tokenizer, recipe, tmp_path / "artifact", base_digest=digest, metrics={})
+    assert config.base["path"] == str(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_artifact(tmp_path / "artifact").recipe == recipe
 
 
 def test_an_artifact_is_replaced_only_when_asked(made: tuple[GatedModel, Recipe, Path], copy: Path) -> None:

@@ -18,13 +18,15 @@ import safetensors.torch
 import torch
 
 from l2a_compress.allocation import Allocation
-from l2a_compress.errors import ConfigError, StorageError, TrainingError
+from l2a_compress.errors import ConfigError, DataError, StorageError, TrainingError
 from l2a_compress.modeling.search import given_up, greedy_path, path_scores
+from l2a_compress.training.mixture import Mixture
 from l2a_compress.training.objective import ObjectiveConfig
 from l2a_compress.training.recipe import OptimConfig, Recipe
-from l2a_compress.training.run import SEARCH_FILE, train
+from l2a_compress.training.run import SEARCH_FILE, build, train, training_samples
 from l2a_compress.training.search import Trials
 from l2a_compress.training.step import TrainingStep
+from l2a_compress.training.store import load_artifact
 from l2a_compress.training.trainer import (
     L2ATrainer,
     last_checkpoint,
@@ -166,6 +168,54 @@ def test_a_search_that_was_cut_off_tries_nothing_twice(
     again = dataclasses.replace(recipe, seed=recipe.seed + 1)
     train(again, tmp_path / "cut", force=True, quiet=True)
     assert json.loads((tmp_path / "cut" / SEARCH_FILE).read_text())["trials"] != noted
+
+
+def test_a_search_whose_notes_are_damaged_is_one_error(base: Path, tmp_path: Path) -> None:
+    plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 1, "trial_steps": 1}
+    recipe = tiny_recipe(base, annealing=plan, optim={"steps": 2, "save_steps": 1})
+    tmp_path.joinpath(SEARCH_FILE).write_text("{")
+    with pytest.raises(TrainingError, match=r"search.json: not what a search notes .*; remove it"):
+        train(recipe, tmp_path, quiet=True)
+
+
+def test_a_searched_order_without_a_demand_head_knows_no_prices(base: Path, tmp_path: Path) -> None:
+    plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4}
+    changes: dict[str, Any] = {"annealing": plan, "gates": {"demand": False}, "optim": {"steps": 2, "save_steps": 2}}
+    with pytest.raises(ConfigError, match=r"draws.contract = 'both'.*set draws.contract=cap"):
+        train(tiny_recipe(base, **changes), tmp_path, quiet=True)
+    train(tiny_recipe(base, draws={"contract": "cap"}, **changes), tmp_path, quiet=True)
+
+
+def test_what_is_evaluated_may_change_when_training_is_over(
+    base: Path, recipe: Recipe, straight: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    other = dataclasses.replace(recipe, evaluation=dataclasses.replace(recipe.evaluation, calibration=8, problems=9))
+    train(other, out, quiet=True)
+    assert load_artifact(out / "artifact").recipe == other
+    assert log_of(out) == log_of(straight)
+
+
+def test_what_cannot_be_calibrated_is_found_before_training(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "few.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"q{i}", "answer": f"{i} #### {i}"}) + "\n" for i in range(8)))
+    data = {"source": str(rows), "kind": "gsm8k", "subset": None, "calibration_share": 0.0}
+    with pytest.raises(DataError, match="the calibration split is empty"):
+        train(tiny_recipe(base, data=data, model={"add_tags": True}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_each_source_has_its_own_longest_example(base: Path) -> None:
+    sources = [{"kind": "embedded", "max_length": length, "weight": 1.0} for length in (256, 64)]
+    recipe = tiny_recipe(base)
+    recipe = Recipe.from_json(recipe.to_json() | {"data": {"sources": sources}})
+    _, tokenizer, _ = build(recipe)
+    samples = training_samples(recipe, tokenizer)
+    mixture = samples.examples
+    assert isinstance(mixture, Mixture)
+    assert {samples.max_length(place) for place in range(20)} == {256, 64}
+    assert all(samples.max_length(place) == (256, 64)[mixture.part_of(place)] for place in range(20))
 
 
 def test_a_base_of_16_bits_is_searched_too(base: Path, tmp_path: Path) -> None:
