@@ -24,7 +24,8 @@ class BudgetLimits:
         units: Most units of the cost model.
         layers: Most layers.
         heads: Most KV groups.
-        price: The score that a layer or group must exceed; minus infinity under ``cap``.
+        price: Minus infinity under ``cap``; else the score that a layer or group must exceed, or, where there is a
+            demand head, failures for the dense compute.
     """
 
     units: int

@@ -70,13 +70,14 @@ def evaluate(
         progress: Told how far it is.
 
     Raises:
-        ConfigError: an unknown contract, baseline or metric, or one that the data does not allow.
+        ConfigError: an unknown baseline or metric, or one that the data does not allow.
         BudgetError: a budget the model cannot keep to, or ``mean`` without calibrated prices.
         DataError: the data cannot be read or is empty.
     """
     settings = settings or artifact.recipe.evaluation
     data, seed = data or artifact.recipe.data, artifact.recipe.seed if seed is None else seed
-    contracts, names = _contracts(settings), known_baselines(settings.baselines)
+    contracts = cast("tuple[GateContract, ...]", tuple(dict.fromkeys(settings.contracts)))
+    names = known_baselines(settings.baselines)
     metric = metric or _metric_for(data, seed)
     refused = [name for name in names if metric == "nll" and name in OTHERS]
     if refused:
@@ -98,7 +99,15 @@ def evaluate(
         model=_model(artifact),
         metric="accuracy" if metric == "accuracy" else "agreement",
         data=data.to_json(),
-        settings=_settings(settings, contracts, seed, batch_size, bench),
+        settings=_settings(
+            settings,
+            bench,
+            contracts=contracts,
+            seed=seed,
+            batch_size=batch_size,
+            think_shares=tuple(think_shares),
+            works=tuple(works),
+        ),
         environment=_environment(artifact, time.perf_counter() - began),
         **_sorted(points, contracts),
     )
@@ -116,13 +125,6 @@ def evaluating(gated: GatedModel) -> Iterator[None]:
     finally:
         gated.model.set_attn_implementation(attention)
         gated.train(was_training)
-
-
-def _contracts(settings: EvalConfig) -> tuple[GateContract, ...]:
-    for name in settings.contracts:
-        if name not in get_args(GateContract):
-            raise ConfigError(f"contract {name!r}: choose from {', '.join(get_args(GateContract))}")
-    return cast("tuple[GateContract, ...]", tuple(dict.fromkeys(settings.contracts)))
 
 
 def _metric_for(data: DataConfig | MixtureConfig, seed: int) -> Metric:
@@ -258,11 +260,8 @@ def _model(artifact: LoadedArtifact) -> dict[str, Any]:
     }
 
 
-def _settings(
-    settings: EvalConfig, contracts: Sequence[Contract], seed: int, batch_size: int, bench: Bench
-) -> dict[str, Any]:
-    values = dataclasses.asdict(settings) | {"contracts": contracts, "seed": seed, "batch_size": batch_size}
-    values["tau_threshold"] = bench.generation.tau_threshold
+def _settings(settings: EvalConfig, bench: Bench, **more: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(settings) | more | {"tau_threshold": bench.generation.tau_threshold}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 

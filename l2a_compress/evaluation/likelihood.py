@@ -91,7 +91,8 @@ def _hidden(gated: GatedModel, run: Run, numbers: Sequence[int], batch: Mapping[
         ids, mask = batch["input_ids"][slots], batch["attention_mask"][slots]
         with _running(gated, run, [numbers[slot] for slot in slots]):
             if not run.teacher:
-                gated.state.offset = _told(gated, run, ids)
+                told = batch_budgets([run.budget] * len(ids), gated.cost, gated.gate_config).to(ids.device)
+                gated.state.offset = gated.think_offset(ids, told.features)
             part = gated(ids, mask).hidden
         if hidden is None:
             hidden = part.new_zeros(len(numbers), *part.shape[1:])
@@ -107,16 +108,6 @@ def _running(gated: GatedModel, run: Run, numbers: Sequence[int]) -> Iterator[No
             stack.enter_context(gated.teacher())
         stack.enter_context(gated.forced([run.allocations[row] for row in numbers]))
         yield
-
-
-def _told(gated: GatedModel, run: Run, ids: Tensor) -> Tensor | None:
-    """What the network sees of its budget: an offset [rows, length, width] at ``<think>``."""
-    if gated.think_id is None or not gated.gate_config.tokens:
-        return None
-    budgets = batch_budgets([run.budget] * ids.shape[0], gated.cost, gated.gate_config).to(ids.device)
-    offset: Tensor = gated.transition.think_offset(budgets.features)[:, None]
-    told: Tensor = (ids == gated.think_id)[..., None] * offset
-    return told
 
 
 def _sums(gated: GatedModel, hidden: Tensor, teacher: Tensor, where: _Labelled) -> list[tuple[int, int, float, float]]:

@@ -58,7 +58,8 @@ def page(report: Report, frontier_svg: str) -> str:
 _POINTS_NOTE = (
     "Cost is the realized share of the dense decoder's FLOPs, averaged over requests. Under <b>cap</b> no request may "
     "cost more than its budget; under <b>mean</b> the average is held to the budget. Baselines are the untrained base "
-    "model with whole layers dropped. Times are of the evaluation's own batches on this machine, not a benchmark."
+    "model with a part of it left out, but for <b>fixed_budget</b>, the trained one with one allocation for all. Times "
+    "are of the evaluation's own batches on this machine, not a benchmark."
 )
 
 

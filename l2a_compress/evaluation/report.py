@@ -35,7 +35,7 @@ class Report:
         points: The gated model at each budget under each contract.
         think_points: The gated model at full compute under caps on think tokens.
         split_points: The gated model at shares of the dense model's work of a request, split as the artifact notes.
-        baselines: Static methods on the frozen base model.
+        baselines: Static methods, on the frozen base model but for ``fixed_budget``, which runs the trained one.
         frontier: By contract, whether quality grows with the budget.
     """
 

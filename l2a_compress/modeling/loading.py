@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,8 +63,3 @@ def digest_of(model: PreTrainedModel) -> str:
         total.update(name.encode())
         total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def is_local(name: str) -> bool:
-    """Whether the name is a folder on this machine."""
-    return Path(resolve(name)).is_dir()

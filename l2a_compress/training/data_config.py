@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -108,15 +106,6 @@ class DataConfig:
         """Read a config from a JSON object or a TOML table; keys may be left out, an unknown one is an error."""
         return cls(**_validate.keywords(cls, data, ConfigError, optional=frozenset(f.name for f in fields(cls))))
 
-    def to_toml(self) -> str:
-        """Return a TOML document that ``from_toml`` turns back into an equal config (``None`` is left out)."""
-        return _toml(self.to_json())
-
-    @classmethod
-    def from_toml(cls, text: str) -> DataConfig:
-        """Read a config from a TOML document."""
-        return cls.from_json(_parse_toml(text))
-
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
@@ -149,16 +138,6 @@ class MixtureConfig:
         if not isinstance(sources, list | tuple):
             raise ConfigError(f"mixture.sources must be a list of tables, found {type(sources).__name__}")
         return cls(sources=tuple(DataConfig.from_json(source) for source in sources))
-
-    def to_toml(self) -> str:
-        """Return a TOML document with one ``[[sources]]`` table per source."""
-        tables = [source.to_json() for source in self.sources]
-        return "\n".join("[[sources]]\n" + _toml(table) for table in tables)
-
-    @classmethod
-    def from_toml(cls, text: str) -> MixtureConfig:
-        """Read a mixture from a TOML document."""
-        return cls.from_json(_parse_toml(text))
 
 
 def data_from_json(data: object) -> DataConfig | MixtureConfig:
@@ -209,25 +188,3 @@ def _share(value: object, name: str) -> float:
     if math.isnan(number) or not 0.0 <= number <= 1.0:
         raise ConfigError(f"{name} must be in [0, 1], found {value!r}")
     return number
-
-
-def _toml(table: Mapping[str, Any]) -> str:
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in table.items() if value is not None)
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{_toml_string(key)} = {_toml_string(item)}" for key, item in value.items()) + " }"
-    return _toml_string(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _toml_string(value: str) -> str:
-    # A JSON string is a TOML basic string, except that JSON leaves DEL as it is and TOML does not allow it.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"data: not valid TOML: {error}") from error

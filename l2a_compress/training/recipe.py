@@ -33,7 +33,7 @@ class ModelConfig:
     Attributes:
         name: as above.
         gguf_file: a GGUF file inside the folder, to be dequantized (needs the package gguf).
-        dtype: ``float32`` or ``bfloat16``, of the frozen weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the frozen weights.
         attention: Transformers' attn_implementation.
         add_tags: add the four think/answer tags to the tokenizer where they are missing.
     """

@@ -48,9 +48,8 @@ class TrainingStep(nn.Module):
         """The terms by name, ``loss`` among them; all scalars.
 
         ``batch`` holds input_ids, attention_mask, labels, prompt_mask, think_mask [batch, length] and compute, mean,
-        think, after, switch, lost, think_limit, index [batch]; optionally the cached teacher's teacher_values and
-        teacher_indices
-        [batch, length, k].
+        price, think, after, switch, lost, think_limit, index [batch]; optionally the cached teacher's teacher_values
+        and teacher_indices [batch, length, k].
 
         Raises:
             TrainingError: the loss is not a number.

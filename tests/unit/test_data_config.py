@@ -43,16 +43,14 @@ def configs(draw: st.DrawFn) -> DataConfig:
 
 
 @given(configs())
-def test_a_config_survives_json_and_toml_exactly(config: DataConfig) -> None:
+def test_a_config_survives_json_exactly(config: DataConfig) -> None:
     assert DataConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    assert DataConfig.from_toml(config.to_toml()) == config
 
 
 @given(st.lists(configs(), min_size=1, max_size=3))
-def test_a_mixture_survives_json_and_toml_exactly(sources: list[DataConfig]) -> None:
+def test_a_mixture_survives_json_exactly(sources: list[DataConfig]) -> None:
     mixture = MixtureConfig(sources=tuple(sources))
     assert MixtureConfig.from_json(json.loads(json.dumps(mixture.to_json()))) == mixture
-    assert MixtureConfig.from_toml(mixture.to_toml()) == mixture
     assert data_from_json(mixture.to_json()["sources"]) == mixture
 
 
@@ -97,11 +95,6 @@ def test_a_bad_value_is_named(change: dict[str, object], words: str) -> None:
 def test_a_bad_mixture_is_named(data: object, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         data_from_json(data)
-
-
-def test_broken_toml_is_one_error() -> None:
-    with pytest.raises(ConfigError, match="not valid TOML"):
-        DataConfig.from_toml("source = ")
 
 
 def test_columns_as_flags_give_them() -> None:
