@@ -187,7 +187,7 @@ def test_the_seed_chooses_the_problems() -> None:
         ({"budgets": (0.01,)}, BudgetError, "always-on"),
         ({"budgets": (float("nan"),)}, ConfigError, "nan"),
         ({"budgets": ()}, ConfigError, "budgets"),
-        ({"problems": 0}, ConfigError, "at least one"),
+        ({"problems": 0}, ConfigError, "evaluation.problems = 0"),
         ({"contracts": ("best",)}, ConfigError, "'best'"),
         ({"baselines": ("magic",)}, ConfigError, "'magic'"),
     ],
