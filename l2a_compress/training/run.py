@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError
 from l2a_compress.files import write_atomic
+from l2a_compress.modeling.budgets import minimum_compute
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
@@ -89,6 +90,12 @@ def train(
     samples = training_samples(recipe, tokenizer)
     collate = SampleCollator(tokenizer)
     gated.to(state.device)
+    least = minimum_compute(gated.cost, gated.gate_config)
+    if gated.gate_config.has_demand and gated.gate_config.least_compute < least:
+        raise ConfigError(
+            f"gates.least_compute = {gated.gate_config.least_compute:g}: is below {least:.4g}, what the always-on "
+            "layers cost; raise it"
+        )
     if not recipe.static.method:  # read now, so that what is wrong with it does not show when training is over
         device = gated.model.device
         calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration, device=device)

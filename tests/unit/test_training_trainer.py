@@ -186,6 +186,12 @@ def test_a_searched_order_without_a_demand_head_knows_no_prices(base: Path, tmp_
     train(tiny_recipe(base, draws={"contract": "cap"}, **changes), tmp_path, quiet=True)
 
 
+def test_a_least_compute_below_the_stem_is_found_before_training(base: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(base, gates={"stem_layers": 3, "least_compute": 0.4})
+    with pytest.raises(ConfigError, match=r"gates.least_compute = 0.4: is below 0.5"):
+        train(recipe, tmp_path, quiet=True)
+
+
 def test_what_is_evaluated_may_change_when_training_is_over(
     base: Path, recipe: Recipe, straight: Path, tmp_path: Path
 ) -> None:
