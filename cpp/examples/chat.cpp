@@ -58,7 +58,7 @@ int run(int count, char** arguments) {
     const std::string budget = count > 2 ? arguments[2] : "1";
     if (budget == "auto") {
         if (count < 4) throw std::runtime_error("auto needs a cost table, as `l2a bench --out` writes it");
-        steering = std::make_unique<Steering>(arguments[3]);
+        steering = std::make_unique<Steering>(runtime, arguments[3]);
     } else {
         options.budget = l2a::budget(std::stod(budget));
     }

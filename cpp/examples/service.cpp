@@ -31,7 +31,7 @@ using Json = nlohmann::json;
 class Service {
   public:
     Service(const l2a::Runtime& runtime, const std::string& costs)
-        : engine_(runtime), steering_(costs.empty() ? nullptr : std::make_unique<Steering>(costs)) {
+        : engine_(runtime), steering_(costs.empty() ? nullptr : std::make_unique<Steering>(runtime, costs)) {
         thread_ = std::thread([this] { run(); });
     }
     ~Service() {
@@ -84,7 +84,12 @@ class Service {
     void run() {
         while (take()) {
             for (Job& job : jobs_) attempt(job, [&] { steer(job); });
-            engine_.step();
+            try {
+                engine_.step();
+            } catch (...) {  // a fault of the library: nobody waits for it for ever
+                const std::exception_ptr fault = std::current_exception();
+                for (Job& job : jobs_) attempt(job, [&] { std::rethrow_exception(fault); });
+            }
             for (Job& job : jobs_) attempt(job, [&] { finish(job); });
             jobs_.erase(std::remove_if(jobs_.begin(), jobs_.end(), [](const Job& job) { return !job.request; }),
                         jobs_.end());

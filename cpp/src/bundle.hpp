@@ -50,15 +50,12 @@ struct Manifest {
     std::int64_t positions = 1;
     bool whole_cache = true;
     std::string dialect;
-    std::string precision;
     std::vector<GraphEntry> graphs;
     std::vector<std::size_t> variants;  // places in graphs, from the largest budget to the smallest
     std::map<std::string, FileEntry> files;
 
     // Throws a bundle error that names the field, what was found and what to do.
     static Manifest parse(std::string_view text);
-    // The place of the graph of that kind, none where there is none.
-    [[nodiscard]] std::optional<std::size_t> first(Kind kind) const;
 };
 
 // An open bundle: what was verified is what is used, since files are mapped once, hashed and kept.

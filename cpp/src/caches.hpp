@@ -19,6 +19,7 @@ class Caches {
     explicit Caches(const std::vector<const Graph*>& graphs);
 
     [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
+    [[nodiscard]] std::int64_t capacity() const noexcept { return capacity_; }
     [[nodiscard]] std::int64_t bytes() const noexcept { return rows_ * capacity_ * token_bytes_; }
     // Bytes of all buffers once there is room for so many rows of so many tokens.
     [[nodiscard]] std::int64_t bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept;

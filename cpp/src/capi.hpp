@@ -5,6 +5,7 @@
 #include <new>
 #include <string>
 
+#include "cost.hpp"
 #include "error.hpp"
 
 struct l2a_status {
@@ -41,11 +42,25 @@ l2a_status* guarded(Action&& action) noexcept {
     }
 }
 
+// A budget as callers see it.
+inline l2a_budget shown(const Budget& budget) noexcept {
+    return {budget.compute, budget.layers.value_or(-1), budget.heads.value_or(-1), budget.think_tokens.value_or(-1)};
+}
+
 // Throws a config error for a NULL that must not be one.
 template <typename T>
 T& given(T* pointer, const char* name) {
     if (pointer == nullptr) config_error(std::string(name) + " must not be NULL");
     return *pointer;
+}
+
+// Makes a caller's structure of `size` bytes, which may be older and so shorter, or newer and longer, what `value` is.
+template <typename T>
+void init_struct(void* to, std::size_t size, T value) noexcept {
+    if (to == nullptr || size < sizeof(std::uint32_t)) return;
+    value.struct_size = static_cast<std::uint32_t>(size);
+    __builtin_memset(to, 0, size);
+    __builtin_memcpy(to, &value, size < sizeof(T) ? size : sizeof(T));
 }
 
 // Copies between a caller's structure, which may be older and so shorter, or newer and longer, and ours.

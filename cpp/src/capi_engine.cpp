@@ -21,10 +21,6 @@ l2a::core::Budget budget_of(const l2a_budget& budget) {
     return {budget.compute, cap_of(budget.layers), cap_of(budget.heads), cap_of(budget.think_tokens)};
 }
 
-l2a_budget budget_of(const l2a::core::Budget& budget) {
-    return {budget.compute, budget.layers.value_or(-1), budget.heads.value_or(-1), budget.think_tokens.value_or(-1)};
-}
-
 const l2a::core::Request* found(const l2a_engine* engine, uint64_t id) noexcept {
     try {
         return engine == nullptr ? nullptr : &engine->engine.request(id);
@@ -35,19 +31,20 @@ const l2a::core::Request* found(const l2a_engine* engine, uint64_t id) noexcept 
 
 }  // namespace
 
-void l2a_engine_options_init(l2a_engine_options* options) {
-    if (options != nullptr) *options = {sizeof(l2a_engine_options), L2A_SERVE_IF, 8, 0};
+void l2a_engine_options_init(l2a_engine_options* options, size_t size) {
+    l2a::core::init_struct(options, size, l2a_engine_options{0, L2A_SERVE_IF, 8, 0});
 }
 
 l2a_status* l2a_engine_create(l2a_runtime* runtime, const l2a_engine_options* options, l2a_engine** out) {
     return l2a::core::guarded([&] {
         given(out, "out");
         l2a_engine_options asked;
-        l2a_engine_options_init(&asked);
+        l2a_engine_options_init(&asked, sizeof asked);
         l2a::core::read_struct(options, asked);
         if (asked.serve != L2A_SERVE_IF && asked.serve != L2A_SERVE_VARIANTS) {
             l2a::core::config_error("serve must be L2A_SERVE_IF or L2A_SERVE_VARIANTS");
         }
+        if (asked.max_cache_bytes < 0) l2a::core::config_error("max_cache_bytes must be at least 0");
         const l2a::core::EngineOptions wanted{asked.serve == L2A_SERVE_VARIANTS, asked.max_rows, asked.max_cache_bytes};
         *out = new l2a_engine{l2a::core::Engine(l2a::core::runtime_of(runtime), wanted)};
     });
@@ -57,25 +54,18 @@ void l2a_engine_free(l2a_engine* engine) {
     delete engine;
 }
 
-void l2a_request_options_init(l2a_request_options* options) {
-    if (options == nullptr) return;
+void l2a_request_options_init(l2a_request_options* options, size_t size) {
     const l2a::core::Limits limits;
-    *options = {sizeof(l2a_request_options),
-                budget_of(l2a::core::Budget{}),
-                limits.max_think_tokens,
-                limits.max_answer_tokens,
-                limits.tau_threshold,
-                0.0,
-                0,
-                1.0,
-                0};
+    l2a::core::init_struct(options, size,
+                           l2a_request_options{0, l2a::core::shown(l2a::core::Budget{}), limits.max_think_tokens,
+                                               limits.max_answer_tokens, limits.tau_threshold, 0.0, 0, 1.0, 0});
 }
 
 l2a_status* l2a_engine_submit(l2a_engine* engine, const int64_t* prompt, size_t size,
                               const l2a_request_options* options, uint64_t* id) {
     return l2a::core::guarded([&] {
         l2a_request_options asked;
-        l2a_request_options_init(&asked);
+        l2a_request_options_init(&asked, sizeof asked);
         l2a::core::read_struct(options, asked);
         std::vector<std::int64_t> tokens;
         if (size > 0) tokens.assign(&given(prompt, "prompt"), prompt + size);
@@ -123,7 +113,7 @@ l2a_status* l2a_engine_info(const l2a_engine* engine, uint64_t id, l2a_request_i
         const double share = static_cast<double>(cost.units(request.kept)) / static_cast<double>(cost.dense_units());
         l2a::core::write_struct<l2a_request_info>(
             {0, request.done() ? 1 : 0, request.row >= 0 && !request.done() ? 1 : 0, request.reasoning.stopped_by,
-             request.error, layers, heads, share, budget_of(request.budget)},
+             request.error, layers, heads, share, l2a::core::shown(request.budget)},
             info);
     });
 }

@@ -56,9 +56,9 @@ void l2a_status_free(l2a_status* status) {
     if (status != l2a::core::status_without_memory()) delete status;
 }
 
-void l2a_runtime_options_init(l2a_runtime_options* options) {
-    if (options == nullptr) return;
-    *options = {sizeof(l2a_runtime_options), 0, L2A_CONTRACT_CAP, L2A_GRAPH_IF | L2A_GRAPH_VARIANTS | L2A_GRAPH_ROUTER};
+void l2a_runtime_options_init(l2a_runtime_options* options, size_t size) {
+    const uint32_t graphs = L2A_GRAPH_IF | L2A_GRAPH_VARIANTS | L2A_GRAPH_ROUTER;
+    l2a::core::init_struct(options, size, l2a_runtime_options{0, 0, L2A_CONTRACT_CAP, graphs});
 }
 
 l2a_status* l2a_verify(const char* folder) {
@@ -69,7 +69,7 @@ l2a_status* l2a_runtime_open(const char* folder, const l2a_runtime_options* opti
     return l2a::core::guarded([&] {
         given(out, "out");
         l2a_runtime_options asked;
-        l2a_runtime_options_init(&asked);
+        l2a_runtime_options_init(&asked, sizeof asked);
         l2a::core::read_struct(options, asked);
         if (asked.threads < 0) l2a::core::config_error("threads must be at least 0");
         if (asked.contract != L2A_CONTRACT_CAP && asked.contract != L2A_CONTRACT_MEAN) {

@@ -2,6 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "capi.hpp"
 #include "json.hpp"
@@ -17,8 +18,10 @@ namespace {
 using l2a::core::given;
 
 l2a::core::Work work_of(const l2a_work& work) {
-    if (work.prompt_tokens < 0 || !(work.new_tokens >= 0) || !(work.think_tokens >= 0) || work.rows < 1) {
-        l2a::core::config_error("work: tokens must be at least 0 and rows at least 1");
+    const bool counts = work.new_tokens >= 0 && work.think_tokens >= 0 && std::isfinite(work.new_tokens) &&
+                        std::isfinite(work.think_tokens);
+    if (work.prompt_tokens < 0 || !counts || work.rows < 1) {
+        l2a::core::config_error("work: tokens must be finite and at least 0, and rows at least 1");
     }
     return {static_cast<double>(work.prompt_tokens), work.new_tokens, work.think_tokens,
             static_cast<double>(work.rows)};
@@ -30,6 +33,11 @@ std::optional<double> known(double value) {
 double plain(std::optional<double> value) {
     return value.value_or(std::numeric_limits<double>::quiet_NaN());
 }
+
+struct Free {
+    void operator()(char* text) const noexcept { std::free(text); }
+};
+using Text = std::unique_ptr<char, Free>;
 
 char* reasons_of(const std::vector<l2a::core::Term>& terms) {
     l2a::core::Json list = l2a::core::Json::array();
@@ -75,16 +83,15 @@ l2a_status* l2a_selector_decide(const l2a_selector* selector, const char* tier, 
         const l2a::core::Decision found =
             l2a::core::select(given(selector, "selector").steps, values, asked, selector->policy, before, now,
                               tier == nullptr ? "default" : tier, urgent == nullptr ? asked : work_of(*urgent));
-        const l2a::core::Budget& budget = found.budget;
-        l2a::core::write_struct<l2a_decision>(
-            {0,
-             {budget.compute, budget.layers.value_or(-1), budget.heads.value_or(-1), budget.think_tokens.value_or(-1)},
-             static_cast<int64_t>(found.step),
-             found.admit ? 1 : 0,
-             found.binding().name,
-             {plain(found.state.budget), plain(found.state.since)}},
-            decision);
-        if (reasons != nullptr) *reasons = reasons_of(found.terms);
+        Text text(reasons == nullptr ? nullptr : reasons_of(found.terms));
+        l2a::core::write_struct<l2a_decision>({0,
+                                               l2a::core::shown(found.budget),
+                                               static_cast<int64_t>(found.step),
+                                               found.admit ? 1 : 0,
+                                               found.binding().name,
+                                               {plain(found.state.budget), plain(found.state.since)}},
+                                              decision);
+        if (reasons != nullptr) *reasons = text.release();
     });
 }
 

@@ -27,11 +27,6 @@ std::int64_t sum(std::int64_t one, std::int64_t other) {
     return __builtin_add_overflow(one, other, &found) ? INT64_MAX : found;
 }
 
-std::optional<std::int64_t> least(std::optional<std::int64_t> one, std::optional<std::int64_t> other) {
-    if (!one || !other) return one ? one : other;
-    return std::min(*one, *other);
-}
-
 void at_least(std::optional<std::int64_t> value, std::int64_t minimum, const char* name) {
     if (value && *value < minimum) {
         budget_error(std::string("budget.") + name + " must be at least " + std::to_string(minimum) + ", found " +
@@ -76,16 +71,6 @@ void Budget::check() const {
     at_least(layers, 1, "layers");
     at_least(heads, 1, "heads");
     at_least(think_tokens, 0, "think_tokens");
-}
-
-Budget Budget::tighter(const Budget& other) const {
-    return {std::min(compute, other.compute), least(layers, other.layers), least(heads, other.heads),
-            least(think_tokens, other.think_tokens)};
-}
-
-bool operator==(const Budget& one, const Budget& other) {
-    return one.compute == other.compute && one.layers == other.layers && one.heads == other.heads &&
-           one.think_tokens == other.think_tokens;
 }
 
 bool operator==(const Told& one, const Told& other) {

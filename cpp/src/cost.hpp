@@ -18,7 +18,6 @@ struct Shape {
     std::int64_t num_groups = 0;
     std::int64_t head_dim = 0;
     std::int64_t vocab_size = 0;
-    bool tied = false;
 };
 
 struct Budget {
@@ -29,13 +28,7 @@ struct Budget {
 
     // Throws a budget error where a value is out of range.
     void check() const;
-    // Of every axis the lower limit.
-    [[nodiscard]] Budget tighter(const Budget& other) const;
 };
-bool operator==(const Budget& one, const Budget& other);
-inline bool operator!=(const Budget& one, const Budget& other) {
-    return !(one == other);
-}
 
 using Widths = std::vector<std::int64_t>;  // kept KV groups of each layer; 0: the layer is skipped
 

@@ -33,6 +33,7 @@ void Limits::check() const {
 Engine::Engine(std::shared_ptr<const Runtime> runtime, const EngineOptions& options)
     : runtime_(std::move(runtime)), options_(options), graphs_(serving(*runtime_, options.variants)), caches_(graphs_) {
     if (options_.max_rows < 1) config_error("max_rows must be at least 1, found " + std::to_string(options_.max_rows));
+    rows_.reserve(static_cast<std::size_t>(options_.max_rows));
 }
 
 std::uint64_t Engine::submit(std::vector<std::int64_t> prompt, const Budget& budget, const Limits& limits,
@@ -40,14 +41,20 @@ std::uint64_t Engine::submit(std::vector<std::int64_t> prompt, const Budget& bud
     limits.check();
     sampling.check();
     const Told what = told(budget);
-    check(prompt, limits.cap(budget) + limits.max_answer_tokens + kWrittenTags);
+    check(prompt, limits.cap(budget), limits.max_answer_tokens);
     const Manifest& manifest = runtime_->manifest();
     const std::uint64_t id = next_++;
     auto made = std::make_unique<Request>(id, std::move(prompt), budget, limits, what, manifest.tags, sampling);
     made->asks_gate = limits.tau_threshold >= 0 && manifest.tokens;
     made->submitted = now();
-    waiting_.push_back(made.get());
-    requests_[id] = std::move(made);
+    made->reserve();
+    Request* request = (requests_[id] = std::move(made)).get();
+    try {
+        waiting_.push_back(request);
+    } catch (...) {
+        requests_.erase(id);
+        throw;
+    }
     return id;
 }
 
@@ -55,12 +62,13 @@ void Engine::set_budget(Request& request, const Budget& budget) {
     if (request.done()) return;
     const Told what = told(budget);
     const std::int64_t cap = request.limits.cap(budget);
-    check(request.prompt, cap + request.limits.max_answer_tokens + kWrittenTags);
+    check(request.prompt, cap, request.limits.max_answer_tokens);
     Widths kept;
     if (!request.kept.empty()) kept = choose(request, budget, what);
     request.budget = budget;
     request.told = what;
     request.reasoning.cap = cap;
+    request.reserve();
     if (kept.empty() || kept == request.kept) return;
     bool grows = false;
     for (std::size_t layer = 0; layer < kept.size(); ++layer) grows = grows || kept[layer] > request.kept[layer];
@@ -71,8 +79,7 @@ void Engine::set_budget(Request& request, const Budget& budget) {
 }
 
 void Engine::cancel(Request& request) {
-    if (request.done()) return;
-    end(request);
+    if (!request.done()) end(request);
     waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &request), waiting_.end());
 }
 
@@ -110,7 +117,7 @@ Told Engine::told(const Budget& budget) const {
     return runtime_->told(budget);
 }
 
-void Engine::check(const std::vector<std::int64_t>& prompt, std::int64_t new_tokens) const {
+void Engine::check(const std::vector<std::int64_t>& prompt, std::int64_t think, std::int64_t answer) const {
     const Manifest& manifest = runtime_->manifest();
     for (const std::int64_t token : prompt) {
         if (token < 0 || token >= manifest.shape.vocab_size) {
@@ -122,7 +129,10 @@ void Engine::check(const std::vector<std::int64_t>& prompt, std::int64_t new_tok
         config_error("prompt: must end in <think>, token id " + std::to_string(manifest.tags.think));
     }
     const auto size = static_cast<std::int64_t>(prompt.size());
-    if (new_tokens > manifest.positions || size > manifest.positions - new_tokens) {
+    // Of limits far above the positions a sum would overflow.
+    const std::int64_t most = manifest.positions;
+    const std::int64_t new_tokens = std::min(think, most) + std::min(answer, most) + kWrittenTags;
+    if (think > most || answer > most || size > most - new_tokens) {
         config_error("prompt: " + std::to_string(size) + " tokens and at most " + std::to_string(new_tokens) +
                      " new ones are more than the " + std::to_string(manifest.positions) +
                      " positions of the bundle; shorten it or lower its limits");

@@ -62,7 +62,7 @@ class Engine {
     std::uint64_t next_ = 0;
     std::int64_t copied_ = 0;
     std::int64_t recomputed_ = 0;
-    int stumbles_ = 0;  // runs that failed, one after another
+    std::unordered_map<const Graph*, int> stumbles_;  // runs of each that failed, one after another
 
     // Inputs and outputs of one run.
     struct Arrays {
@@ -72,7 +72,8 @@ class Engine {
     Arrays arrays_;
 
     [[nodiscard]] Told told(const Budget& budget) const;
-    void check(const std::vector<std::int64_t>& prompt, std::int64_t new_tokens) const;
+    // Whether there are positions for a prompt, so much reasoning and so long an answer.
+    void check(const std::vector<std::int64_t>& prompt, std::int64_t think, std::int64_t answer) const;
     // Places of the variants that keep to a budget, the largest first.
     [[nodiscard]] std::vector<std::size_t> fitting(const Budget& budget) const;
     // KV groups of each layer that a prompt gets under a budget.
@@ -86,6 +87,7 @@ class Engine {
 
     void admit_all();
     bool admit(Request& request);
+    [[nodiscard]] bool beyond(std::int64_t rows, std::int64_t tokens) const;
     void prefill(Request& request);
     void failed(Request& request, const Error& error);
     void interrupt(Request& request);
@@ -94,7 +96,7 @@ class Engine {
     void arrange();
     void decode();
     void decode_rows(const Graph& graph, std::size_t start, std::size_t count);
-    void stumbled(std::size_t start, std::size_t count, const Error& error);
+    bool stumbled(std::size_t start, std::size_t count, const Error& error);
     void fill(const std::vector<Request*>& requests);
     Run run_of(std::int64_t batch, std::int64_t sequence, std::int64_t total);
     void take(Request& request, std::size_t row);

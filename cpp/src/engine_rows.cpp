@@ -8,6 +8,18 @@ namespace {
 
 constexpr int kTries = 3;  // of a run that fails for another reason than memory
 
+// A lack of memory of this library's own is like one of ONNX Runtime's.
+template <typename Action>
+auto with_memory(Action&& action) {
+    try {
+        return action();
+    } catch (const std::bad_alloc&) {
+        throw Error(L2A_ERROR_OUT_OF_MEMORY, "there is not enough memory for a step; free some, or lower the limits");
+    } catch (const std::length_error&) {
+        throw Error(L2A_ERROR_OUT_OF_MEMORY, "there cannot be enough memory for a step; lower the limits");
+    }
+}
+
 }  // namespace
 
 void Engine::step() {
@@ -24,7 +36,7 @@ void Engine::admit_all() {
         Request& request = *waiting_.front();
         waiting_.pop_front();
         try {
-            if (admit(request)) continue;
+            if (with_memory([&] { return admit(request); })) continue;
             waiting_.push_front(&request);
             full_ = static_cast<std::int64_t>(rows_.size());
             break;
@@ -41,22 +53,24 @@ bool Engine::admit(Request& request) {
     request.graph = options_.variants ? graph_of(request.kept) : graphs_.front();
     const auto used = static_cast<std::int64_t>(rows_.size());
     std::int64_t rows = used + 1;
-    const auto beyond = [&](std::int64_t count) {
-        return options_.max_cache_bytes > 0 &&
-               caches_.bytes_for(count, request.most_tokens()) > options_.max_cache_bytes;
-    };
+    const std::int64_t tokens = request.most_tokens();
+    if (used == 0 && beyond(rows, tokens)) caches_ = Caches(graphs_);  // what others needed does not count
     const std::int64_t many = std::min(options_.max_rows, 2 * rows - 1);
-    if (rows > caches_.rows() && !beyond(many)) rows = many;  // to grow seldom
-    if (beyond(rows)) {
-        const std::int64_t bytes = caches_.bytes_for(rows, request.most_tokens());
+    if (rows > caches_.rows() && !beyond(many, tokens)) rows = many;  // to grow seldom
+    if (beyond(rows, tokens)) {
+        const std::int64_t bytes = caches_.bytes_for(rows, tokens);
         if (used > 0) return false;
         throw Error(L2A_ERROR_OUT_OF_MEMORY, "request " + std::to_string(request.id) + ": " + std::to_string(bytes) +
                                                  " bytes of keys and values are more than max_cache_bytes, " +
                                                  std::to_string(options_.max_cache_bytes) + "; lower its limits");
     }
-    caches_.reserve(rows, request.most_tokens());
+    caches_.reserve(rows, tokens);
     prefill(request);
     return true;
+}
+
+bool Engine::beyond(std::int64_t rows, std::int64_t tokens) const {
+    return options_.max_cache_bytes > 0 && caches_.bytes_for(rows, tokens) > options_.max_cache_bytes;
 }
 
 // Computes all tokens of a request into the row behind those that run, and lets it run.
@@ -70,11 +84,11 @@ void Engine::prefill(Request& request) {
     const auto row = static_cast<std::int64_t>(rows_.size());
     run.caches = &caches_.view(*request.graph, row, 1);
     request.graph->run(run);
-    request.length = size;
-    request.row = row;
-    rows_.push_back(&request);
     if (request.kept.empty()) request.kept = arrays_.kept;
     remember(request, request.told, request.kept);
+    request.length = size;
+    request.row = row;
+    rows_.push_back(&request);  // there is room: nothing fails from here on
     take(request, 0);
 }
 
@@ -132,10 +146,16 @@ void Engine::arrange() {
 void Engine::decode() {
     std::int64_t longest = 0;  // a cap may have been raised since a request came
     for (const Request* request : rows_) longest = std::max(longest, request->length + 1);
+    const auto rows = static_cast<std::int64_t>(rows_.size());
     try {
-        caches_.reserve(static_cast<std::int64_t>(rows_.size()), longest);
+        if (longest > caches_.capacity() && beyond(rows, longest)) {
+            throw Error(L2A_ERROR_OUT_OF_MEMORY, "keys and values would be more than max_cache_bytes, " +
+                                                     std::to_string(options_.max_cache_bytes) + "; lower the limits");
+        }
+        caches_.reserve(rows, longest);
     } catch (const Error& error) {
-        return stumbled(0, rows_.size(), error);
+        stumbled(0, rows_.size(), error);
+        return;
     }
     if (options_.variants) arrange();
     for (std::size_t start = 0; start < rows_.size();) {
@@ -143,10 +163,10 @@ void Engine::decode() {
         std::size_t count = 1;
         while (!graph.is_narrow() && start + count < rows_.size() && rows_[start + count]->graph == &graph) ++count;
         try {
-            decode_rows(graph, start, count);
-            stumbles_ = 0;
+            with_memory([&] { decode_rows(graph, start, count); });
+            stumbles_.erase(&graph);
         } catch (const Error& error) {
-            return stumbled(start, count, error);
+            if (stumbled(start, count, error)) return;  // rows have moved: the others wait for the next step
         }
         start += count;
     }
@@ -169,23 +189,32 @@ void Engine::decode_rows(const Graph& graph, std::size_t start, std::size_t coun
     run.caches = &caches_.view(graph, static_cast<std::int64_t>(start), static_cast<std::int64_t>(count));
     graph.run(run);
     for (std::size_t row = 0; row < count; ++row) {
-        ++requests[row]->length;
         if (!requests[row]->done()) take(*requests[row], row);
+        ++requests[row]->length;
     }
 }
 
-// A step that failed is run again: with a row less where memory was short.
-void Engine::stumbled(std::size_t start, std::size_t count, const Error& error) {
+// A step of some rows of one graph that failed is run again: with a row less where memory was short. Says whether rows
+// have moved.
+bool Engine::stumbled(std::size_t start, std::size_t count, const Error& error) {
+    const Graph* graph = rows_[start]->graph;
     if (error.code() == L2A_ERROR_OUT_OF_MEMORY && rows_.size() > 1) {
-        Request* newest = *std::max_element(
-            rows_.begin(), rows_.end(), [](const Request* one, const Request* other) { return one->id < other->id; });
+        Request* newest = nullptr;
+        for (std::size_t row = start; row < start + count; ++row) {
+            Request* one = rows_[row];
+            if (!one->done() && (newest == nullptr || one->id > newest->id)) newest = one;
+        }
+        if (newest == nullptr) return false;
         interrupt(*newest);
         full_ = static_cast<std::int64_t>(rows_.size());
-        return;
+        return true;
     }
-    if (error.code() == L2A_ERROR_SESSION && ++stumbles_ < kTries) return;
-    stumbles_ = 0;
-    for (std::size_t row = start; row < start + count; ++row) end(*rows_[row], error.code(), error.what());
+    if (error.code() == L2A_ERROR_SESSION && ++stumbles_[graph] < kTries) return false;
+    stumbles_.erase(graph);
+    for (std::size_t row = start; row < start + count; ++row) {
+        if (!rows_[row]->done()) end(*rows_[row], error.code(), error.what());
+    }
+    return false;
 }
 
 }  // namespace l2a::core

@@ -57,7 +57,11 @@ void Engine::take(Request& request, std::size_t row) {
     }
     const bool gate = request.asks_gate && !options_.variants;  // variants have none
     const bool stop = gate && static_cast<double>(arrays_.tau[row]) > request.limits.tau_threshold;
-    request.written.push_back(request.reasoning.advance(request.sampler.token(logits, words), stop));
+    try {
+        request.written.push_back(request.reasoning.advance(request.sampler.token(logits, words), stop));
+    } catch (const Error& error) {
+        end(request, error.code(), error.what());
+    }
 }
 
 void Engine::end(Request& request, l2a_code error, const std::string& message) {

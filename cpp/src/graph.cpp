@@ -9,6 +9,11 @@ constexpr std::string_view kPast = "past_key_values.";
 constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr ONNXTensorElementDataType kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 
+bool is_float(ONNXTensorElementDataType type) noexcept {
+    return type == kFloat || type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ||
+           type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
+}
+
 Owner<OrtMemoryInfo> cpu(const Ort& ort) {
     OrtMemoryInfo* found = nullptr;
     ort.check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &found), "memory");
@@ -63,7 +68,7 @@ Graph::Graph(const Ort& ort, Owner<OrtSession> session, GraphEntry entry, const 
             inputs_.push_back(found[place]);
             continue;
         }
-        caches_.push_back(cache_of(place, found[place]));
+        caches_.push_back(cache_of(place, found[place], shape));
         narrow_ = narrow_ || caches_.back().groups < shape.num_groups;
     }
     for (std::string& name : names(false)) {
@@ -88,7 +93,7 @@ std::vector<std::string> Graph::names(bool inputs) const {
     return found;
 }
 
-CacheInput Graph::cache_of(std::size_t place, const std::string& name) const {
+CacheInput Graph::cache_of(std::size_t place, const std::string& name, const Shape& sizes) const {
     OrtTypeInfo* info = nullptr;
     ort_.check(ort_->SessionGetInputTypeInfo(session_.get(), place, &info), path_);
     const Owner<OrtTypeInfo> owner(info, ort_->ReleaseTypeInfo);
@@ -106,8 +111,12 @@ CacheInput Graph::cache_of(std::size_t place, const std::string& name) const {
     const char* end = name.data() + name.size();
     const auto [rest, code] = std::from_chars(digits, end, cache.layer);
     const std::string_view part(rest, static_cast<std::size_t>(end - rest));
-    if (rank != 4 || dims[1] < 1 || dims[3] < 1 || element_bytes(cache.type) == 0 || code != std::errc() ||
-        cache.layer < 0 || cache.layer >= layers_ || (part != ".key" && part != ".value")) {
+    const bool known = code == std::errc() && cache.layer >= 0 && cache.layer < sizes.num_layers &&
+                       (part == ".key" || part == ".value") &&
+                       name == std::string(kPast) + std::to_string(cache.layer) + std::string(part);
+    const std::int64_t groups =
+        known && !entry_.widths.empty() ? entry_.widths[static_cast<std::size_t>(cache.layer)] : sizes.num_groups;
+    if (!known || rank != 4 || dims[1] != groups || dims[3] != sizes.head_dim || !is_float(cache.type)) {
         throw Error(L2A_ERROR_BUNDLE, path_ + ": its input " + name + " is no cache of this model; export it again");
     }
     cache.past = name;

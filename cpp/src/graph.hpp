@@ -70,7 +70,7 @@ class Graph {
 
     class Values;
     [[nodiscard]] std::vector<std::string> names(bool inputs) const;
-    [[nodiscard]] CacheInput cache_of(std::size_t place, const std::string& name) const;
+    [[nodiscard]] CacheInput cache_of(std::size_t place, const std::string& name, const Shape& sizes) const;
     void put(Values& values, const std::string& name, const Run& run) const;
 };
 

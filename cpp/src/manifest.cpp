@@ -32,7 +32,7 @@ Shape shape_of(const Json& data) {
                         {"num_layers", "hidden_size", "intermediate_size", "num_heads", "num_groups", "head_dim",
                          "vocab_size", "tied"});
     Shape shape;
-    shape.tied = manifest_check.flag(data["tied"], "shape.tied");
+    manifest_check.flag(data["tied"], "shape.tied");
     const auto size = [&](const char* name, std::int64_t most = INT64_MAX) {
         return manifest_check.integer(data[name], std::string("shape.") + name, 1, most);
     };
@@ -149,7 +149,7 @@ Manifest Manifest::parse(std::string_view text) {
     if (!cost) bundle_error("shape: the cost of all layers must be an integer of 64 bits with a sign, found more");
     found.cost = *cost;
     found.dialect = one_of(data["dialect"], "dialect", {"ort", "standard"});
-    found.precision = one_of(data["precision"], "precision", {"fp32", "fp16", "bf16", "int8", "fp8", "int4"});
+    one_of(data["precision"], "precision", {"fp32", "fp16", "bf16", "int8", "fp8", "int4"});
     manifest_check.sha256(data["artifact"], "artifact");
     found.positions = manifest_check.integer(data["positions"], "positions", 1);
     found.whole_cache = manifest_check.flag(data["whole_cache"], "whole_cache");
@@ -169,13 +169,6 @@ Manifest Manifest::parse(std::string_view text) {
         if (found.graphs[place].kind == Kind::variant) found.variants.push_back(place);
     }
     return found;
-}
-
-std::optional<std::size_t> Manifest::first(Kind kind) const {
-    for (std::size_t at = 0; at < graphs.size(); ++at) {
-        if (graphs[at].kind == kind) return at;
-    }
-    return std::nullopt;
 }
 
 }  // namespace l2a::core

@@ -57,6 +57,12 @@ struct Request {
     std::string message;
     std::vector<std::pair<Told, Widths>> chosen;  // by the gates or the ladder, by what was told
 
+    // Makes room for all that it may write, so that no step of many fails for want of it.
+    void reserve() {
+        reasoning.think.reserve(static_cast<std::size_t>(reasoning.cap));
+        reasoning.answer.reserve(static_cast<std::size_t>(reasoning.max_answer));
+        written.reserve(static_cast<std::size_t>(most_tokens()) - prompt.size());
+    }
     [[nodiscard]] bool done() const noexcept { return reasoning.stage == Reasoning::Stage::done; }
     // How long prompt and text can become under the budget of now, whose cap may be below what is written.
     [[nodiscard]] std::int64_t most_tokens() const noexcept {

@@ -101,8 +101,11 @@ void Runtime::share_constants(OrtSessionOptions* options, std::string_view graph
     for (const std::string& name : part.outputs) names.push_back(name.c_str());
     std::vector<OrtValue*> values(names.size());
     ort_.check(ort_->Run(opened, nullptr, nullptr, nullptr, 0, names.data(), names.size(), values.data()), path);
+    OrtValues owned;
+    owned.reserve(values.size());
+    for (OrtValue* value : values) owned.emplace_back(value, ort_->ReleaseValue);
     for (std::size_t place = 0; place < names.size(); ++place) {
-        OrtValue* kept = constant({values[place], ort_->ReleaseValue});
+        OrtValue* kept = constant(std::move(owned[place]));
         if (kept != nullptr) ort_.check(ort_->AddInitializer(options, names[place], kept), path);
     }
 }
@@ -153,13 +156,6 @@ OrtValue* Runtime::weight(const ExternalTensor& place, const std::string& path) 
     auto value = tensor(ort_, memory_.get(), data, static_cast<std::size_t>(length), place.dims,
                         static_cast<ONNXTensorElementDataType>(place.type));
     return (weights_[place.name] = std::move(value)).get();
-}
-
-const Graph* Runtime::find(const std::string& name) const noexcept {
-    for (const auto& graph : graphs_) {
-        if (graph->entry().name == name) return graph.get();
-    }
-    return nullptr;
 }
 
 const Graph* Runtime::first(Kind kind) const noexcept {

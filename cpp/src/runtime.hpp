@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -24,11 +23,8 @@ class Runtime {
 
     [[nodiscard]] const Bundle& bundle() const noexcept { return bundle_; }
     [[nodiscard]] const Manifest& manifest() const noexcept { return bundle_.manifest; }
-    [[nodiscard]] Contract contract() const noexcept { return options_.contract; }
     // In the manifest's order.
     [[nodiscard]] const std::vector<std::unique_ptr<Graph>>& graphs() const noexcept { return graphs_; }
-    // The open graph of a name in the manifest; nullptr where it is not open.
-    [[nodiscard]] const Graph* find(const std::string& name) const noexcept;
     // The first open graph of a kind; nullptr where there is none.
     [[nodiscard]] const Graph* first(Kind kind) const noexcept;
     // Throws a budget error where the budget is out of range or below what the stem costs.

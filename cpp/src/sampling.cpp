@@ -117,6 +117,9 @@ double Pcg64::uniform() {
 }
 
 std::int64_t Sampler::token(const float* logits, std::size_t size) {
+    if (std::any_of(logits, logits + size, [](float logit) { return std::isnan(logit); })) {
+        throw Error(L2A_ERROR_SESSION, "the model's logits are not numbers; export with another precision");
+    }
     if (settings_.temperature == 0) return std::max_element(logits, logits + size) - logits;
     std::vector<double> scaled(logits, logits + size);
     for (double& value : scaled) value /= settings_.temperature;

@@ -1,8 +1,8 @@
 #include "selector.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 
 namespace l2a::core {
@@ -11,9 +11,9 @@ namespace {
 constexpr double kInfinite = std::numeric_limits<double>::infinity();
 
 std::string text(double value) {
-    char buffer[32];
-    std::snprintf(buffer, sizeof buffer, "%g", value);
-    return buffer;
+    char buffer[32];  // as %g writes it, whatever the locale
+    const auto end = std::to_chars(buffer, buffer + sizeof buffer, value, std::chars_format::general, 6).ptr;
+    return {buffer, end};
 }
 
 std::optional<double> reading(const Readings& readings, const std::string& name) {

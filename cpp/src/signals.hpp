@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace l2a::core {
@@ -40,6 +41,8 @@ std::unique_ptr<Source> gpu_source(const std::string& device);
 
 // Lines of a small text file. Throws std::runtime_error.
 std::vector<std::string> lines_of(const std::string& path);
+// The number that a text begins with, whatever the locale. Throws std::runtime_error.
+double number_at(std::string_view text);
 bool is_file(const std::string& path);
 
 }  // namespace l2a::core

@@ -105,7 +105,7 @@ double quota(const Levels& levels) {
         std::istringstream words(lines_of(level + "/cpu.max").at(0));
         std::string most;
         double period = 0;
-        if (words >> most >> period && most != "max") found = std::min(found, std::stod(most) / period);
+        if (words >> most >> period && most != "max") found = std::min(found, number_at(most) / period);
     }
     return found;
 }

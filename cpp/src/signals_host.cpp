@@ -2,6 +2,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <fstream>
 #include <limits>
@@ -23,7 +24,7 @@ class Host : public Source {
     void read(std::vector<Reading>& into) override {
         add(into, "host.memory_available", "bytes", [&] { return memory("MemAvailable:"); });
         add(into, "host.memory_total", "bytes", [&] { return memory("MemTotal:"); });
-        add(into, "host.load", "share", [&] { return std::stod(lines_of(proc_ + "/loadavg").at(0)) / cores(); });
+        add(into, "host.load", "share", [&] { return number_at(lines_of(proc_ + "/loadavg").at(0)) / cores(); });
         add(into, "host.cores", "cores", cores);
     }
 
@@ -72,7 +73,7 @@ class Pressure : public Source {
     static double field(const std::string& line, const std::string& key) {
         const std::size_t place = line.find(key + "=");
         if (place == std::string::npos) throw std::runtime_error("no " + key + " in: " + line);
-        return std::stod(line.substr(place + key.size() + 1));
+        return number_at(std::string_view(line).substr(place + key.size() + 1));
     }
 
     double share(Line& line) const {
@@ -115,6 +116,14 @@ std::vector<std::string> lines_of(const std::string& path) {
     for (std::string line; std::getline(file, line);) found.push_back(line);
     if (file.bad()) throw std::runtime_error(path + ": cannot be read");
     return found;
+}
+
+double number_at(std::string_view text) {
+    while (!text.empty() && text.front() == ' ') text.remove_prefix(1);
+    double value = 0;
+    const auto [rest, code] = std::from_chars(text.data(), text.data() + text.size(), value);
+    if (code != std::errc()) throw std::runtime_error("not a number: " + std::string(text));
+    return value;
 }
 
 bool is_file(const std::string& path) {

@@ -26,7 +26,6 @@ struct Change {
 struct Case {
     std::string bundle;
     bool variants = false;
-    bool sampled = false;
     std::vector<int64_t> prompt;
     l2a::RequestOptions options;
     std::vector<Change> changes;
@@ -50,7 +49,6 @@ inline Case parse(const Json& data) {
     found.options.top_k = data["sampling"][1].get<int64_t>();
     found.options.top_p = data["sampling"][2].get<double>();
     found.options.seed = data["sampling"][3].get<uint64_t>();
-    found.sampled = found.options.temperature > 0;
     for (const Json& change : data["changes"]) {
         found.changes.push_back({change[0].get<std::size_t>(), change[1].get<double>()});
     }

@@ -2,6 +2,8 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstring>
 #include <random>
 
 #include "cases.hpp"
@@ -83,6 +85,12 @@ TEST_CASE("what cannot run is refused at once, with the class of error that Pyth
     bad = good;
     bad.top_p = 0;
     CHECK(code({5, think}, bad) == L2A_ERROR_CONFIG);
+    bad = good;
+    bad.max_think_tokens = bad.max_answer_tokens = INT64_MAX;  // whose sum is small again
+    CHECK(code({5, think}, bad) == L2A_ERROR_CONFIG);
+    l2a::EngineOptions less;
+    less.max_cache_bytes = -1;
+    CHECK_THROWS_AS(l2a::Engine(runtime, less), l2a::Error);
     CHECK_FALSE(engine.step());
     CHECK(code({5, think}, good) == L2A_OK);
 }
@@ -142,6 +150,61 @@ TEST_CASE("caches that may not grow make requests wait, and one that never fits 
     for (const l2a::Request& request : requests) CHECK(request.tokens() == all.front().written);
     CHECK(never.info().error == L2A_ERROR_OUT_OF_MEMORY);
     CHECK_THROWS_AS((void)never.done(), l2a::Error);
+}
+
+TEST_CASE("a request needs its own room and not that of others before it") {
+    const l2a::Runtime runtime = cases::open("fp32");
+    const auto all = cases::of("fp32", false);
+    l2a::RequestOptions options = all.front().options;
+    const auto bytes = [&](int64_t think) {
+        l2a::Engine probe = cases::engine(runtime, false, 1);
+        options.max_think_tokens = think;
+        (void)probe.submit(all.front().prompt, options);
+        probe.step();
+        return probe.statistics().cache_bytes;
+    };
+    l2a::EngineOptions most;
+    most.max_rows = 1;
+    most.max_cache_bytes = bytes(80);
+    l2a::Engine engine(runtime, most);
+    for (const int64_t think : {70, 80}) {  // the second is less than half as long again
+        options.max_think_tokens = think;
+        const l2a::Request request = engine.submit(all.front().prompt, options);
+        while (engine.step()) continue;
+        CHECK(request.info().error == L2A_OK);
+        CHECK(engine.statistics().cache_bytes <= most.max_cache_bytes);
+        request.forget();
+    }
+    options.max_think_tokens = 200;
+    options.budget.think_tokens = 10;
+    const l2a::Request request = engine.submit(all.front().prompt, options);
+    engine.step();
+    l2a::Budget longer = options.budget;
+    longer.think_tokens = -1;
+    request.set_budget(longer);
+    while (engine.step()) CHECK(engine.statistics().cache_bytes <= most.max_cache_bytes);
+}
+
+TEST_CASE("options may be older or newer than the library") {
+    struct {
+        l2a_engine_options options;
+        unsigned char beyond[8];
+    } longer;
+    std::memset(&longer, 7, sizeof longer);
+    const std::size_t old = offsetof(l2a_engine_options, max_cache_bytes);
+    l2a_engine_options_init(&longer.options, old);
+    CHECK(longer.options.struct_size == old);
+    CHECK(longer.options.max_rows == 8);
+    CHECK(reinterpret_cast<unsigned char*>(&longer.options.max_cache_bytes)[0] == 7);
+    l2a_engine_options_init(&longer.options, sizeof longer);
+    CHECK(longer.options.struct_size == sizeof longer);
+    CHECK(longer.options.max_cache_bytes == 0);
+    CHECK(longer.beyond[0] == 0);
+    longer.options.max_rows = 2;
+    const l2a::Runtime runtime = cases::open("int8");
+    l2a_engine* made = nullptr;
+    CHECK(l2a_engine_create(runtime.get(), &longer.options, &made) == nullptr);
+    l2a_engine_free(made);
 }
 
 TEST_CASE("an engine keeps its runtime open, and structures may be older") {

@@ -23,7 +23,7 @@ TEST_CASE("draws are those of numpy.random.default_rng") {
 }
 
 TEST_CASE("limits are exact") {
-    core::Shape shape{3, 8, 16, 4, 2, 2, 11, true};
+    core::Shape shape{3, 8, 16, 4, 2, 2, 11};
     const auto cost = core::CostModel::of(shape);
     REQUIRE(cost);
     CHECK(cost->dense_units() == 3 * (6 * 8 * 16 + 2 * 2 * (2 * 2 + 2) * 2 * 8));
@@ -33,7 +33,7 @@ TEST_CASE("limits are exact") {
     shape.hidden_size = 1LL << 40;
     shape.intermediate_size = 1LL << 40;
     CHECK_FALSE(core::CostModel::of(shape));
-    shape = {1000, 1LL << 20, 1LL << 29, 1, 1, 1, 11, true};  // near 2^62
+    shape = {1000, 1LL << 20, 1LL << 29, 1, 1, 1, 11};  // near 2^62
     const auto big = core::CostModel::of(shape);
     REQUIRE(big);
     CHECK(big->limit(0.5) == big->dense_units() / 2 + big->dense_units() / 1000000000000);

@@ -584,7 +584,12 @@ class Engine:
             logits = logits.copy()
             logits[self.tags.end_answer] = -np.inf
         stop = request.tau is not None and "tau" in outputs and float(outputs["tau"][row]) > request.tau
-        request.written.append(request.reasoning.advance(request.sampler.token(logits), stop))
+        try:
+            token = request.sampler.token(logits)
+        except SessionError as error:
+            self._end(request, error)
+            return
+        request.written.append(request.reasoning.advance(token, stop))
         if request.done or (request.stops is not None and request.stops(request)):
             self._end(request)
             self.ended.append(request)

@@ -99,7 +99,7 @@ class Native:
     def __init__(self, folder: Path, *, threads: int | None = None, contract: Contract = "cap") -> None:
         self.library = library()
         options = _Options()
-        self.library.l2a_runtime_options_init(ctypes.byref(options))
+        self.library.l2a_runtime_options_init(ctypes.byref(options), ctypes.c_size_t(ctypes.sizeof(options)))
         options.threads, options.contract = threads or 0, ("cap", "mean").index(contract)
         self._runtime = ctypes.c_void_p()
         path = os.fsencode(folder)

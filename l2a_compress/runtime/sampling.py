@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from l2a_compress.errors import ConfigError
+from l2a_compress.errors import ConfigError, SessionError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -50,10 +50,16 @@ class Sampler:
         self._draw = np.random.default_rng(settings.seed)
 
     def token(self, logits: Array) -> int:
-        """One token from ``logits`` [vocabulary]; minus infinity forbids one."""
-        settings = self.settings
+        """One token from ``logits`` [vocabulary]; minus infinity forbids one.
+
+        Raises:
+            SessionError: a logit is not a number.
+        """
+        settings, best = self.settings, int(logits.argmax())
+        if np.isnan(logits[best]):  # which counts as the largest
+            raise SessionError("the model's logits are not numbers; export with another precision")
         if settings.temperature == 0:
-            return int(logits.argmax())
+            return best
         scaled = logits.astype(np.float64) / settings.temperature
         order = np.argsort(-scaled, kind="stable")
         if settings.top_k:

@@ -32,7 +32,7 @@ from l2a_compress.bundle import describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, OutOfMemoryError, SessionError
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.reasoning import Reasoning
-from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Server, Tier
+from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Sampling, Server, Tier
 from l2a_compress.runtime.chooser import widths_of
 from l2a_compress.runtime.costs import CostTable, cached_path, cost_table
 from l2a_compress.runtime.decoder import GraphDecoder, session_error
@@ -434,6 +434,32 @@ def test_a_router_that_breaks_a_cap_is_not_followed(made: Path, monkeypatch: pyt
     (request,) = engine.submit(texts(1), [Budget(layers=most)], limits=LIMITS)
     finish(engine)
     assert request.kept == widths_of(middle)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_no_numbers_end_their_request_alone(
+    made: Path, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    engine = Engine(made, max_rows=2, threads=1)
+    sampling = Sampling(temperature=temperature)
+    good, bad = engine.submit(texts(2), [None] * 2, limits=LIMITS, sampling=sampling)
+    engine.step()
+    step = GraphDecoder.step
+
+    def broken(self: GraphDecoder, *args: Any, **inputs: Any) -> Any:
+        outputs = dict(step(self, *args, **inputs))
+        outputs["logits"] = outputs["logits"].copy()
+        outputs["logits"][1, 0, 3] = np.nan
+        return outputs
+
+    monkeypatch.setattr(GraphDecoder, "step", broken)
+    engine.step()
+    monkeypatch.undo()
+    finish(engine)
+    assert isinstance(bad.error, SessionError)
+    assert "not numbers" in str(bad.error)
+    assert good.error is None
+    assert good.reasoning.answer
 
 
 def test_words_of_a_name_are_no_lack_of_memory() -> None:

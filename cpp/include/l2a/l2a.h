@@ -18,8 +18,10 @@
  * that a function returns otherwise belong to the object that was asked, and live until it is freed or as said there.
  * Freeing NULL does nothing. Objects may be freed in any order: an engine keeps its runtime open.
  *
- * Structures that begin with struct_size are made by their _init function and may grow at the end in later versions.
- * Units: memory in bytes, times in seconds, budgets as a share of the dense model's compute.
+ * Structures that begin with struct_size may grow at the end in later versions: options are made by their _init
+ * function, which is told their size, as `l2a_engine_options_init(&options, sizeof options)`, and of structures that
+ * are filled the caller sets struct_size. Others stay as they are. Units: memory in bytes, times in seconds, budgets as
+ * a share of the dense model's compute.
  */
 #ifndef L2A_L2A_H_
 #define L2A_L2A_H_
@@ -87,7 +89,7 @@ typedef struct l2a_runtime_options {
     uint32_t graphs;  /**< of L2A_GRAPH_*; those that the bundle lacks are left out; default all */
 } l2a_runtime_options;
 
-L2A_API void l2a_runtime_options_init(l2a_runtime_options* options);
+L2A_API void l2a_runtime_options_init(l2a_runtime_options* options, size_t size);
 
 /**
  * Verifies a bundle as docs/bundle.md says, without loading a graph.
@@ -193,7 +195,7 @@ typedef struct l2a_engine_options {
     int64_t max_cache_bytes; /**< most bytes of keys and values; 0 (the default) for any */
 } l2a_engine_options;
 
-L2A_API void l2a_engine_options_init(l2a_engine_options* options);
+L2A_API void l2a_engine_options_init(l2a_engine_options* options, size_t size);
 /** @return L2A_ERROR_BUNDLE where the runtime has not the graphs to serve so. */
 L2A_API l2a_status* l2a_engine_create(l2a_runtime* runtime, const l2a_engine_options* options, l2a_engine** out);
 L2A_API void l2a_engine_free(l2a_engine* engine);
@@ -218,7 +220,7 @@ typedef struct l2a_request_options {
     uint64_t seed;             /**< of this request's draws, which do not depend on the others */
 } l2a_request_options;
 
-L2A_API void l2a_request_options_init(l2a_request_options* options);
+L2A_API void l2a_request_options_init(l2a_request_options* options, size_t size);
 
 /**
  * Queues a request.

@@ -60,15 +60,15 @@ inline Budget budget(double compute) noexcept {
 
 /** @see l2a_runtime_options */
 struct RuntimeOptions : l2a_runtime_options {
-    RuntimeOptions() noexcept { l2a_runtime_options_init(this); }
+    RuntimeOptions() noexcept { l2a_runtime_options_init(this, sizeof(l2a_runtime_options)); }
 };
 /** @see l2a_engine_options */
 struct EngineOptions : l2a_engine_options {
-    EngineOptions() noexcept { l2a_engine_options_init(this); }
+    EngineOptions() noexcept { l2a_engine_options_init(this, sizeof(l2a_engine_options)); }
 };
 /** @see l2a_request_options */
 struct RequestOptions : l2a_request_options {
-    RequestOptions() noexcept { l2a_request_options_init(this); }
+    RequestOptions() noexcept { l2a_request_options_init(this, sizeof(l2a_request_options)); }
 };
 
 /** An open bundle. Any thread. */
