@@ -107,6 +107,7 @@ EXPERIMENTS = {
         probes=True,
     ),
     "short": _short("what the ablations below are compared with: the recipe at its own length", probes=True),
+    "short-cap": _short("trained under cap alone; the demand head learns from those rows", ("draws.contract=cap",)),
     "layers": _short("no head gates", without="heads"),
     "no-kl": _short("without logical consistency", without="kl", probes=True),
     "no-tokens": _short("without the token terms", without="tokens"),
