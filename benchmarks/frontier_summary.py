@@ -109,7 +109,7 @@ def summarize() -> None:
             for row in against(main, group, points)
         ],
         "blind": against(main, found.get("blind", []), points),
-        "blind_short": against(found.get("short", []), found.get("short-blind", []), points),
+        "blind_short": against(found.get("short-cap", []), found.get("short-blind", []), points),
         "layers_only": against(
             found.get("short", []), found.get("layers", []), lambda r: [p for p in points(r) if p["contract"] == "mean"]
         ),
