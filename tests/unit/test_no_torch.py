@@ -64,7 +64,7 @@ def test_the_frameworks_are_really_hidden(module: str) -> None:
 @pytest.mark.parametrize(
     ("command", "package", "extra"),
     [
-        ("train", "peft", "train"),
+        ("train", "torch", "train"),
         ("evaluate -a artifact", "torch", "train"),
         ("export --artifact artifact --out bundle", "onnx", "export"),
         ("verify bundle", "onnx", "export"),
