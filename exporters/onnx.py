@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from transformers import PretrainedConfig
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ARTIFACT_FILE, ArtifactConfig
-from l2a_compress.bundle import DIALECTS, PRECISIONS, SCHEMA_VERSION, Bundle, GraphEntry, describe_bundle
+from l2a_compress.bundle import DIALECTS, PRECISIONS, SCHEMA_VERSION, Bundle, GraphEntry, Ladder, describe_bundle
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters import ladder as ladders
@@ -325,18 +324,11 @@ def _measured(
     """Measures what runs by itself; removes the variants that gain nothing, and those that were part of such alone."""
     alone = [graph for graph in graphs if graph.kind in (IF_NAME, "variant")]
     slow = not_faster(alone, calibrate(folder, alone, shape, in_place=options.dialect == "ort"))
-    stays: list[GraphEntry] = []
-    level: list[Allocation] = []  # of the budget at hand, and of the last one before it that stays
-    above, budget = level, math.inf
+    stays, ladder = list[GraphEntry](), Ladder()
     for graph in graphs:
         why = "is not faster than the next larger variant on this machine" if graph in slow else ""
         if graph.kind == "variant" and graph.allocation and graph.budget and not why:
-            if graph.budget < budget:
-                budget, above, level = graph.budget, level or above, []
-            if above and not any(map(graph.allocation.is_subset, above)):
-                why = "is no part of the larger variants that stay"
-            else:
-                level.append(graph.allocation)
+            why = "" if ladder.takes(graph.budget, graph.allocation) else "is no part of the larger variants that stay"
         if why:
             log.warning("%s %s and is left out", graph.name, why)
             (folder / graph.file).unlink()

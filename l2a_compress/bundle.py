@@ -6,6 +6,7 @@ schema of the file is ``l2a_compress/schemas/manifest.schema.json``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -261,6 +262,23 @@ def describe_bundle(folder: str | Path) -> dict[str, FileEntry]:
     return listing.describe(Path(folder), MANIFEST_FILE)
 
 
+class Ladder:
+    """Which allocations a nested ladder takes, offered from the largest budget to the smallest."""
+
+    def __init__(self) -> None:
+        self._budget, self._level = math.inf, list[Allocation]()
+        self._above = list[Allocation]()  # those of the last larger budget that has any
+
+    def takes(self, budget: float, allocation: Allocation) -> bool:
+        """Whether it is a part of one of the next larger budget, or there is none; then it belongs to the ladder."""
+        if budget < self._budget:
+            self._budget, self._above, self._level = budget, self._level or self._above, []
+        if self._above and not any(map(allocation.is_subset, self._above)):
+            return False
+        self._level.append(allocation)
+        return True
+
+
 def _plain(cls: type[Any], data: object) -> dict[str, Any]:
     values = _validate.keywords(cls, data, BundleError, optional=frozenset())
     return _validate.json_object(values, "", BundleError)
@@ -281,7 +299,7 @@ def _check_graphs(graphs: tuple[GraphEntry, ...], shape: ModelShape, files: Mapp
     if len(allocations) > MOST_VARIANTS:
         raise BundleError(f"graphs must have at most {MOST_VARIANTS} variants, found {len(allocations)}")
     known = set(allocations)
-    budget, level, above = 1.0, list[Allocation](), list[Allocation]()
+    budget, ladder = 1.0, Ladder()
     for graph in graphs:
         what = f"graph {graph.name}"
         if graph.file not in files:
@@ -297,8 +315,6 @@ def _check_graphs(graphs: tuple[GraphEntry, ...], shape: ModelShape, files: Mapp
             continue
         if graph.budget > budget:
             raise BundleError(f"{what}: its budget is above that of a variant before it; variants must be nested")
-        if graph.budget < budget:
-            budget, level, above = graph.budget, [], level
-        if above and not any(allocation.is_subset(larger) for larger in above):
+        budget = graph.budget
+        if not ladder.takes(budget, allocation):
             raise BundleError(f"{what}: is not a part of a variant before it; variants must be nested")
-        level.append(allocation)
