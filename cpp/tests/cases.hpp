@@ -60,11 +60,15 @@ inline Case parse(const Json& data) {
     return found;
 }
 
+inline const Json& all() {
+    static const Json found = read(std::string(L2A_CASES) + "/cases.json");
+    return found;
+}
+
 // All cases of a bundle served in one way.
 inline std::vector<Case> of(const std::string& bundle, bool variants) {
-    static const Json all = read(std::string(L2A_CASES) + "/cases.json");
     std::vector<Case> found;
-    for (const Json& data : all["cases"]) {
+    for (const Json& data : all()["cases"]) {
         Case one = parse(data);
         if (one.bundle == bundle && one.variants == variants) found.push_back(std::move(one));
     }

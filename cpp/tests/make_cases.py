@@ -5,7 +5,8 @@
 
 OUT gets a bundle of each precision, with two head levels and two variants of one budget, and cases.json: 64 prompts at
 6 budgets by the If graph and by variants, alone; the same with budgets that change in the middle; sampled text. And
-16 prompts with a bundle of a tiny model whose gates do not read them (``blind``).
+16 prompts with a bundle of a tiny model whose gates do not read them (``blind``), and the first bundle with an If graph
+that fails on every longer half of its texts (``fragile``).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import itertools
 import json
 import math
+import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "unit"))
 
 from l2a_compress.allocation import Allocation
+from l2a_compress.artifact import describe_files
 from l2a_compress.budget import Budget
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.exporters.onnx import ExportOptions, export
@@ -51,7 +55,8 @@ def main() -> None:
         found = _make(options, options.artifact or new_artifact(Path(folder), "llama"))
         blind = new_artifact(Path(folder) / "blind", "llama", summary="none")
         found += _make(options, blind, {"blind": "fp32"}, prompts=16)
-    (options.out / "cases.json").write_text(json.dumps({"cases": found}) + "\n")
+    most = _fragile(options.out / "fp32", options.out / "fragile", found)
+    (options.out / "cases.json").write_text(json.dumps({"cases": found, "fragile": most}) + "\n")
     print(f"{len(found)} cases: {options.out / 'cases.json'}")
 
 
@@ -76,6 +81,36 @@ def _make(
         serves: tuple[Serve, ...] = ("if", "variants")
         found += [case for serve in serves for case in _cases(folder, serve, texts)]
     return found
+
+
+def _fragile(whole: Path, folder: Path, cases: list[dict[str, Any]]) -> int:
+    """A bundle whose If graph looks its tokens' number up in a table that is too short for half of the cases.
+
+    Returns how many tokens it can read.
+    """
+    import onnx
+    from onnx import TensorProto, helper
+
+    most = int(statistics.median(len(case["prompt"]) + len(case["expect"]["written"]) for case in cases))
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    model = onnx.load(folder / "if.onnx", load_external_data=False)
+    graph = model.graph
+    last = next(node for node in graph.node if "tau" in node.output)
+    last.output[list(last.output).index("tau")] = "tau_alone"
+    graph.initializer.append(helper.make_tensor("table", TensorProto.FLOAT, [most + 1], [0.0] * (most + 1)))
+    graph.node.extend(
+        [
+            helper.make_node("Shape", ["attention_mask"], ["total"], start=1, end=2),
+            helper.make_node("Gather", ["table", "total"], ["nothing"]),
+            helper.make_node("Add", ["tau_alone", "nothing"], ["tau"]),
+        ]
+    )
+    onnx.save(model, folder / "if.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["if.onnx"] = describe_files(folder)["if.onnx"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return most
 
 
 def _ladder(shape: ModelShape) -> Iterator[tuple[float, Allocation]]:

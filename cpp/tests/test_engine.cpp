@@ -185,6 +185,41 @@ TEST_CASE("a request needs its own room and not that of others before it") {
     while (engine.step()) CHECK(engine.statistics().cache_bytes <= most.max_cache_bytes);
 }
 
+TEST_CASE("a graph that fails ends the requests that it was run for, and nothing else") {
+    const l2a::Runtime runtime = cases::open("fragile");  // its graph cannot read longer texts
+    const auto most = cases::all()["fragile"].get<std::size_t>();
+    const auto all = cases::of("fp32", false);
+    const auto fits = [&](const cases::Case& one) { return one.prompt.size() + one.written.size() <= most + 1; };
+    for (const int32_t rows : {1, 4}) {
+        l2a::Engine engine = cases::engine(runtime, false, rows);
+        std::size_t whole = 0;
+        std::size_t ended = 0;
+        for (std::size_t start = 0; start + 4 <= all.size(); start += 4) {
+            std::vector<l2a::Request> requests;
+            for (std::size_t at = start; at < start + 4; ++at) {
+                requests.push_back(engine.submit(all[at].prompt, all[at].options));
+            }
+            while (engine.step()) continue;
+            for (std::size_t at = 0; at < 4; ++at) {
+                const cases::Case& asked = all[start + at];
+                const auto written = requests[at].tokens();
+                const int32_t error = requests[at].info().error;
+                if (!asked.changes.empty()) continue;
+                CHECK(written.size() <= asked.written.size());
+                CHECK(std::equal(written.begin(), written.end(), asked.written.begin()));
+                CHECK(error == (written == asked.written ? L2A_OK : L2A_ERROR_SESSION));
+                if (!fits(asked)) CHECK(error == L2A_ERROR_SESSION);
+                if (rows == 1) CHECK((error == L2A_OK) == fits(asked));
+                (error == L2A_OK ? whole : ended) += 1;
+            }
+            for (const l2a::Request& request : requests) request.forget();
+            CHECK(engine.statistics().running == 0);
+        }
+        CHECK(whole > all.size() / 20);
+        CHECK(ended > all.size() / 20);
+    }
+}
+
 TEST_CASE("options may be older or newer than the library") {
     struct {
         l2a_engine_options options;
