@@ -233,9 +233,8 @@ def _decode(
     limit = max(row.cap for row in rows) + config.max_answer_tokens + 4
     for _ in range(limit):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        if features is not None and gated.gate_config.tokens:  # at every <think>, as in training
-            offset = gated.transition.think_offset(features)[:, None]
-            gated.state.offset = (tokens == tags.think)[..., None] * offset
+        if features is not None:  # at every <think>, as in training
+            gated.state.offset = gated.think_offset(tokens, features)
         hidden = gated(tokens, mask, cache=cache, position_ids=positions).hidden[:, -1:]
         logits = gated.logits(hidden)[:, 0].float()
         stop = [False] * len(rows)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets, minimum_compute
-from l2a_compress.modeling.deciders import GateRequest, GateResult, decide
+from l2a_compress.modeling.deciders import GateRequest, decide
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import SCORE_LIMIT
+from l2a_compress.modeling.layers import LayerPlan
 from l2a_compress.modeling.projection import effective_scores
 
 MeanCost = Callable[[float], float]  # price -> mean realized cost, as a fraction
@@ -87,15 +89,11 @@ def _bisect(mean_cost: MeanCost, budget: float, *, rounds: int = 30) -> float:
 
 
 def _stem_costs(gated: GatedModel, prompts: Prompts) -> Callable[[float], MeanCost]:
-    """For a budget that gates are told, the mean cost as a function of the price.
-
-    The prompts are read once, unless the network sees the budget too: ``<think>`` is then another token for each.
-    """
-    shown = gated.think_id is not None and gated.gate_config.tokens
-    once = None if shown else _summaries(gated, prompts, 1.0)
+    """For a budget that gates are told, the mean cost as a function of the price."""
+    read = [StemReader(gated, ids, mask) for ids, mask in prompts]
 
     def cost_at(budget: float) -> MeanCost:
-        summaries = _summaries(gated, prompts, budget) if once is None else once
+        summaries = torch.cat([part.summaries(budget) for part in read])
         if gated.allocator.demand is not None:
             return _demanded_cost(gated, summaries)
         told = _budgets(gated, len(summaries), budget).to(summaries.device).features
@@ -123,23 +121,44 @@ def _demanded_cost(gated: GatedModel, summaries: Tensor) -> MeanCost:
     return mean_cost
 
 
-def _summaries(gated: GatedModel, prompts: Prompts, budget: float) -> Tensor:
-    """What the gates see of each prompt behind the stem: [prompts, 2 * width]."""
-    found = (gates.summary for gates in _read(gated, prompts, budget, probe=True))
-    return torch.cat([summary for summary in found if summary is not None])
+class StemReader:
+    """A batch of prompts behind the stem, told any budget.
 
+    The network sees its budget at ``<think>``, where prompts end: what is before the first one is read once, with what
+    the stem keeps of it for the tokens that follow.
+    """
 
-def _read(
-    gated: GatedModel, prompts: Prompts, budget: float, price: float = -torch.inf, *, probe: bool = False
-) -> Iterator[GateResult]:
-    """What the gates decide, batch by batch."""
-    for ids, mask in prompts:
-        request = GateRequest(_budgets(gated, len(ids), budget, price).to(ids.device), mask)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        gates = gated(ids, mask, request=request, position_ids=positions, probe=probe).gates
+    def __init__(self, gated: GatedModel, ids: Tensor, mask: Tensor) -> None:
+        self.gated, self.ids, self.mask, self.cache = gated, ids, mask, DynamicCache()
+        told = [] if gated.think_id is None else torch.eq(ids, gated.think_id).any(0).nonzero().flatten().tolist()
+        self.common = told[0] if told and gated.gate_config.tokens else ids.shape[1]
+        self.hidden = self._read(0, self.common)
+
+    def summaries(self, budget: float) -> Tensor:
+        """What the gates see of each prompt: [prompts, 2 * width]."""
+        rest = self._read(self.common, self.ids.shape[1], budget)
+        if rest.shape[1]:
+            self.cache.crop(-rest.shape[1])
+        return self.gated.allocator.summarize(torch.cat([self.hidden, rest], dim=1), self.mask)
+
+    def _read(self, start: int, end: int, budget: float = 1.0) -> Tensor:
+        """States behind the stem of the tokens from ``start`` to ``end``: [prompts, tokens, width]."""
+        gated, ids, mask, found = self.gated, self.ids[:, start:end], self.mask[:, :end], list[Tensor]()
+        if start == end:
+            return ids.new_empty(*ids.shape, gated.shape.hidden_size, dtype=gated.model.dtype)
+
+        def stop(index: int, hidden: Tensor) -> None:
+            if index == gated.gate_config.stem_layers:
+                found.append(hidden)
+                gated.state.plans[index:] = [LayerPlan(skip=True) for _ in gated.state.plans[index:]]
+
         gated.state.reset()
-        assert gates is not None
-        yield gates
+        gated.state.hook = stop
+        gated.state.offset = gated.think_offset(ids, _budgets(gated, len(ids), budget).to(ids.device).features)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+        gated(ids, mask, position_ids=positions, cache=self.cache)
+        gated.state.reset()
+        return found[0]
 
 
 def _budgets(gated: GatedModel, rows: int, budget: float, price: float = -torch.inf) -> BudgetBatch:
@@ -159,7 +178,14 @@ def _scored_cost(gated: GatedModel, layers: Tensor, groups: Tensor, price: float
 
 
 def _inline_cost(gated: GatedModel, prompts: Prompts, budget: float, price: float) -> float:
-    return _mean(gated, torch.cat([_units(gated, r.layers, r.groups) for r in _read(gated, prompts, budget, price)]))
+    found = list[Tensor]()
+    for ids, mask in prompts:
+        request = GateRequest(_budgets(gated, len(ids), budget, price).to(ids.device), mask)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        gates = gated(ids, mask, request=request, position_ids=positions).gates
+        gated.state.reset()
+        found.append(_units(gated, gates.layers, gates.groups))
+    return _mean(gated, torch.cat(found))
 
 
 def _units(gated: GatedModel, layers: Tensor, groups: Tensor) -> Tensor:

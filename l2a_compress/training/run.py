@@ -91,7 +91,7 @@ def train(
     collate = SampleCollator(tokenizer)
     gated.to(state.device)
     least = minimum_compute(gated.cost, gated.gate_config)
-    if gated.gate_config.has_demand and gated.gate_config.least_compute < least:
+    if gated.gate_config.has_demand and not recipe.static.method and gated.gate_config.least_compute < least:
         raise ConfigError(
             f"gates.least_compute = {gated.gate_config.least_compute:g}: is below {least:.4g}, what the always-on "
             "layers cost; raise it"

@@ -18,8 +18,8 @@ from l2a_compress.modeling.deciders import GateRequest
 from l2a_compress.modeling.families import shape_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
-from l2a_compress.modeling.prices import calibrate_prices, price_grid
-from toy_models import GROUPS, LAYERS, new_gated, new_model, prompts
+from l2a_compress.modeling.prices import StemReader, calibrate_prices, price_grid
+from toy_models import GROUPS, LAYERS, new_gated, new_model, positions, prompts
 
 CONFIG = GateConfig(stem_layers=2, think_reference=100)
 COST = CostModel(shape=shape_of(new_model().config))
@@ -169,6 +169,37 @@ def test_the_whole_budget_runs_everything_whatever_an_input_needs() -> None:
     gated.prices = ((0.4, 1.0), (1.0, -1.0))
     for allocation in gated.allocate(ids, mask, [Budget()] * 8, contract="mean"):
         assert gated.cost.fraction(allocation) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("stem", [1, 3])
+def test_prompts_that_are_read_on_from_think_give_what_whole_ones_give(family: str, stem: int) -> None:
+    gated, (ids, mask) = new_gated(family, stem_layers=stem), prompts(6)
+    ids[:, 2:-1][ids[:, 2:-1] == gated.think_id] = 7
+    reader, seen = StemReader(gated, ids, mask), list[Tensor]()
+    assert reader.common == ids.shape[1] - 1
+    for compute in (0.5, 0.9, 0.5):
+        told = batch_budgets([Budget(compute=compute)] * 6, gated.cost, gated.gate_config)
+        whole = gated(ids, mask, request=GateRequest(told, mask), position_ids=positions(mask)).gates
+        seen.append(reader.summaries(compute))
+        torch.testing.assert_close(seen[-1], whole.summary, atol=1e-5, rtol=1e-5)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.allclose(seen[0], seen[1])
+
+
+@torch.no_grad()
+def test_a_prompt_with_an_earlier_think_is_read_from_there() -> None:
+    gated, (ids, mask) = new_gated(), prompts(6)
+    assert gated.think_id is not None
+    for place in (0, 4):
+        ids[5], mask[5] = 7, 1
+        ids[5, place] = gated.think_id
+        told = batch_budgets([Budget(compute=0.6)] * 6, gated.cost, gated.gate_config)
+        whole = gated(ids, mask, request=GateRequest(told, mask), position_ids=positions(mask)).gates
+        reader = StemReader(gated, ids, mask)
+        assert reader.common <= place
+        torch.testing.assert_close(reader.summaries(0.6), whole.summary, atol=1e-5, rtol=1e-5)
 
 
 def test_calibrated_prices_of_inline_gates_hold_on_fresh_prompts() -> None:

@@ -187,9 +187,11 @@ def test_a_searched_order_without_a_demand_head_knows_no_prices(base: Path, tmp_
 
 
 def test_a_least_compute_below_the_stem_is_found_before_training(base: Path, tmp_path: Path) -> None:
-    recipe = tiny_recipe(base, gates={"stem_layers": 3, "least_compute": 0.4})
+    changes: dict[str, Any] = {"gates": {"stem_layers": 3, "least_compute": 0.4}, "optim": {"steps": 1}}
     with pytest.raises(ConfigError, match=r"gates.least_compute = 0.4: is below 0.5"):
-        train(recipe, tmp_path, quiet=True)
+        train(tiny_recipe(base, **changes), tmp_path / "gated", quiet=True)
+    static = {"method": "uniform", "compute": 0.7}  # which serves no mean
+    assert train(tiny_recipe(base, static=static, **changes), tmp_path / "static", quiet=True).is_dir()
 
 
 def test_what_is_evaluated_may_change_when_training_is_over(
