@@ -6,7 +6,7 @@
 OUT gets a bundle of each precision, with two head levels and two variants of one budget, and cases.json: 64 prompts at
 6 budgets by the If graph and by variants, alone; the same with budgets that change in the middle; sampled text. And
 16 prompts with a bundle of a tiny model whose gates do not read them (``blind``), and the first bundle with an If graph
-that fails on every longer half of its texts (``fragile``).
+that fails on the longer half of its texts (``fragile``).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "unit"))
 
 from l2a_compress.allocation import Allocation
-from l2a_compress.artifact import describe_files
 from l2a_compress.budget import Budget
+from l2a_compress.bundle import describe_bundle
 from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.runtime.chooser import Serve
@@ -108,7 +108,7 @@ def _fragile(whole: Path, folder: Path, cases: list[dict[str, Any]]) -> int:
     )
     onnx.save(model, folder / "if.onnx")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["if.onnx"] = describe_files(folder)["if.onnx"]
+    manifest["files"] = describe_bundle(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return most
 

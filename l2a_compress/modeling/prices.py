@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets, minimum_compute
 from l2a_compress.modeling.deciders import GateRequest, decide
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import SCORE_LIMIT
-from l2a_compress.modeling.layers import LayerPlan
 from l2a_compress.modeling.projection import effective_scores
 
 MeanCost = Callable[[float], float]  # price -> mean realized cost, as a fraction
@@ -133,31 +133,33 @@ class StemReader:
         told = [] if gated.think_id is None else torch.eq(ids, gated.think_id).any(0).nonzero().flatten().tolist()
         self.common = told[0] if told and gated.gate_config.tokens else ids.shape[1]
         self.hidden = self._read(0, self.common)
+        # Where no token is told a budget there is one summary for all of them.
+        self.untold = gated.allocator.summarize(self.hidden, mask) if self.common == ids.shape[1] else None
 
     def summaries(self, budget: float) -> Tensor:
         """What the gates see of each prompt: [prompts, 2 * width]."""
+        if self.untold is not None:
+            return self.untold
         rest = self._read(self.common, self.ids.shape[1], budget)
-        if rest.shape[1]:
-            self.cache.crop(-rest.shape[1])
+        self.cache.crop(-rest.shape[1])
         return self.gated.allocator.summarize(torch.cat([self.hidden, rest], dim=1), self.mask)
 
     def _read(self, start: int, end: int, budget: float = 1.0) -> Tensor:
         """States behind the stem of the tokens from ``start`` to ``end``: [prompts, tokens, width]."""
-        gated, ids, mask, found = self.gated, self.ids[:, start:end], self.mask[:, :end], list[Tensor]()
+        gated, ids, mask = self.gated, self.ids[:, start:end], self.mask[:, :end]
+        stem, found = gated.gate_config.stem_layers, list[Tensor]()
         if start == end:
             return ids.new_empty(*ids.shape, gated.shape.hidden_size, dtype=gated.model.dtype)
 
-        def stop(index: int, hidden: Tensor) -> None:
-            if index == gated.gate_config.stem_layers:
+        def catch(index: int, hidden: Tensor) -> None:
+            if index == stem:
                 found.append(hidden)
-                gated.state.plans[index:] = [LayerPlan(skip=True) for _ in gated.state.plans[index:]]
 
-        gated.state.reset()
-        gated.state.hook = stop
-        gated.state.offset = gated.think_offset(ids, _budgets(gated, len(ids), budget).to(ids.device).features)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
-        gated(ids, mask, position_ids=positions, cache=self.cache)
-        gated.state.reset()
+        with gated.forced([Allocation.of_layers(range(stem), gated.shape.num_layers, gated.shape.num_groups)]):
+            gated.state.hook = catch
+            gated.state.offset = gated.think_offset(ids, _budgets(gated, len(ids), budget).to(ids.device).features)
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+            gated(ids, mask, position_ids=positions, cache=self.cache)
         return found[0]
 
 

@@ -90,13 +90,14 @@ def train(
     samples = training_samples(recipe, tokenizer)
     collate = SampleCollator(tokenizer)
     gated.to(state.device)
-    least = minimum_compute(gated.cost, gated.gate_config)
-    if gated.gate_config.has_demand and not recipe.static.method and gated.gate_config.least_compute < least:
-        raise ConfigError(
-            f"gates.least_compute = {gated.gate_config.least_compute:g}: is below {least:.4g}, what the always-on "
-            "layers cost; raise it"
-        )
-    if not recipe.static.method:  # read now, so that what is wrong with it does not show when training is over
+    if not recipe.static.method:
+        least = minimum_compute(gated.cost, gated.gate_config)
+        if gated.gate_config.has_demand and gated.gate_config.least_compute < least:
+            raise ConfigError(
+                f"gates.least_compute = {gated.gate_config.least_compute:g}: is below {least:.4g}, what the always-on "
+                "layers cost; raise it"
+            )
+        # Read now, so that what is wrong with it does not show when training is over.
         device = gated.model.device
         calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration, device=device)
         fitted = bool(recipe.evaluation.demand_rows) and gated.gate_config.has_demand

@@ -202,6 +202,16 @@ def test_a_prompt_with_an_earlier_think_is_read_from_there() -> None:
         torch.testing.assert_close(reader.summaries(0.6), whole.summary, atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_prompts_that_are_not_told_a_budget_have_one_summary() -> None:
+    gated, (ids, mask) = new_gated(tokens=False), prompts(6)
+    told = batch_budgets([Budget()] * 6, gated.cost, gated.gate_config)
+    whole = gated(ids, mask, request=GateRequest(told, mask), position_ids=positions(mask)).gates
+    reader = StemReader(gated, ids, mask)
+    torch.testing.assert_close(reader.summaries(0.5), whole.summary, atol=1e-5, rtol=1e-5)
+    assert torch.equal(reader.summaries(0.9), reader.summaries(0.5))
+
+
 def test_calibrated_prices_of_inline_gates_hold_on_fresh_prompts() -> None:
     gated = new_gated(mode="inline")
     gated.prices = calibrate_prices(gated, [prompts(1000, 4, seed=10)], [0.6])
