@@ -41,13 +41,8 @@ BLIND = ("gates.summary=none", "gates.demand=false", "draws.contract=cap")
 THRESHOLD = (*GRADIENT, "gates.demand=false", "draws.contract=mean", "draws.dense_share=0.0")
 # What a run has beyond the recipe's: time, and the budgets that it meets.
 LONG = (
-    *(
-        "draws.contract=both",
-        "draws.minimum=0.4",
-        "gates.least_compute=0.4",
-        "evaluation.calibration=2048",
-        "evaluation.demand_rows=4096",
-    ),
+    *("draws.minimum=0.4", "gates.least_compute=0.4"),
+    *("evaluation.calibration=2048", "evaluation.demand_rows=4096"),
     *("annealing.explore=0.2", "annealing.settle=0.2", "annealing.search_rows=192"),
     *("annealing.search_trials=30", "annealing.trial_steps=80"),
 )
@@ -56,7 +51,7 @@ SHORT = ("draws.contract=both", "evaluation.calibration=1024", "evaluation.deman
 CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.45, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
 MEANS = (0.8, 0.7, 0.66, 0.645, 0.635, 0.62, 0.6, 0.595, 0.58, 0.575, 0.5, 0.45)
-SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.5), (0.8, 0.66, 0.6, 0.5)
+SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.6, 0.5), (0.8, 0.66, 0.6, 0.58, 0.5)
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
 SPLIT = {"computes": (1.0, 0.8, 0.66, 0.5, 0.4), "think_shares": (1.0, 0.35, 0.25), "problems": 500}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,8 @@ CACHE_TYPES = {
 }
 PAST, _PRESENT = "past_key_values.", "present."
 # What onnxruntime says where memory is short; its messages name tensors and files too, such as `allocation`.
-_SHORT = (
-    *("bad_alloc", "bad allocation", "failed to allocate", "unable to allocate", "out of memory"),
-    "cannot allocate memory",
+_SHORT = re.compile(
+    "bad_alloc|bad allocation|failed to allocate|unable to allocate|cannot allocate memory|out of memory", re.IGNORECASE
 )
 
 
@@ -150,7 +150,6 @@ def predicates(allocation: Array, stem: int, widths: Sequence[int]) -> dict[str,
 def session_error(path: Path, action: str, error: Exception) -> SessionError:
     """What onnxruntime says, as an error of this library; its words tell whether memory was short."""
     text = f"{type(error).__name__}: {error}".strip()
-    said = text.replace(str(path), "").lower()
-    if isinstance(error, MemoryError) or any(words in said for words in _SHORT):
+    if isinstance(error, MemoryError) or _SHORT.search(text.replace(str(path), "")):
         return OutOfMemoryError(f"{path}: not enough memory to {action} it ({text}); free some, or lower the budget")
     return SessionError(f"{path}: onnxruntime cannot {action} it: {text}")
