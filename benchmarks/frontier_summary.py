@@ -65,9 +65,9 @@ def at_sparsity(record: Record, least: float) -> Point | None:
     return min(found, key=lambda point: point["layer_sparsity"], default=None)
 
 
-def at_cost(record: Record, most: float, contract: str = "mean") -> Point | None:
-    """The point of that contract with the largest cost of at most ``most``."""
-    return costliest((point for point in points(record) if point["contract"] == contract), most)
+def at_cost(record: Record, most: float) -> Point | None:
+    """The point of the ``mean`` contract with the largest cost of at most ``most``."""
+    return costliest((point for point in points(record) if point["contract"] == "mean"), most)
 
 
 def against(
@@ -80,7 +80,7 @@ def against(
         if ours is None:
             continue
         for point in choose(record):
-            best = at_cost(ours, point["cost"])
+            best = at_cost(ours, point["cost"] + EVEN)
             if best is not None and point["cost"] < 1:
                 name = point["name"] if point["name"] != "l2a" else record["name"]
                 exits = point["name"] == "early_exit"  # whose budget is 1 whatever it spends
@@ -167,14 +167,11 @@ def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
 def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     reports = [record["reports"] for record in main]
     summary: dict[str, Any] = {}
-    for name, chosen in (
-        ("gap_at_34", [at_sparsity(record, 0.34) for record in main]),
-        ("gap_at_40_compute", [at_cost(record, 0.6 - EVEN) for record in main]),
-    ):
+    saved = [at_cost(record, 0.6) for record in main]
+    for name, chosen in (("gap_at_34", [at_sparsity(record, 0.34) for record in main]), ("gap_at_40_compute", saved)):
         pairs = [(r["capped"]["dense"], point) for r, point in zip(reports, chosen, strict=True) if point]
         summary[name] = compared(pairs) if pairs else None
-    easy = [at_cost(record, 0.6) for record in main]
-    ratios = [p["by_difficulty"]["easy"]["cost"] / p["by_difficulty"]["hard"]["cost"] for p in easy if p]
+    ratios = [p["by_difficulty"]["easy"]["cost"] / p["by_difficulty"]["hard"]["cost"] for p in saved if p]
     summary["easy_hard_cost_ratio"] = {"value": round(fmean(ratios), 4), "by_seed": [round(one, 4) for one in ratios]}
     middle = [row for row in tables["blind"] if row["budget"] == 0.6]
     summary["gap_input_blind"] = middle[0] if middle else None

@@ -16,7 +16,7 @@ EVEN = 0.004  # costs that differ by no more count as equal
 
 def costliest(points: Iterable[Row], most: float) -> Row | None:
     """The point with the largest cost of at most ``most``."""
-    return max((p for p in points if p["cost"] <= most + EVEN), key=lambda point: point["cost"], default=None)
+    return max((p for p in points if p["cost"] <= most), key=lambda point: point["cost"], default=None)
 
 
 def fill(text: str, tables: Mapping[str, str]) -> str:
@@ -87,7 +87,7 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
     against = []
     for static, theirs in ((name, point) for name, group in points.items() if name not in gated for point in group):
         for name, group in gated.items():
-            ours = costliest(group, theirs["cost"])
+            ours = costliest(group, theirs["cost"] + EVEN)
             if ours is None:
                 continue
             nll, low, high = paired(ours["nll_by_problem"], theirs["nll_by_problem"])
