@@ -67,25 +67,22 @@ def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
 def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
     """Those of one model of real_llm.json."""
     points: Mapping[str, Sequence[Row]] = found["points"]
-
-    def label(name: str, number: int) -> str:
-        return "reference" if name == "l2a" and not number else name  # whose first point is the dense model's
-
-    gated = {name: group[1:] if name == "l2a" else group for name, group in points.items() if name.startswith("l2a")}
+    gated = {name: group for name, group in points.items() if name.startswith("l2a")}
+    statics = {name: group for name, group in points.items() if name not in (*gated, "reference")}
     heads = "model,budget,cost,layers off,NLL,KL to the reference,agreement with it".split(",")
     rows = [
         [
-            label(name, number),
+            name,
             *(f"{row[key]:.3f}" for key in ("budget", "cost")),
             f"{100 * row['layer_sparsity']:.1f} %",
             *(f"{row[key]:.4f}" for key in ("nll", "kl")),
             _share({"accuracy": row["agreement"], "interval": (row["low"], row["high"])}),
         ]
         for name, group in points.items()
-        for number, row in enumerate(group)
+        for row in group
     ]
     against = []
-    for static, theirs in ((name, point) for name, group in points.items() if name not in gated for point in group):
+    for static, theirs in ((name, point) for name, group in statics.items() for point in group):
         for name, group in gated.items():
             ours = costliest(group, theirs["cost"] + EVEN)
             if ours is None:
@@ -104,14 +101,14 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             )
     answers = [
         [
-            label(name, number),
+            name,
             f"{row['budget']:.3f}",
             f"{100 * row['layer_sparsity']:.1f} %",
             f"{row['think_tokens']:.0f}",
             _share({"accuracy": row["accuracy"], "interval": (row["accuracy_low"], row["accuracy_high"])}),
         ]
         for name, group in found.get("answers", {}).items()
-        for number, row in enumerate(group)
+        for row in group
     ]
     tables = {
         "real": _table(heads, rows),

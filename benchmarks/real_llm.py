@@ -140,14 +140,15 @@ def measure(options: argparse.Namespace) -> None:
         metric: Metric = "nll"
         if answers:
             metric, settings = "accuracy", replace(settings, max_think_tokens=256)
-        report = evaluate(loaded, settings, metric=metric, think_shares=(), batch_size=8, progress=progress)
-        points = [report.dense, *report.points] if name == "l2a" else report.points
-        measured[name] = [
-            {key: getattr(point, key) for key in WRITTEN}
-            if answers
-            else likelihood(point) | {key: getattr(point, key) for key in KEPT}
-            for point in points
-        ]
+        batch = 32 if answers else 8
+        report = evaluate(loaded, settings, metric=metric, think_shares=(), batch_size=batch, progress=progress)
+        for title, points in (("reference", [report.dense]), (name, report.points)):
+            measured[title] = [
+                {key: getattr(point, key) for key in WRITTEN}
+                if answers
+                else likelihood(point) | {key: getattr(point, key) for key in KEPT}
+                for point in points
+            ]
         found.setdefault("training", {})[name] = dict(loaded.config.metrics)
         found["settings"] = {"common": COMMON, **GATED, "steps": options.steps, "sft_steps": options.sft_steps}
         write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
