@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes  # gives NumPy its bfloat16
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from l2a_compress.bundle import WEIGHT_FILE
 from l2a_compress.exporters.weights import Stored
@@ -132,7 +133,7 @@ def graph_output(value: ir.Value, name: str, dtype: str, dims: Dims) -> ir.Value
 
 
 def model_of(ops: Ops, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], *, name: str) -> ir.Model:
-    """The finished model."""
+    """The finished model, without nodes that lead to no output: onnxruntime would run them."""
     graph = ir.Graph(
         inputs,
         outputs,
@@ -141,4 +142,6 @@ def model_of(ops: Ops, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], 
         opset_imports={"": OPSET, CONTRIB: 1},
         name=name,
     )
-    return ir.Model(graph, ir_version=11, producer_name="l2a_compress")
+    model = ir.Model(graph, ir_version=11, producer_name="l2a_compress")
+    RemoveUnusedNodesPass()(model)
+    return model

@@ -445,6 +445,19 @@ def test_all_graphs_share_one_weight_file(made: tuple[Path, Path]) -> None:
     assert bundle.files["weights.bin"]["size"] > dense  # the gates are in it too
 
 
+def test_every_node_leads_to_an_output(made: tuple[Path, Path]) -> None:
+    for path in made[1].glob("*.onnx"):
+        graph = onnx.load(path, load_external_data=False).graph
+        read = {output.name for output in graph.output}
+        branches = [graph]
+        for branch in branches:
+            read.update(name for node in branch.node for name in node.input)
+            inner = [each.g for node in branch.node for each in node.attribute if each.HasField("g")]
+            read.update(output.name for each in inner for output in each.output)
+            branches += inner
+        assert not [node.name for branch in branches for node in branch.node if read.isdisjoint(node.output)]
+
+
 def test_the_manifest_keeps_its_schema(made: tuple[Path, Path]) -> None:
     data = json.loads((made[1] / "manifest.json").read_text())
     jsonschema.Draft202012Validator(schema("manifest")).validate(data)
