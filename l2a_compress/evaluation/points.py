@@ -95,10 +95,10 @@ def dense_run(bench: Bench, name: str = "dense") -> Run:
 def measure(bench: Bench, run: Run, tick: Tick | None = None) -> Measured:
     """Generates an answer to every problem and compares it.
 
-    What a trained model writes is most often the reference, word for word, so that is tried first, in one forward. The
-    rest is generated. A batch runs until its last row is done, and a model that is lost writes on up to the limit. So a
-    row that thinks for longer than its reference does by far is stopped, and run again from its start in a batch of its
-    like.
+    What a trained model writes may well be the reference, word for word, so that is tried first, in one forward, until
+    there is a batch in which no row does. The rest is generated. A batch runs until its last row is done, and a model
+    that is lost writes on up to the limit. So a row that thinks for longer than its reference does by far is stopped,
+    and run again from its start in a batch of its like.
     """
     found: dict[int, Row] = {}
     wall, cpu = time.perf_counter(), time.process_time()
@@ -140,6 +140,8 @@ def _confirm(bench: Bench, run: Run, found: dict[int, Row], tick: Tick | None) -
                 opened=opened,
                 teacher=run.teacher,
             )
+            if not any(outputs):
+                break
             found.update(
                 (row, _row(bench, run, row, output, None))
                 for row, output in zip(rows, outputs, strict=True)

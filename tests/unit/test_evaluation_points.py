@@ -10,16 +10,19 @@ import torch
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.errors import ConfigError, DataError
+from l2a_compress.evaluation import points
 from l2a_compress.evaluation.baselines import BASELINES, Context, baseline_runs, known_baselines
 from l2a_compress.evaluation.frontier import evaluating
 from l2a_compress.evaluation.points import Bench, allocate, dense_run, measure, point_of
 from l2a_compress.evaluation.prompts import held_out, plan_batches
 from l2a_compress.evaluation.values import THINK_BIN, Measured, Point, Row, Run
 from l2a_compress.evaluation.workers import measure_runs
+from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import generate
 from l2a_compress.modeling.importance import drop_losses
 from l2a_compress.modeling.search import greedy_path
 from l2a_compress.modeling.tags import read_tags
+from l2a_compress.reasoning import Tags
 from l2a_compress.training.collate import Collator, left_padded
 from l2a_compress.training.data_config import DataConfig
 from l2a_compress.training.encode import encode
@@ -85,6 +88,20 @@ def test_rows_that_are_lost_are_run_again_to_the_same_end(bench: Bench) -> None:
     assert sum(told) == 9
     assert max(row.think or 0 for row in rows) > 9  # what the first try allows
     assert rows == measure(long, run).rows
+
+
+def test_references_are_not_tried_on_where_no_row_writes_its_own(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, tried = dataclasses.replace(dense_run(bench), style=None), []
+
+    def counting(gated: GatedModel, tags: Tags, ids: torch.Tensor, *rest: object, **options: object) -> list[None]:
+        tried.append(len(ids))
+        return [None] * len(ids)
+
+    rows = measure(bench, run).rows
+    monkeypatch.setattr(points, "confirm", counting)
+    assert measure(bench, run).rows == rows
+    assert len(bench.problems) > 2 * bench.batch_size
+    assert tried == [bench.batch_size] * len({style for problem in bench.problems for style in problem.drafts})
 
 
 def test_rows_keep_the_order_of_the_problems(bench: Bench) -> None:
