@@ -51,7 +51,7 @@ SHORT = ("draws.contract=both", "evaluation.calibration=1024", "evaluation.deman
 CAPS = (1.0, 0.8, 0.66, 0.6, 0.5, 0.45, 0.4)
 UNTRAINED_CAPS = (0.83, 0.66, 0.5)
 MEANS = (0.8, 0.7, 0.66, 0.645, 0.635, 0.62, 0.6, 0.595, 0.58, 0.575, 0.5, 0.45)
-SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.6, 0.5), (0.8, 0.66, 0.6, 0.58, 0.5)
+SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.6, 0.5), (0.8, 0.75, 0.66, 0.6, 0.58, 0.5)
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
 SPLIT = {"computes": (1.0, 0.8, 0.66, 0.5, 0.4), "think_shares": (1.0, 0.35, 0.25), "problems": 500}

@@ -173,8 +173,8 @@ def _summary(main: Sequence[Record], tables: Mapping[str, list[dict[str, Any]]])
         summary[name] = compared(pairs) if pairs else None
     ratios = [p["by_difficulty"]["easy"]["cost"] / p["by_difficulty"]["hard"]["cost"] for p in saved if p]
     summary["easy_hard_cost_ratio"] = {"value": round(fmean(ratios), 4), "by_seed": [round(one, 4) for one in ratios]}
-    middle = [row for row in tables["blind"] if row["budget"] == 0.6]
-    summary["gap_input_blind"] = middle[0] if middle else None
+    for name, table in (("gap_input_blind", "blind"), ("gap_input_blind_at_1000_steps", "blind_short")):
+        summary[name] = next((row for row in tables[table] if row["budget"] == 0.6), None)
     tuned = sorted(tables["fine_tuned"], key=lambda row: row["delta"])
     summary["best_static_tuned_delta"] = tuned[0] if tuned else None
     summary["ood_gap_extra"] = _out_of_distribution(main)

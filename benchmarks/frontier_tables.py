@@ -88,7 +88,6 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             if ours is None:
                 continue
             nll, low, high = paired(ours["nll_by_problem"], theirs["nll_by_problem"])
-            agreement = paired(ours["agreement_by_problem"], theirs["agreement_by_problem"])
             against.append(
                 [
                     static,
@@ -96,18 +95,21 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
                     name,
                     f"{100 * ours['layer_sparsity']:.1f} %",
                     f"{nll:+.4f} [{low:+.4f}, {high:+.4f}]",
-                    _above(dict(zip(("delta", "low", "high"), agreement, strict=True))),
+                    _gap(ours["agreement_by_problem"], theirs["agreement_by_problem"]),
                 ]
             )
+    answered = found.get("answers", {})
+    dense = answered["reference"][0]["outcomes"] if answered else ""
     answers = [
         [
             name,
             f"{row['budget']:.3f}",
             f"{100 * row['layer_sparsity']:.1f} %",
             f"{row['think_tokens']:.0f}",
-            _share({"accuracy": row["accuracy"], "interval": (row["accuracy_low"], row["accuracy_high"])}),
+            _share(row),
+            "" if name == "reference" else _gap(row["outcomes"], dense),
         ]
-        for name, group in found.get("answers", {}).items()
+        for name, group in answered.items()
         for row in group
     ]
     tables = {
@@ -118,7 +120,9 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
         ),
     }
     if answers:
-        tables["real-answers"] = _table(["model", "budget", "layers off", "tokens", "exact match"], answers)
+        tables["real-answers"] = _table(
+            ["model", "budget", "layers off", "tokens", "exact match", "against the reference"], answers
+        )
     return tables
 
 
@@ -327,6 +331,10 @@ def _below(row: Row, unit: str = "") -> str:
     """Of a difference dense - L2A."""
     seeds = f"; by seed {_list(row['by_seed'])}" if unit else ""
     return f"{100 * row['delta']:.2f}{unit} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]{seeds}"
+
+
+def _gap(ours: Sequence[float | str], theirs: Sequence[float | str]) -> str:
+    return _above(dict(zip(("delta", "low", "high"), paired(ours, theirs), strict=True)))
 
 
 def _above(row: Row) -> str:

@@ -5,10 +5,11 @@
     python benchmarks/real_llm.py l2a-twice --data DIR         the same for twice the steps: those of two static models
     python benchmarks/real_llm.py block_influence-75 --data DIR     a static model of 0.75 of the layers' cost
     python benchmarks/real_llm.py measure --data DIR           NLL, KL and agreement of all that is trained
-    python benchmarks/real_llm.py answers --data DIR           exact match of the answers that it writes
+    python benchmarks/real_llm.py answers --data DIR           exact match of what the reference and L2A answer
     python benchmarks/real_llm.py report                       its tables, which frontier.py summary puts into docs
 
-Each goes on where it was cut off, and does nothing where it is done. Data are GSM8K's training problems
+Each goes on where it was cut off, and does nothing where it is done. Answers are written by the runtime, from bundles
+of 8 bits; the rest is measured in PyTorch. Data are GSM8K's training problems
 (DIR/gsm8k/train.jsonl); those that are held out of training are what is measured.
 """
 
@@ -20,6 +21,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,22 +30,27 @@ import torch
 from fetch_models import DEFAULT_CACHE, SOURCES, fetch
 from frontier_tables import real_tables
 from measure import RESULTS, likelihood, machine, progress
+from transformers import AutoTokenizer
 
+from l2a_compress.budget import Budget
+from l2a_compress.evaluation.answers import matches
 from l2a_compress.evaluation.frontier import evaluate
-from l2a_compress.evaluation.values import Metric
+from l2a_compress.evaluation.prompts import Problem, held_out
+from l2a_compress.evaluation.statistics import wilson
+from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.families import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, attention_of, decoder_layers
 from l2a_compress.modeling.loading import load_base
 from l2a_compress.modeling.physical import sliced_linear
 from l2a_compress.modeling.tags import ensure_tags
+from l2a_compress.runtime import Limits, Runtime
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.run import train
-from l2a_compress.training.store import load_artifact
+from l2a_compress.training.run import build, train
+from l2a_compress.training.store import load_artifact, save_artifact
 
 RESULT = RESULTS / "real_llm.json"
 KEPT = ("dropped_layers", "nll_by_problem", "agreement_by_problem")
-WRITTEN = ("budget", "cost", "layer_sparsity", "accuracy", "accuracy_low", "accuracy_high", "outcomes", "think_tokens")
-BUDGETS = (1.0, 0.875, 0.75, 2 / 3, 0.5625)
+BUDGETS = tuple(math.ceil(1e4 * budget) / 1e4 for budget in (1.0, 0.875, 0.75, 2 / 3, 0.5625))
 STATIC = {
     f"{method}-{round(100 * compute)}": (method, compute)
     for method in ("block_influence", "fixed_budget")
@@ -122,37 +129,92 @@ def _merge(artifact: Path, recipe: Recipe, target: Path) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Measures every run that is trained and not measured yet, problem by problem against the dense reference."""
-    answers = options.what == "answers"
-    content = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    found = content.setdefault(options.model, {})
-    found["machine"] = machine(options.threads)
-    measured = found.setdefault("answers" if answers else "points", {})
+    content, found = _record(options)
+    measured = found.setdefault("points", {})
     for name in (*GATED, *STATIC):
         artifact = options.work / options.model / name / "artifact"
         if not artifact.is_dir() or (name in measured and not options.again):
             continue
         loaded = load_artifact(artifact)
         static = loaded.config.metrics.get("static")
-        budgets = (static["budget"],) if static else tuple(math.ceil(1e4 * budget) / 1e4 for budget in BUDGETS)
+        budgets = (static["budget"],) if static else BUDGETS
         settings = replace(
             loaded.recipe.evaluation, budgets=budgets, contracts=("cap",), problems=options.problems, baselines=()
         )
-        metric: Metric = "nll"
-        if answers:
-            metric, settings = "accuracy", replace(settings, max_think_tokens=256)
-        batch = 32 if answers else 8
-        report = evaluate(loaded, settings, metric=metric, think_shares=(), batch_size=batch, progress=progress)
+        report = evaluate(loaded, settings, metric="nll", think_shares=(), batch_size=8, progress=progress)
         for title, points in (("reference", [report.dense]), (name, report.points)):
-            measured[title] = [
-                {key: getattr(point, key) for key in WRITTEN}
-                if answers
-                else likelihood(point) | {key: getattr(point, key) for key in KEPT}
-                for point in points
-            ]
+            measured[title] = [likelihood(point) | {key: getattr(point, key) for key in KEPT} for point in points]
         found.setdefault("training", {})[name] = dict(loaded.config.metrics)
         found["settings"] = {"common": COMMON, **GATED, "steps": options.steps, "sft_steps": options.sft_steps}
         write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
     report_of(content)
+
+
+def answers(options: argparse.Namespace) -> None:
+    """Asks the runtime every problem at every budget; what was asked is not asked again."""
+    content, found = _record(options)
+    problems = held_out(
+        recipe_of("l2a", options).data,
+        AutoTokenizer.from_pretrained(options.work / options.model / "base"),
+        metric="accuracy",
+        count=options.problems,
+        seed=options.seed,
+    )
+    for name in ("reference", *GATED):
+        bundle = _bundle(name, options)
+        if bundle is None:
+            continue
+        for budget in BUDGETS[:1] if name == "reference" else BUDGETS:
+            points = found.setdefault("answers", {}).setdefault(name, [])
+            if options.again or budget not in [point["budget"] for point in points]:
+                points[:] = [point for point in points if point["budget"] != budget]
+                points.append(_asked(bundle, budget, problems, options.threads))
+                write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
+                print(f"{name} {budget}: {100 * points[-1]['accuracy']:.1f} % right", flush=True)
+    report_of(content)
+
+
+def _bundle(name: str, options: argparse.Namespace) -> Path | None:
+    """Variants of 8 bits at every budget, of the reference one; None where nothing is trained yet."""
+    folder: Path = options.work / options.model / name
+    artifact, bundle = folder / "artifact", folder / "bundle"
+    if name == "reference" and not artifact.is_dir():  # adapters that do nothing yet
+        recipe = recipe_of(name, options)
+        gated, tokenizer, digest = build(recipe)
+        save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics={})
+    if artifact.is_dir() and not bundle.is_dir():
+        budgets = BUDGETS[:1] if name == "reference" else BUDGETS
+        settings = ExportOptions(precision="int8", if_graph=False, positions=1024, budgets=budgets, calibration=32)
+        export(artifact, bundle, settings)
+    return bundle if bundle.is_dir() else None
+
+
+def _asked(bundle: Path, budget: float, problems: Sequence[Problem], threads: int) -> dict[str, Any]:
+    """What is right of the answers at one budget."""
+    runtime = Runtime.open(bundle, serve="variants", max_rows=32, threads=threads)
+    began, limits = time.time(), Limits(max_think_tokens=256)
+    answered = runtime.generate([problem.prompt for problem in problems], Budget(compute=budget), limits=limits)
+    seconds = time.time() - began
+    runtime.engine.close()
+    hits = [matches(one.answer, each.example.answer) for one, each in zip(answered, problems, strict=True)]
+    return {
+        "budget": budget,
+        "layer_sparsity": 1 - answered[0].layers / runtime.engine.bundle.shape.num_layers,
+        "accuracy": sum(hits) / len(hits),
+        "interval": wilson(sum(hits), len(hits)),
+        "think_tokens": sum(one.think_tokens for one in answered) / len(answered),
+        "cut": sum(one.stopped_by == "cap" for one in answered) / len(answered),
+        "outcomes": "".join(str(int(hit)) for hit in hits),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _record(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The whole content of the record, and its part for this model."""
+    content: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    found = content.setdefault(options.model, {})
+    found["machine"] = machine(options.threads)
+    return content, found
 
 
 def report_of(content: dict[str, Any]) -> None:
@@ -184,8 +246,10 @@ def main() -> None:
     if options.data is None:
         parser.error("--data names the folder that has gsm8k/train.jsonl")
     options.data, options.work = options.data.resolve(), options.work.resolve()
-    if options.what in ("measure", "answers"):
+    if options.what == "measure":
         measure(options)
+    elif options.what == "answers":
+        answers(options)
     else:
         trained(options.what, options)
 
