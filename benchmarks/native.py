@@ -24,11 +24,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fetch_models import DEFAULT_CACHE, fetch
+from fetch_models import DEFAULT_CACHE
 from measure import RESULTS, Peer, Results, ratio, shown, verdict
 
 HERE = Path(__file__).resolve().parent
@@ -61,8 +60,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="of each figure (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "native.json", help="figures (%(default)s)")
     options = parser.parse_args()
-    _build()
-    _export(options)
+    build_bench()
+    export_bundles(options)
     results = Results(options.out)
     for part in options.parts:
         measure = {"memory": _memory, "speed": _speed, "switch": _switch, "threads": _threads}[part]
@@ -72,7 +71,8 @@ def main() -> None:
     print(f"figures: {options.out}")
 
 
-def _build() -> None:
+def build_bench() -> None:
+    """Builds the program that is measured."""
     for command in (["-S", ROOT / "cpp", "-B", BUILD, "-DL2A_BUILD_BENCHMARKS=ON"], ["--build", BUILD]):
         subprocess.run(["cmake", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
 
@@ -82,33 +82,23 @@ def _native(options: argparse.Namespace, kind: str, precision: str, graphs: int 
     return Peer(BUILD / "bench" / "l2a_bench", folder, str(options.threads), str(graphs), threads=1)
 
 
-def _export(options: argparse.Namespace) -> None:
+def export_bundles(options: argparse.Namespace) -> None:
     """Bundles of one dense variant, of layers skipped, twice, and of fewer heads besides; made once."""
     kinds = {"dense": LADDER[:1], **dict.fromkeys(BARS, LADDER)}
     wanted = {f"{kind}-{precision}" for kind in kinds for precision in PRECISIONS}
     if all((options.work / name).exists() for name in wanted):
         return
-    from l2a_compress.allocation import Allocation
-    from l2a_compress.exporters.onnx import ExportOptions, export
-    from l2a_compress.training.recipe import Recipe
-    from l2a_compress.training.run import build
-    from l2a_compress.training.store import save_artifact
+    from untrained import allocation, untrained
 
-    file = fetch("smollm2-135m", options.models)
-    recipe = Recipe.named("smollm2-135m", [f'model.name="{file.parent}"', f'model.gguf_file="{file.name}"'])
+    from l2a_compress.exporters.onnx import ExportOptions, export
+
     for kind, ladder in kinds.items():
-        artifact = options.work / f"artifact-{kind}"
-        recipe = replace(recipe, gates=replace(recipe.gates, heads=kind == "heads"))
-        gated, tokenizer, digest = build(recipe)
-        save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics={}, force=True)
-        layers, groups = gated.shape.num_layers, gated.shape.num_groups
-        made = []
-        for budget, skipped, last in ladder:
-            width = [0 if 3 <= at < 3 + skipped else groups for at in range(layers)]
-            if kind == "heads":
-                width[-8:] = [last] * 8
-            kept = tuple(tuple(range(count)) for count in width)
-            made.append((budget, Allocation(num_groups=groups, groups=kept)))
+        heads = kind == "heads"
+        artifact = untrained(options.work / f"artifact-{kind}", options.models, heads=heads)
+        made = [
+            (budget, allocation(skipped=skipped, narrowed=8 if heads else 0, width=width))
+            for budget, skipped, width in ladder
+        ]
         for precision in PRECISIONS:
             print(f"exporting {kind} {precision}", flush=True)
             settings = ExportOptions(

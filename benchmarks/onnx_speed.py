@@ -1,17 +1,17 @@
 """Speed of a bundle against what people use today: SmolLM2-135M on this machine's CPU, all engines in turns.
 
-    python benchmarks/onnx_speed.py --artifact runs/smollm2/artifact
-    python benchmarks/onnx_speed.py --artifact A --openvino PYTHON --llamacpp PYTHON
+    python benchmarks/onnx_speed.py
+    python benchmarks/onnx_speed.py --openvino PYTHON --llamacpp PYTHON
 
-The last two are interpreters that have openvino-genai and xllamacpp, each in an environment of its own.
+The two are interpreters that have openvino-genai and xllamacpp, each in an environment of its own.
 
 onnxruntime-genai, which the development set-up installs, and Transformers in bf16 always take part. Columns: a prefill
 of 512 tokens; decode steps of batch 1 and 8 behind 64 and 448 tokens. Every round runs all engines, in an order that
 turns by one; a figure is the median over rounds of the ratio of wall-clock times, with a 95 % bootstrap interval.
 Engines are started anew several times, since the place of the weights in memory alone changes their speed by a tenth;
-all of them ask for huge pages (glibc.malloc.hugetlb). Peers run the dense base model, ours has its adapters merged,
-which is the same work. Bundles and peers' models are made once, in --work; figures go to
-benchmarks/results/onnx_speed.json, a picture to docs/images.
+all of them ask for huge pages (glibc.malloc.hugetlb). Peers run the dense base model; ours has adapters, merged, and
+gates, neither of them trained, which is the work of a trained bundle. Bundles and peers' models are made once, in
+--work; figures go to benchmarks/results/onnx_speed.json, a picture to docs/images.
 
 A time is compared with two costs: of the layers alone, which is what a budget counts, and of the whole step, where the
 output head and the attention over the context, which every budget pays, count as well. The bars are of the second.
@@ -29,6 +29,7 @@ from typing import Any
 
 from fetch_models import DEFAULT_CACHE, fetch
 from measure import RESULTS, Peer, Results, ratio, shown, verdict
+from untrained import CHECKPOINT, GROUPS, LAYERS, allocation, untrained
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.bundle import Bundle
@@ -36,7 +37,6 @@ from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.modeling.loading import load_base
 
 HERE = Path(__file__).resolve().parent
-CHECKPOINT = "smollm2-135m"
 COLUMNS = {
     "prefill 512": {"task": "prefill", "batch": 1, "length": 512, "tokens": 1},
     "decode b1 c64": {"task": "decode", "batch": 1, "length": 64, "tokens": 17},
@@ -50,15 +50,19 @@ BUNDLES = {  # name: (precision, block)
     "int4": ("int4", None),
     "int4/128": ("int4", 128),
 }
-IF_BUDGETS = ("b1", "b0.4")
-IF_KINDS = ("if", "lean-if")  # with a whole cache, and with one that holds the layers that ran
+LADDER = {1.0: 0, 0.85: 5, 0.7: 9, 0.55: 14, 0.4: 18}  # budget: skipped layers of 30
 HEADS = {"2/3 heads": 2, "1/3 heads": 1}  # all layers, of 3 KV groups
+IF_KINDS: dict[str, dict[str, bool]] = {  # what is exported otherwise
+    "if": {},
+    "lean-if": {"whole_cache": False},  # the cache holds the layers that ran alone
+    "width-if": {"head_widths": True},  # a layer computes only the groups that are kept
+}
+IF_TOLD = {"if": ("b1", "b0.4", "1/3 heads"), "lean-if": ("b1", "b0.4"), "width-if": ("b1", "1/3 heads")}
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--artifact", type=Path, help="of SmolLM2-135M, e.g. of smollm2.py train")
     picture = HERE.parent / "docs" / "images" / "onnx_speed.png"
     parser.add_argument("--picture", type=Path, default=picture, help="(%(default)s)")
     parser.add_argument(
@@ -80,10 +84,8 @@ def main() -> None:
         print(tables(found))
         draw(found, options.picture)
         return
-    if options.artifact is None:
-        parser.error("--artifact is needed to measure")
     options.work.mkdir(parents=True, exist_ok=True)
-    bundles = {name: _bundle(options, name) for name in BUNDLES}
+    bundles = {name: _bundles(options, name) for name in BUNDLES}
     results = Results(options.out)
     for threads in options.threads:
         print(f"{threads} thread{'s' if threads > 1 else ''}")
@@ -161,25 +163,24 @@ def draw(sections: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _bundle(options: argparse.Namespace, name: str) -> tuple[Path, Path, Path]:
-    """The bundle, one with a lean If graph, and one whose variants keep all layers and fewer heads; made once."""
+def _bundles(options: argparse.Namespace, name: str) -> dict[str, Path]:
+    """Of one precision: variants (``b``), kinds of ``If`` graphs, and variants of fewer heads; made once."""
     precision, block = BUNDLES[name]
-    folder: Path = options.work / f"bundle-{name.replace('/', '-')}"
-    lean, pruned = (folder.with_name(f"{folder.name}-{kind}") for kind in ("lean", "heads"))
+    artifact = untrained(options.work / "artifact", options.models, heads=True)
     common = {"precision": precision, "block": block, "positions": 2048}
-    if not folder.exists():
-        print(f"exporting {folder}")
-        export(options.artifact, folder, ExportOptions(**common))
-    if not lean.exists():
-        export(options.artifact, lean, ExportOptions(**common, budgets=(), whole_cache=False))
-    if not pruned.exists():
-        shape = Bundle.load(folder).shape
-        ladder = []
-        for count in HEADS.values():
-            groups = (tuple(range(count)),) * shape.num_layers
-            ladder.append((count / shape.num_groups, Allocation(num_groups=shape.num_groups, groups=groups)))
-        export(options.artifact, pruned, ExportOptions(**common, allocations=tuple(ladder), if_graph=False))
-    return folder, lean, pruned
+    ladder = tuple((budget, allocation(skipped=skipped)) for budget, skipped in LADDER.items())
+    pruned = tuple((width / GROUPS, allocation(narrowed=LAYERS, width=width)) for width in HEADS.values())
+    kinds: dict[str, dict[str, Any]] = {
+        "b": {"allocations": ladder, "if_graph": False},
+        **{kind: {"budgets": (), **more} for kind, more in IF_KINDS.items()},
+        "heads": {"allocations": pruned, "if_graph": False},
+    }
+    made = {kind: options.work / f"{name.replace('/', '-')}-{kind}" for kind in kinds}
+    for kind, more in kinds.items():
+        if not made[kind].exists():
+            print(f"exporting {made[kind]}", flush=True)
+            export(artifact, made[kind], ExportOptions(**common, **more))
+    return made
 
 
 def _base(options: argparse.Namespace) -> Path:
@@ -204,9 +205,9 @@ def _genai(options: argparse.Namespace, precision: str) -> Path:
     return folder
 
 
-def _measure(options: argparse.Namespace, bundles: dict[str, tuple[Path, Path, Path]], threads: int) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, bundles: dict[str, dict[str, Path]], threads: int) -> dict[str, Any]:
     """All engines in turns: seconds by engine and column, and the ratios that have a bar."""
-    costs = {f"{name} {graph}": cost for name, made in bundles.items() for _, graph, _, cost in _graphs(*made)}
+    costs = {f"{name} {graph}": cost for name, made in bundles.items() for _, graph, _, cost in _graphs(made)}
     seconds: dict[str, dict[str, list[float]]] = {}
     for number in range(options.starts):
         engines: dict[tuple[str, str, Path], Peer] = {}
@@ -221,7 +222,7 @@ def _measure(options: argparse.Namespace, bundles: dict[str, tuple[Path, Path, P
         try:
             runs = {}
             for name, made in bundles.items():
-                for folder, graph, request, _ in _graphs(*made):
+                for folder, graph, request, _ in _graphs(made):
                     runs[f"{name} {graph}"] = (start(sys.executable, "bundle", folder), request)
             runs["transformers bf16"] = (start(sys.executable, "transformers", _base(options)), {})
             for precision in ("fp32", "int4") if options.genai else ():
@@ -237,20 +238,20 @@ def _measure(options: argparse.Namespace, bundles: dict[str, tuple[Path, Path, P
     return {"seconds": seconds, "cost": costs, **_ratios(seconds, costs)}
 
 
-def _graphs(folder: Path, lean: Path, pruned: Path) -> Iterator[tuple[Path, str, dict[str, Any], dict[str, float]]]:
-    """Each variant, ``If`` graphs told to run what some of them run, and pruned variants: (folder, name, ...)."""
-    bundle = Bundle.load(folder)
-    for entry in bundle.variants:
+def _graphs(made: dict[str, Path]) -> Iterator[tuple[Path, str, dict[str, Any], dict[str, float]]]:
+    """Each variant, and ``If`` graphs told to run what some of them run: (folder, name, request, costs)."""
+    bundle = Bundle.load(made["b"])
+    ladder = {entry.name: (made["b"], entry) for entry in bundle.variants}
+    narrow = Bundle.load(made["heads"]).variants
+    ladder |= {label: (made["heads"], entry) for label, entry in zip(HEADS, narrow, strict=True)}
+    for name, (folder, entry) in ladder.items():
         assert entry.allocation is not None
         cost = _costs(bundle, entry.allocation)
-        yield folder, entry.name, {"graph": entry.name}, cost
-        if entry.name in IF_BUDGETS:
-            kept = [len(groups) for groups in entry.allocation.groups]
-            for kind, where in zip(IF_KINDS, (folder, lean), strict=True):
-                yield where, f"{kind} {entry.name}", {"graph": "if", "kept": kept}, cost
-    for label, entry in zip(HEADS, Bundle.load(pruned).variants, strict=True):
-        assert entry.allocation is not None
-        yield pruned, label, {"graph": entry.name}, _costs(bundle, entry.allocation)
+        yield folder, name, {"graph": entry.name}, cost
+        for kind, told in IF_TOLD.items():
+            if name in told:
+                kept = [len(groups) for groups in entry.allocation.groups]
+                yield made[kind], f"{kind} {name}", {"graph": "if", "kept": kept}, cost
 
 
 def _costs(bundle: Bundle, allocation: Allocation) -> dict[str, float]:
@@ -327,9 +328,10 @@ def _report(peers: dict[str, Any], budgets: dict[str, Any], costs: dict[str, dic
         kind = name.partition(" ")[2]
         if kind.endswith("b1"):
             continue
+        allowed = 0.06 if kind.partition(" ")[0] in IF_KINDS else 0.03
         for column, value in columns.items():
             cost = costs[name][column]
-            bar = (1 + cost) / 2 if kind in HEADS else cost + (0.06 if kind.startswith(IF_KINDS) else 0.03)
+            bar = (1 + cost) / 2 if kind in HEADS else cost + allowed
             text = f"time {name}, {column}: {shown(value)}, cost {cost:.3f} (layers alone {costs[name]['layers']:.3f})"
             verdict(text, value["median"], round(bar, 3), at_most=True)
 

@@ -61,6 +61,7 @@ log = logging.getLogger(__name__)
 IF_NAME, ROUTER_NAME, TOLD_NAME = "if", "router", "told"
 _PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
 _MOST_POSITIONS = 8192
+WIDTHS_PAY = 0.05  # share of an allocation's cost; less than half of it shows in the time (docs/speed.md)
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -87,7 +88,9 @@ class ExportOptions:
         per_budget: most variants of a budget; of more than one, the router graph picks one for each prompt.
         static_shapes: (batch, sequence) pairs that every variant is also exported in, as a prefill and a decode step.
         head_widths: whether a layer of the ``If`` graph computes only the groups that are kept, in more ``If`` nodes;
-            else it computes all and masks what is left out.
+            else it computes all and masks what is left out. None: where a variant's narrowed layers spare more than
+            these nodes cost (``WIDTHS_PAY``); not where matrices are quantized in the dialect ``ort``, whose narrower
+            layers are no faster, and not for engines.
         engines: engines of TensorRT that the bundle is to have; None for none. Brings ``told``, the ``If`` graph whose
             predicates the host gives.
         calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
@@ -105,7 +108,7 @@ class ExportOptions:
     whole_cache: bool = True
     per_budget: int = 1
     static_shapes: tuple[tuple[int, int], ...] = ()
-    head_widths: bool = True
+    head_widths: bool | None = None
     engines: EngineOptions | None = None
     calibrate: bool = False
 
@@ -173,7 +176,7 @@ def export(
         tell("ladder")
         ladder = _ladder(loaded, options)
         tell("weights")
-        spec = _spec(loaded, _write_weights(gated, folder, options), options)
+        spec = _spec(loaded, _write_weights(gated, folder, options), _widths(gated, ladder, options), options)
         graphs = []
         if options.if_graph:
             tell(IF_NAME)
@@ -298,7 +301,20 @@ def _refuse(gated: GatedModel, options: ExportOptions) -> None:
             raise ConfigError(f"static shape batch={batch} seq={sequence}: longer than the bundle's {most} positions")
 
 
-def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -> GraphSpec:
+def _widths(gated: GatedModel, ladder: Sequence[tuple[float, Allocation]], options: ExportOptions) -> tuple[int, ...]:
+    """What a layer of the ``If`` graph can be run with."""
+    shape, cost, wanted = gated.shape, gated.cost, options.head_widths
+    if wanted is None:
+        spared = [
+            (len(one.layers) * shape.num_groups - one.num_kept_groups) * cost.group_units / cost.units(one)
+            for _, one in ladder
+        ]
+        pays = options.engines is None and not _bits(options)
+        wanted = pays and max(spared, default=0.0) > WIDTHS_PAY
+    return widths_of(shape) if wanted and gated.gate_config.heads else (shape.num_groups,)
+
+
+def _spec(loaded: LoadedArtifact, weights: WeightFile, widths: tuple[int, ...], options: ExportOptions) -> GraphSpec:
     gated, config = loaded.gated, loaded.gated.model.config
     return GraphSpec(
         shape=gated.shape,
@@ -308,7 +324,7 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, options: ExportOptions) -
         think_id=read_tags(loaded.tokenizer).think,
         dialect=options.dialect,
         tensors=weights.tensors,
-        widths=widths_of(gated.shape) if options.head_widths and gated.gate_config.heads else (gated.shape.num_groups,),
+        widths=widths,
         bits=_bits(options),
         block=_block(options, gated.shape),
         dtype=_dtype(options),

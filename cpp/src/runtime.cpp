@@ -8,6 +8,7 @@
 #include <set>
 
 #include "onnx_reader.hpp"
+#include "pages.hpp"
 
 namespace l2a::core {
 namespace {
@@ -21,6 +22,7 @@ Runtime::Runtime(const std::string& folder, const RuntimeOptions& options)
     if (manifest().dialect != "ort") {
         bundle_error(folder + ": has no graphs of the dialect ort to run; export with --dialect ort");
     }
+    const HugePages pages;
     OrtEnv* env = nullptr;
     ort_.check(ort_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "l2a", &env), "onnxruntime cannot be started");
     env_ = {env, ort_->ReleaseEnv};
@@ -38,6 +40,7 @@ Runtime::Runtime(const std::string& folder, const RuntimeOptions& options)
 #ifdef __GLIBC__
     malloc_trim(0);  // making sessions leaves much that the C library does not give back by itself
 #endif
+    pages.ask();
 }
 
 bool Runtime::wanted(Kind kind) const noexcept {

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import onnxruntime as ort
 
 from l2a_compress.errors import ConfigError, SessionError
+from l2a_compress.runtime.pages import huge_pages
 
 log = logging.getLogger(__name__)
 Provider = Literal["cpu", "cuda", "trt", "trt-rtx"]
@@ -62,7 +63,8 @@ def open_session(
         session = onnxruntime.InferenceSession(str(path), options)
     else:
         wanted = [(name, _settings(name, cache)) for name in order]
-        session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        with huge_pages():
+            session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
     _compare(path, provider, order, session.get_providers(), strict=strict)
     return session
 

@@ -51,7 +51,7 @@ from test_training_trainer import largest_file
 from toy_models import FAMILIES, GROUPS, LAYERS, new_artifact, prompts
 
 BUDGETS = (1.0, 0.8, 0.6, 0.45)
-OPTIONS = ExportOptions(budgets=BUDGETS, calibration=16)
+OPTIONS = ExportOptions(budgets=BUDGETS, calibration=16, head_widths=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,38 @@ def test_every_graph_says_what_pytorch_says(family: str, dialect: str, tmp_path:
         assert row.allocations
 
 
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_narrowed_layers_are_masked_where_the_graph_computes_them_whole(dialect: str, tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path)
+    options = dataclasses.replace(OPTIONS, dialect=dialect, head_widths=False)
+    bundle = export(artifact, tmp_path / "bundle", options)
+    assert bundle.widths == (GROUPS,)
+    rows = list(parity(tmp_path / "bundle", artifact, prompts=12, tokens=6, budgets=BUDGETS))
+    assert any(0 < len(kept) < GROUPS for one in bundle.variants if one.allocation for kept in one.allocation.groups)
+    for row in rows:
+        assert (row.equal, row.allocations) == (row.tokens, True)
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "precision", "widths"),
+    [
+        (0, "fp32", (GROUPS,)),
+        (1, "fp32", (GROUPS,)),
+        (LAYERS, "fp32", tuple(range(1, GROUPS + 1))),
+        (LAYERS, "int8", (GROUPS,)),
+    ],
+)
+def test_layers_have_widths_where_narrowing_them_pays(
+    narrowed: int, precision: str, widths: tuple[int, ...], tmp_path: Path
+) -> None:
+    whole, narrow = tuple(range(GROUPS)), (0,)
+    kept = tuple(narrow if LAYERS - narrowed <= at else whole for at in range(LAYERS))
+    kept = (whole, *kept[1:])  # the stem is never narrowed
+    allocation = Allocation(groups=kept, num_groups=GROUPS)
+    options = ExportOptions(allocations=((0.9, allocation),), precision=precision)
+    assert export(new_artifact(tmp_path), tmp_path / "bundle", options).widths == widths
+
+
 @pytest.mark.parametrize("gates", [{"summary": "none"}, {"summary": "mean"}, {"heads": False}, {"tokens": False}])
 def test_every_form_of_gates_is_exported(gates: dict[str, object], tmp_path: Path) -> None:
     artifact = new_artifact(tmp_path, **gates)
@@ -143,13 +175,16 @@ def test_quantization_keeps_to_half_a_step(bits: int, columns: int) -> None:
     assert (error <= steps * 0.5001).mean() > 0.95
 
 
-@pytest.mark.parametrize(("precision", "block"), [("int8", 32), ("int4", 32), ("int8", None), ("int4", 64)])
+@pytest.mark.parametrize(
+    ("precision", "block", "head_widths"),
+    [("int8", 32, True), ("int4", 32, True), ("int8", None, True), ("int4", 64, True), ("int8", 32, False)],
+)
 def test_quantized_graphs_say_what_pytorch_says_with_the_same_rounded_weights(
-    precision: str, block: int | None, tmp_path: Path
+    precision: str, block: int | None, head_widths: bool, tmp_path: Path
 ) -> None:
     """The embedded width, 32, is less than a block of 64 or 128, which is then filled up."""
     artifact = new_artifact(tmp_path)
-    options = dataclasses.replace(OPTIONS, precision=precision, block=block)
+    options = dataclasses.replace(OPTIONS, precision=precision, block=block, head_widths=head_widths)
     bundle = export(artifact, tmp_path / "bundle", options)
     assert lint(tmp_path / "bundle", bundle) == []
     loaded = load_artifact(artifact)

@@ -1,0 +1,82 @@
+#include "pages.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <string>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+namespace l2a::core {
+namespace {
+
+constexpr std::uintptr_t kSize = 2U << 20U;  // of a huge page, and below of another; elsewhere the kernel refuses
+constexpr std::size_t kPage = 4096;
+constexpr std::ptrdiff_t kMostly = 448;  // pages of 512: what is emptier would take more memory than it did
+constexpr int kCollapse = 25;            // MADV_COLLAPSE, which older headers do not name
+
+bool are_wanted() {
+#ifdef __linux__
+    std::string setting;
+    std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
+    return std::getline(file, setting) && setting.find("[never]") == std::string::npos &&
+           sysconf(_SC_PAGESIZE) == static_cast<long>(kPage);
+#else
+    return false;
+#endif
+}
+
+// Collapses each whole huge page of a span that is in use already.
+void collapse([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uintptr_t end) {
+#ifdef __linux__
+    std::array<unsigned char, kSize / kPage> present{};
+    for (std::uintptr_t place = (start + kSize - 1) / kSize * kSize; place + kSize <= end; place += kSize) {
+        auto* memory = reinterpret_cast<void*>(place);
+        if (mincore(memory, kSize, present.data()) != 0) continue;
+        const auto used = std::count_if(present.begin(), present.end(), [](unsigned char page) { return page & 1U; });
+        if (used >= kMostly) madvise(memory, kSize, kCollapse);
+    }
+#endif
+}
+
+}  // namespace
+
+HugePages::HugePages() : wanted_(are_wanted()) {
+    if (wanted_) before_ = spans();
+}
+
+void HugePages::ask() const noexcept try {
+    if (!wanted_) return;
+    for (auto [start, end] : spans()) {
+        for (const auto& [low, high] : before_) {
+            if (high <= start || low >= end) continue;
+            if (low > start) collapse(start, low);
+            start = high;
+        }
+        if (start < end) collapse(start, end);
+    }
+} catch (...) {  // slower, and no reason to fail
+}
+
+// Private memory without a file, ascending.
+std::vector<HugePages::Span> HugePages::spans() {
+    std::vector<Span> found;
+    std::ifstream file("/proc/self/maps");
+    for (std::string line; std::getline(file, line);) {
+        unsigned long start = 0, end = 0;
+        std::array<char, 5> rights{};
+        std::array<char, 8> name{};
+        const int fields =
+            std::sscanf(line.c_str(), "%lx-%lx %4s %*s %*s %*s %7s", &start, &end, rights.data(), name.data());
+        const bool anonymous = fields == 3 || (fields == 4 && std::strcmp(name.data(), "[heap]") == 0);
+        if (anonymous && std::strcmp(rights.data(), "rw-p") == 0) found.emplace_back(start, end);
+    }
+    return found;
+}
+
+}  // namespace l2a::core

@@ -1,0 +1,70 @@
+"""Huge pages for the weights that onnxruntime packs as it opens a session.
+
+It packs each matrix into an allocation of its own, most of them smaller than a huge page, so neither the allocator nor
+the kernel gives them any, and how fast a decode step is depends on the places that they happen to get. Linux 6.1 and
+later put what stands there on huge pages when asked: madvise(2), MADV_COLLAPSE.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_SIZE, _PAGE = 2 << 20, 4096  # of a huge page and of others; elsewhere the kernel refuses
+_MOSTLY = 448  # pages of 512: what is emptier would take more memory than it did
+_COLLAPSE = 25
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+_MAPS = Path("/proc/self/maps")
+Span = tuple[int, int]
+
+
+@contextmanager
+def huge_pages() -> Iterator[None]:
+    """Asks for huge pages for the memory that the process got within. Where there are none, nothing changes."""
+    before = _spans()
+    yield
+    if before is None or (after := _spans()) is None:
+        return
+    library, present = ctypes.CDLL(None), ctypes.create_string_buffer(_SIZE // _PAGE)
+    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    for start, end in added(before, after):
+        for place in range(-(-start // _SIZE) * _SIZE, end // _SIZE * _SIZE, _SIZE):
+            if not library.mincore(place, _SIZE, present) and present.raw.count(b"\x01") >= _MOSTLY:
+                library.madvise(place, _SIZE, _COLLAPSE)
+
+
+def _spans() -> list[Span] | None:
+    """Those of this process; None where the system has no huge pages or does not want them used."""
+    try:
+        if sys.platform != "linux" or "[never]" in _SETTING.read_text() or os.sysconf("SC_PAGE_SIZE") != _PAGE:
+            return None
+        return list(spans(_MAPS.read_text().splitlines()))
+    except OSError:
+        return None
+
+
+def spans(lines: list[str]) -> Iterator[Span]:
+    """Private memory without a file, of the lines of ``/proc/PID/maps``; ascending."""
+    for line in lines:
+        fields = line.split()
+        if fields[1] == "rw-p" and (len(fields) == 5 or fields[5] == "[heap]"):
+            start, end = fields[0].split("-")
+            yield int(start, 16), int(end, 16)
+
+
+def added(before: list[Span], after: list[Span]) -> Iterator[Span]:
+    """What the spans ``after`` hold and those ``before`` do not; each list ascending, without overlaps."""
+    for start, end in after:
+        for low, high in before:
+            if high <= start or low >= end:
+                continue
+            if low > start:
+                yield start, low
+            start = high
+        if start < end:
+            yield start, end

@@ -1,0 +1,91 @@
+"""Huge pages for packed weights: asked for where they are, and only for what is new and in use."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from l2a_compress.runtime import pages
+from l2a_compress.runtime.pages import added, huge_pages, spans
+
+MAPS = """\
+55d0c0000000-55d0c0800000 rw-p 00000000 00:00 0                          [heap]
+7f0000000000-7f0000800000 rw-p 00000000 00:00 0
+7f0001000000-7f0001400000 r--p 00000000 08:01 1234                       /opt/weights.bin
+7f0002000000-7f0002400000 rw-p 00000000 08:01 1234                       /opt/data file
+7f0003000000-7f0003400000 rw-p 00000000 00:00 0                          [stack]
+"""
+places = st.lists(st.integers(0, 40), unique=True, max_size=12).map(sorted)
+
+
+def test_spans_are_private_memory_without_a_file() -> None:
+    heap, other = (0x55D0C0000000, 0x55D0C0800000), (0x7F0000000000, 0x7F0000800000)
+    assert list(spans(MAPS.splitlines())) == [heap, other]
+
+
+@given(places, places)
+def test_what_is_added_is_the_difference(before: list[int], after: list[int]) -> None:
+    first, second = (list(zip(part[::2], part[1::2], strict=False)) for part in (before, after))
+    found = [place for span in added(first, second) for place in range(*span)]
+    wanted = {place for span in second for place in range(*span)} - {place for span in first for place in range(*span)}
+    assert found == sorted(wanted)
+
+
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+asked = pytest.mark.skipif(
+    sys.platform != "linux" or not SETTING.exists() or "[madvise]" not in SETTING.read_text(),
+    reason="this kernel has no huge pages, or gives them unasked",
+)
+
+
+@asked
+def test_small_allocations_come_to_stand_on_huge_pages() -> None:
+    before = _huge()
+    with huge_pages():
+        kept = [np.ones(3 << 17) for _ in range(64)]  # 3 MB each, as a packed matrix
+    gained = _huge() - before
+    if not gained and tuple(map(int, re.findall(r"\d+", Path("/proc/version").read_text())[:2])) < (6, 1):
+        pytest.skip("the kernel is older than MADV_COLLAPSE")
+    assert gained > 100 << 20
+    assert all((one == 1).all() for one in kept)
+
+
+@asked
+def test_memory_that_is_hardly_used_does_not_grow() -> None:
+    before = _huge()
+    with huge_pages():
+        kept = [np.empty(3 << 17) for _ in range(64)]
+        for one in kept:
+            one[:: 1 << 13] = 1.0  # a page of sixteen
+    assert _huge() <= before
+
+
+@asked
+@pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
+def test_nothing_is_asked_where_huge_pages_are_not_wanted(
+    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "enabled"
+    if setting is not None:
+        file.write_text(setting)
+    monkeypatch.setattr(pages, "_SETTING", file)
+    before = _huge()
+    with huge_pages():
+        kept = [np.ones(3 << 17) for _ in range(16)]
+    assert _huge() <= before
+    assert len(kept) == 16
+
+
+def _huge() -> int:
+    """Bytes of this process on huge pages."""
+    rollup = Path("/proc/self/smaps_rollup")
+    if not rollup.exists():
+        return 0
+    found = re.search(r"AnonHugePages:\s+(\d+)", rollup.read_text())
+    return int(found[1]) * 1024 if found else 0
