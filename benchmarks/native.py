@@ -67,7 +67,8 @@ def main() -> None:
         measure = {"memory": _memory, "speed": _speed, "switch": _switch, "threads": _threads}[part]
         found = {precision: measure(options, precision) for precision in PRECISIONS}
         settings = {"rounds": options.rounds, "ladder": LADDER, "columns": COLUMNS}
-        results.put(part, found, settings, threads=options.threads)
+        section = part if options.threads == 1 else f"{part}_threads_{options.threads}"
+        results.put(section, found, settings, threads=options.threads)
     print(f"figures: {options.out}")
 
 

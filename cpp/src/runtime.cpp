@@ -54,6 +54,8 @@ Owner<OrtSessionOptions> Runtime::session_options(const std::string& path) const
     ort_.check(ort_->CreateSessionOptions(&made), path);
     Owner<OrtSessionOptions> options(made, ort_->ReleaseSessionOptions);
     ort_.check(ort_->SetSessionLogSeverityLevel(made, ORT_LOGGING_LEVEL_ERROR), path);
+    // Else threads of one session go on spinning for a while behind a run, and the session that runs next waits.
+    ort_.check(ort_->AddSessionConfigEntry(made, kOrtSessionOptionsConfigForceSpinningStop, "1"), path);
     // Graphs are loaded from verified bytes; ONNX Runtime still looks whether the file that they name is there.
     ort_.check(ort_->AddSessionConfigEntry(made, kOrtSessionOptionsModelExternalInitializersFileFolderPath,
                                            bundle_.folder.c_str()),

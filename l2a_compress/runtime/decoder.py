@@ -55,6 +55,8 @@ class GraphDecoder:
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        # Else threads of one session go on spinning for a while behind a run, and the session that runs next waits.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1

@@ -66,6 +66,19 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("L2A_CACHE", str(tmp_path / "cache"))
 
 
+def test_no_thread_spins_behind_a_run(made: Path) -> None:
+    decoder = GraphDecoder(made / "b1.onnx", threads=2)
+    decoder.start(4, 300)
+    ids = np.full((4, 256), 5)
+    spent = []
+    for _ in range(5):
+        decoder.step(ids, np.ones_like(ids))
+        began = time.process_time()
+        time.sleep(0.01)
+        spent.append(time.process_time() - began)
+    assert min(spent) < 2e-3
+
+
 def alone(
     folder: Path, prompt: list[int], kept_at: Callable[[int], Budget], engine: Engine, limits: Limits = LIMITS
 ) -> list[int]:
