@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <string>
@@ -11,6 +12,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace l2a::core {
 namespace {
@@ -18,7 +22,9 @@ namespace {
 constexpr std::uintptr_t kSize = 2U << 20U;  // of a huge page, and below of another; elsewhere the kernel refuses
 constexpr std::size_t kPage = 4096;
 constexpr std::ptrdiff_t kMostly = 448;  // pages of 512: what is emptier would take more memory than it did
-constexpr int kCollapse = 25;            // MADV_COLLAPSE, which older headers do not name
+// mallopt(3): once a block is freed, blocks up to its size come from the heap. No larger one counts.
+constexpr std::size_t kLargest = (32U << 20U) - (64U << 10U);
+constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers do not name
 
 bool are_wanted() {
 #ifdef __linux__
@@ -47,10 +53,15 @@ void collapse([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uintp
 }  // namespace
 
 HugePages::HugePages() : wanted_(are_wanted()) {
+    void* volatile block = std::malloc(kLargest);  // volatile: or a compiler leaves both calls out
+    std::free(block);
     if (wanted_) before_ = spans();
 }
 
 void HugePages::ask() const noexcept try {
+#ifdef __GLIBC__
+    malloc_trim(0);  // making sessions leaves much that the C library does not give back by itself
+#endif
     if (!wanted_) return;
     for (auto [start, end] : spans()) {
         for (const auto& [low, high] : before_) {

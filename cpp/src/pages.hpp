@@ -8,12 +8,13 @@
 namespace l2a::core {
 
 // Remembers what private memory the process has, and asks for huge pages for what it has got since. ONNX Runtime packs
-// each matrix into an allocation of its own, most of them smaller than a huge page, so that it gets none by itself.
-// Linux 6.1 and later merge them when asked. Where there are none, or they are not wanted, nothing changes.
+// each matrix into an allocation of its own, most of them smaller than a huge page, and the C library maps such one by
+// one, wherever there is room. So they are made to stand in the heap, one behind another, and Linux 6.1 and later put
+// them on huge pages when asked. Where there are none, or they are not wanted, nothing else changes.
 class HugePages {
   public:
     HugePages();
-    void ask() const noexcept;
+    void ask() const noexcept;  // and gives back what was freed
 
   private:
     using Span = std::pair<std::uintptr_t, std::uintptr_t>;  // start and end

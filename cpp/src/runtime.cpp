@@ -1,9 +1,6 @@
 #include "runtime.hpp"
 
 #include <onnxruntime_session_options_config_keys.h>
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
 
 #include <set>
 
@@ -37,9 +34,6 @@ Runtime::Runtime(const std::string& folder, const RuntimeOptions& options)
     }
     if (graphs_.empty()) bundle_error(folder + ": has none of the graphs that were asked for; export them");
     bundle_.weights->release_pages();  // what was prepacked is not read again
-#ifdef __GLIBC__
-    malloc_trim(0);  // making sessions leaves much that the C library does not give back by itself
-#endif
     pages.ask();
 }
 

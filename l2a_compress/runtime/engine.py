@@ -30,6 +30,7 @@ from l2a_compress.runtime.decoder import GraphDecoder, predicates
 from l2a_compress.runtime.engine_lane import EngineLane, OpenEngine
 from l2a_compress.runtime.lane import Lane
 from l2a_compress.runtime.native import Native
+from l2a_compress.runtime.pages import give_back
 from l2a_compress.runtime.providers import Provider
 from l2a_compress.runtime.request import TAGS, Limits, Request
 from l2a_compress.runtime.sampling import Sampler, Sampling
@@ -368,6 +369,7 @@ class Engine:
         self._lanes.clear()
         self._chooser.close()
         self._native = None
+        give_back()
 
     def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
         bundle, think = self.bundle, self.tags.think

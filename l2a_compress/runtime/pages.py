@@ -1,8 +1,9 @@
 """Huge pages for the weights that onnxruntime packs as it opens a session.
 
-It packs each matrix into an allocation of its own, most of them smaller than a huge page, so neither the allocator nor
-the kernel gives them any, and how fast a decode step is depends on the places that they happen to get. Linux 6.1 and
-later put what stands there on huge pages when asked: madvise(2), MADV_COLLAPSE.
+It packs each matrix into an allocation of its own, most of them smaller than a huge page. The C library maps such
+allocations one by one, wherever there is room, so the kernel gives them no huge pages, and how fast a decode step is
+depends on the places that they happen to get. So they are made to stand in the heap, one behind another, and Linux 6.1
+and later put them on huge pages when asked: madvise(2), MADV_COLLAPSE.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 _SIZE, _PAGE = 2 << 20, 4096  # of a huge page and of others; elsewhere the kernel refuses
 _MOSTLY = 448  # pages of 512: what is emptier would take more memory than it did
 _COLLAPSE = 25
+# mallopt(3): once a block is freed, blocks up to its size come from the heap. No larger one counts.
+_LARGEST = (32 << 20) - (64 << 10)
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MAPS = Path("/proc/self/maps")
 Span = tuple[int, int]
@@ -25,23 +28,36 @@ Span = tuple[int, int]
 @contextmanager
 def huge_pages() -> Iterator[None]:
     """Asks for huge pages for the memory that the process got within. Where there are none, nothing changes."""
+    give_back()
+    if sys.platform != "linux":
+        yield
+        return
+    library = ctypes.CDLL(None)
+    library.malloc.argtypes, library.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    library.free(ctypes.c_void_p(library.malloc(_LARGEST)))
     before = _spans()
     yield
+    give_back()
     if before is None or (after := _spans()) is None:
         return
-    library, present = ctypes.CDLL(None), ctypes.create_string_buffer(_SIZE // _PAGE)
-    library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    library.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    present, size = ctypes.create_string_buffer(_SIZE // _PAGE), ctypes.c_size_t(_SIZE)
     for start, end in added(before, after):
-        for place in range(-(-start // _SIZE) * _SIZE, end // _SIZE * _SIZE, _SIZE):
-            if not library.mincore(place, _SIZE, present) and present.raw.count(b"\x01") >= _MOSTLY:
-                library.madvise(place, _SIZE, _COLLAPSE)
+        for at in range(-(-start // _SIZE) * _SIZE, end // _SIZE * _SIZE, _SIZE):
+            place = ctypes.c_void_p(at)
+            if not library.mincore(place, size, present) and present.raw.count(b"\x01") >= _MOSTLY:
+                library.madvise(place, size, _COLLAPSE)
+
+
+def give_back() -> None:
+    """Lets the C library return what is freed to the system, where it would keep it for later."""
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # not in every C library
+        library.malloc_trim(ctypes.c_size_t(0))
 
 
 def _spans() -> list[Span] | None:
     """Those of this process; None where the system has no huge pages or does not want them used."""
     try:
-        if sys.platform != "linux" or "[never]" in _SETTING.read_text() or os.sysconf("SC_PAGE_SIZE") != _PAGE:
+        if "[never]" in _SETTING.read_text() or os.sysconf("SC_PAGE_SIZE") != _PAGE:
             return None
         return list(spans(_MAPS.read_text().splitlines()))
     except OSError:
