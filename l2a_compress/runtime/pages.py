@@ -28,10 +28,10 @@ Span = tuple[int, int]
 @contextmanager
 def huge_pages() -> Iterator[None]:
     """Asks for huge pages for the memory that the process got within. Where there are none, nothing changes."""
-    give_back()
     if sys.platform != "linux":
         yield
         return
+    give_back()
     library = ctypes.CDLL(None)
     library.malloc.argtypes, library.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     library.free(ctypes.c_void_p(library.malloc(_LARGEST)))
