@@ -95,7 +95,7 @@ def export_bundles(options: argparse.Namespace) -> None:
 
     for kind, ladder in kinds.items():
         heads = kind == "heads"
-        artifact = untrained(options.work / f"artifact-{kind}", options.models, heads=heads)
+        artifact = untrained(options.work / f"artifact-{'heads' if heads else 'layers'}", options.models, heads=heads)
         made = [
             (budget, allocation(skipped=skipped, narrowed=8 if heads else 0, width=width))
             for budget, skipped, width in ladder
