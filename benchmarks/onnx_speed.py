@@ -143,7 +143,8 @@ def draw(sections: dict[str, Any], path: Path) -> None:
         left.set_xticks([place + 0.4 - width / 2 for place in range(len(COLUMNS))], list(COLUMNS))
         left.set_ylabel("speed / Transformers bf16")
         left.set_title(name.replace("_", " ") + ": dense graphs and peers (hatched)")
-        left.legend(fontsize=7, ncols=2)
+        left.set_ylim(top=1.35 * left.get_ylim()[1])  # room for the legend
+        left.legend(fontsize=7, ncols=3)
         column = "decode b1 c64"
         for kind, marker in (("b", "o"), ("if b", "s"), ("lean-if b", "^")):
             for name in BUNDLES:

@@ -3,7 +3,8 @@
     python benchmarks/real_llm.py sft --data DIR               a short dense fine-tuning that gives the format; merged
     python benchmarks/real_llm.py l2a --data DIR               gates and adapters on that model
     python benchmarks/real_llm.py l2a-twice --data DIR         the same for twice the steps: those of two static models
-    python benchmarks/real_llm.py l2a-long --data DIR          the same for eight times the steps
+    python benchmarks/real_llm.py l2a-twice-no-kl --data DIR   that without logical consistency
+    python benchmarks/real_llm.py l2a-long --data DIR          the same as l2a for eight times the steps
     python benchmarks/real_llm.py block_influence-75 --data DIR     a static model of 0.75 of the layers' cost
     python benchmarks/real_llm.py measure --data DIR           NLL, KL and agreement of all that is trained
     python benchmarks/real_llm.py answers --data DIR           exact match of what the reference and L2A answer
@@ -64,9 +65,11 @@ COMMON = (
     *("optim.save_steps=20", "optim.log_steps=5", "adapter.rank=16", "adapter.alpha=32"),
 )
 SEARCHED = ("annealing.search_rows=16", "annealing.noise_start=4.0")
+TWICE = ("annealing.explore=0.2", "annealing.settle=0.2", "evaluation.calibration=32", *SEARCHED)
 GATED = {  # and for how many times the steps of a static model
     "l2a": (1, ("annealing.explore=0.3", "annealing.settle=0.3", *SEARCHED)),
-    "l2a-twice": (2, ("annealing.explore=0.2", "annealing.settle=0.2", "evaluation.calibration=32", *SEARCHED)),
+    "l2a-twice": (2, TWICE),
+    "l2a-twice-no-kl": (2, TWICE),
     "l2a-long": (8, ("annealing.explore=0.1", "annealing.settle=0.3", "evaluation.calibration=32", *SEARCHED)),
 }
 
@@ -84,6 +87,7 @@ def recipe_of(name: str, options: argparse.Namespace) -> Recipe:
         settings += ['static.method="uniform"', f"optim.steps={options.sft_steps}", f"seed={options.seed + 1000}"]
         without += ["kl"]
     else:
+        without += ["kl"] if name.endswith("-no-kl") else []
         times, more = GATED.get(name, (1, ()))
         settings += [f"optim.steps={times * options.steps}", *more]
     if name in STATIC:
