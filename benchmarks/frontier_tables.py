@@ -67,8 +67,9 @@ def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
 def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
     """Those of one model of real_llm.json."""
     points: Mapping[str, Sequence[Row]] = found["points"]
-    gated = {name: group for name, group in points.items() if name.startswith("l2a")}
-    statics = {name: group for name, group in points.items() if name not in (*gated, "reference")}
+    ablated = {name.removesuffix("-no-kl"): group for name, group in points.items() if name.endswith("-no-kl")}
+    gated = {name: group for name, group in points.items() if name.startswith("l2a") and not name.endswith("-no-kl")}
+    statics = {name: group for name, group in points.items() if name.startswith(("block_influence", "fixed_budget"))}
     heads = "model,budget,cost,layers off,NLL,KL to the reference,agreement with it".split(",")
     rows = [
         [
@@ -98,6 +99,12 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
                     _gap(ours["agreement_by_problem"], theirs["agreement_by_problem"]),
                 ]
             )
+    no_kl = []
+    for name, group in ablated.items():
+        for without, ours in zip(group, gated[name], strict=True):
+            nll, low, high = paired(without["nll_by_problem"], ours["nll_by_problem"])
+            cells = f"{name}-no-kl", f"{100 * ours['layer_sparsity']:.1f} %", f"{nll:+.4f} [{low:+.4f}, {high:+.4f}]"
+            no_kl.append([*cells, _gap(without["agreement_by_problem"], ours["agreement_by_problem"])])
     answered = found.get("answers", {})
     dense = answered["reference"][0]["outcomes"] if answered else ""
     answers = [
@@ -119,6 +126,8 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             against,
         ),
     }
+    if no_kl:
+        tables["real-no-kl"] = _table(["run", "layers off", "NLL: without KL less with", "agreement in points"], no_kl)
     if answers:
         tables["real-answers"] = _table(
             ["model", "budget", "layers off", "tokens", "exact match", "against the reference"], answers

@@ -89,22 +89,23 @@ def given_up(path: Sequence[Allocation]) -> list[int]:
     return [layer for before, after in pairwise(path) for layer in sorted({*before.layers} - {*after.layers})]
 
 
-def path_scores(path: Sequence[Allocation], stem: int) -> tuple[Tensor, Tensor]:
-    """Scores by which the gates give up layers and groups as a path does: the longer kept, the higher.
+def path_scores(path: Sequence[Allocation], stem: int) -> Tensor:
+    """Scores by which the gates give up groups as a path does: the longer kept, the higher.
+
+    A layer's score is that of its best group.
 
     Args:
         path: of nested allocations, from dense down.
         stem: layers that always run, and have no score.
 
     Returns:
-        (layers [gated layers], groups [gated layers, groups]), from -3 to 3.
+        [gated layers, groups], from -3 to 3.
     """
     groups = torch.zeros(len(path[0].groups) - stem, path[0].num_groups)
     for allocation in path:
         for row, kept in zip(groups, allocation.groups[stem:], strict=True):
             row[list(kept)] += 6.0 / len(path)
-    groups -= 3.0
-    return groups.amax(1), groups
+    return groups - 3.0
 
 
 def _steps(gated: GatedModel, now: Allocation, importance: Tensor, first: Sequence[int]) -> list[list[Allocation]]:

@@ -161,7 +161,8 @@ def train(
         "last": last,
     }
     if searched and (out / SEARCH_FILE).is_file():
-        metrics["search"] = json.loads((out / SEARCH_FILE).read_text())
+        noted = json.loads((out / SEARCH_FILE).read_text())
+        metrics["search"] = {name: noted[name] for name in ("order", "trials")}
     if recipe.static.method:
         metrics["static"] = {"allocation": allocation.to_json(), "budget": budget}
     save_artifact(

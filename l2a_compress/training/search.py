@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast
@@ -47,14 +48,34 @@ def search(
         samples: of the run; whole ones from its start are used.
         collate: makes batches of them.
         recipe: of the run.
-        file: where all is noted: the ``order`` of the layers and, of all sets that were tried, ``trials``: [layers that
-            were gone, loss]. What it says of a search that was cut off is not tried again.
+        file: where all is noted: of all sets that were tried ``trials``: [layers that were gone, loss], and at the end
+            the ``order`` of the layers and the ``scores`` of groups that the gates got. What it says is not searched
+            again, so that a run that was cut off goes on there.
         main: whether this process writes the file.
         quiet: no progress bar.
 
     Raises:
         TrainingError: the file cannot be read.
     """
+    losses, scores = _noted(file, gated.allocator.head_gates.outer_bias.shape)
+    if scores is None:
+        scores = _searched(gated, samples, collate, recipe, file=file, losses=losses, main=main, quiet=quiet)
+    scores = broadcast(scores.to(gated.model.device))
+    gated.allocator.set_prior(scores.amax(1), scores)
+
+
+def _searched(
+    gated: GatedModel,
+    samples: Samples,
+    collate: SampleCollator,
+    recipe: Recipe,
+    *,
+    file: Path,
+    losses: dict[tuple[int, ...], float],
+    main: bool,
+    quiet: bool,
+) -> Tensor:
+    """The scores of groups; ``losses`` are those of sets that were tried before."""
     gated.eval()
     device = gated.model.device
     plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
@@ -74,9 +95,8 @@ def search(
                 batch["inputs_embeds"] = embedded + told.to(embedded.dtype)  # a base may have 16 bits
     _, importance = drop_losses(gated, batches)
     path = greedy_path(gated, batches, importance, least=recipe.draws.minimum)
-    losses = _tried(file)
 
-    def note(**more: list[int]) -> None:
+    def note(**more: Any) -> None:
         if main:
             write_atomic(file, json.dumps({**more, "trials": list(losses.items())}) + "\n")
 
@@ -86,19 +106,24 @@ def search(
         trials = Trials(gated, recipe, steps, batches, losses=losses, tried=note, quiet=quiet)
         order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
         path = greedy_path(gated, batches, importance, order, least=recipe.draws.minimum)
-    note(order=given_up(path))
+    scores = path_scores(path, stem)
+    note(order=given_up(path), scores=scores.tolist())
     log.info("layers are given up in the order %s", given_up(path))
-    layers, groups = (broadcast(scores.to(device)) for scores in path_scores(path, stem))
-    gated.allocator.set_prior(layers, groups)
     gated.train()
+    return scores
 
 
-def _tried(file: Path) -> dict[tuple[int, ...], float]:
-    """What a search that was cut off has noted."""
+def _noted(file: Path, shape: torch.Size) -> tuple[dict[tuple[int, ...], float], Tensor | None]:
+    """What a search that was cut off has tried, and what one that came to its end has found."""
     if not file.is_file():
-        return {}
+        return {}, None
     try:
-        return {tuple(gone): float(loss) for gone, loss in json.loads(file.read_text())["trials"]}
+        content = json.loads(file.read_text())
+        losses = {tuple(gone): float(loss) for gone, loss in content["trials"]}
+        scores = torch.tensor(content["scores"]) if "scores" in content else None
+        if scores is not None and scores.shape != shape:
+            raise ValueError(f"scores of shape {[*scores.shape]}, and the model has {[*shape]}")
+        return losses, scores
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{file}: not what a search notes ({error}); remove it to search again") from error
 

@@ -133,7 +133,8 @@ def test_gates_with_the_scores_of_a_path_choose_its_allocations() -> None:
     gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
     path = searched(gated)
     assert len(path) == 1 + (LAYERS - STEM) * GROUPS  # a layer and its least group go together
-    gated.allocator.set_prior(*path_scores(path, STEM))
+    scores = path_scores(path, STEM)
+    gated.allocator.set_prior(scores.amax(1), scores)
     layers, groups = gated.allocator.scores(torch.zeros(1, gated.allocator.layer_gates.inner.shape[1]))
     for allocation in path:
         units = gated.cost.units(allocation) - gated.cost.units(path[-1])

@@ -126,18 +126,23 @@ def test_what_goes_is_searched_once_behind_the_exploration(
     assert len(metrics["search"]["trials"]) >= trials
     assert all(math.isfinite(loss) for _, loss in metrics["search"]["trials"])
     gates = safetensors.torch.load_file(whole / "artifact" / "gates.safetensors")
-    layers, groups = path_scores(path, searched.gates.stem_layers)
-    assert torch.equal(gates["allocator.layer_gates.outer_bias"][:, 0], layers)
+    groups = path_scores(path, searched.gates.stem_layers)
+    assert torch.equal(gates["allocator.layer_gates.outer_bias"][:, 0], groups.amax(1))
     assert torch.equal(gates["allocator.head_gates.outer_bias"], groups.sort(descending=True, stable=True).values)
     for kind in ("layer", "head"):  # the order is the same for all inputs and budgets
         assert not gates[f"allocator.{kind}_gates.outer"].any()
+    found = [guess, path] if trials else [path]
+    noted = copy_until(whole, 3, tmp_path / "noted")
+    shutil.copy(whole / SEARCH_FILE, noted)
+    train(searched, noted, quiet=True)
+    assert paths == found  # what a search that came to its end has noted is not searched again
     rest = copy_until(whole, 3, tmp_path / "rest")
     train(searched, rest, quiet=True)
-    found = [guess, path] if trials else [path]
     assert paths == found * (1 if explore == 0.5 else 2)
-    assert (rest / "artifact" / "gates.safetensors").read_bytes() == (
-        whole / "artifact" / "gates.safetensors"
-    ).read_bytes()
+    for run in (noted, rest):
+        assert (run / "artifact" / "gates.safetensors").read_bytes() == (
+            whole / "artifact" / "gates.safetensors"
+        ).read_bytes()
 
 
 def test_a_search_that_was_cut_off_tries_nothing_twice(
@@ -170,10 +175,13 @@ def test_a_search_that_was_cut_off_tries_nothing_twice(
     assert json.loads((tmp_path / "cut" / SEARCH_FILE).read_text())["trials"] != noted
 
 
-def test_a_search_whose_notes_are_damaged_is_one_error(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "notes", ["{", '{"trials": [], "scores": [[1.0], [1.0, 2.0]]}', '{"trials": [], "scores": [[1.0]]}']
+)
+def test_a_search_whose_notes_are_damaged_is_one_error(base: Path, tmp_path: Path, notes: str) -> None:
     plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 1, "trial_steps": 1}
     recipe = tiny_recipe(base, annealing=plan, optim={"steps": 2, "save_steps": 1})
-    tmp_path.joinpath(SEARCH_FILE).write_text("{")
+    tmp_path.joinpath(SEARCH_FILE).write_text(notes)
     with pytest.raises(TrainingError, match=r"search.json: not what a search notes .*; remove it"):
         train(recipe, tmp_path, quiet=True)
 
