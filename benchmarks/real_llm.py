@@ -62,7 +62,7 @@ STATIC = {
 COMMON = (
     *("data.max_length=320", "data.heldout_share=0.07", "draws.contract=cap", "draws.full_think_share=1.0"),
     *("draws.condensed_below=0.0", "draws.minimum=0.5", "optim.batch_size=8", "optim.accumulate=2", "optim.lr=5e-4"),
-    *("optim.save_steps=20", "optim.log_steps=5", "adapter.rank=16", "adapter.alpha=32"),
+    *("optim.save_steps=20", "optim.log_steps=5", "adapter.rank=16", "adapter.alpha=32", "gates.least_compute=0.4"),
 )
 SEARCHED = ("annealing.search_rows=16", "annealing.noise_start=4.0")
 TWICE = ("annealing.explore=0.2", "annealing.settle=0.2", "evaluation.calibration=32", *SEARCHED)
