@@ -67,9 +67,9 @@ def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
 def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
     """Those of one model of real_llm.json."""
     points: Mapping[str, Sequence[Row]] = found["points"]
-    ablated = {name.removesuffix("-no-kl"): group for name, group in points.items() if name.endswith("-no-kl")}
-    gated = {name: group for name, group in points.items() if name.startswith("l2a") and not name.endswith("-no-kl")}
-    statics = {name: group for name, group in points.items() if name.startswith(("block_influence", "fixed_budget"))}
+    l2a = {name: group for name, group in points.items() if name.startswith("l2a")}
+    gated = {name: group for name, group in l2a.items() if not name.endswith("-no-kl")}
+    statics = {name: group for name, group in points.items() if name not in (*l2a, "reference")}
     heads = "model,budget,cost,layers off,NLL,KL to the reference,agreement with it".split(",")
     rows = [
         [
@@ -88,23 +88,15 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             ours = costliest(group, theirs["cost"] + EVEN)
             if ours is None:
                 continue
-            nll, low, high = paired(ours["nll_by_problem"], theirs["nll_by_problem"])
-            against.append(
-                [
-                    static,
-                    f"{100 * theirs['layer_sparsity']:.1f} %",
-                    name,
-                    f"{100 * ours['layer_sparsity']:.1f} %",
-                    f"{nll:+.4f} [{low:+.4f}, {high:+.4f}]",
-                    _gap(ours["agreement_by_problem"], theirs["agreement_by_problem"]),
-                ]
-            )
-    no_kl = []
-    for name, group in ablated.items():
-        for without, ours in zip(group, gated[name], strict=True):
-            nll, low, high = paired(without["nll_by_problem"], ours["nll_by_problem"])
-            cells = f"{name}-no-kl", f"{100 * ours['layer_sparsity']:.1f} %", f"{nll:+.4f} [{low:+.4f}, {high:+.4f}]"
-            no_kl.append([*cells, _gap(without["agreement_by_problem"], ours["agreement_by_problem"])])
+            sides = (static, theirs), (name, ours)
+            off = [cell for run, row in sides for cell in (run, f"{100 * row['layer_sparsity']:.1f} %")]
+            against.append([*off, *_likelihood_gap(ours, theirs)])
+    no_kl = [
+        [f"{name}-no-kl", f"{100 * ours['layer_sparsity']:.1f} %", *_likelihood_gap(without, ours)]
+        for name, group in gated.items()
+        if f"{name}-no-kl" in l2a
+        for without, ours in zip(l2a[f"{name}-no-kl"], group, strict=True)
+    ]
     answered = found.get("answers", {})
     dense = answered["reference"][0]["outcomes"] if answered else ""
     answers = [
@@ -133,6 +125,12 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
             ["model", "budget", "layers off", "tokens", "exact match", "against the reference"], answers
         )
     return tables
+
+
+def _likelihood_gap(ours: Row, theirs: Row) -> tuple[str, str]:
+    """What ours has more than theirs, problem by problem: nats of NLL, and points of agreement."""
+    nll, low, high = paired(ours["nll_by_problem"], theirs["nll_by_problem"])
+    return f"{nll:+.4f} [{low:+.4f}, {high:+.4f}]", _gap(ours["agreement_by_problem"], theirs["agreement_by_problem"])
 
 
 def latency_table(found: Mapping[str, Any]) -> dict[str, str]:
