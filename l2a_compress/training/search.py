@@ -77,22 +77,8 @@ def _searched(
 ) -> Tensor:
     """The scores of groups; ``losses`` are those of sets that were tried before."""
     gated.eval()
-    device = gated.model.device
-    plan, stem, size = recipe.annealing, gated.gate_config.stem_layers, recipe.optim.batch_size
-    rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
-    whole = whole_samples(samples, rows)
-    if len(whole) < rows:
-        log.warning("the search wants %d whole samples and the run has %d: its trials are shorter", rows, len(whole))
-    batches = in_batches(whole[: plan.search_rows], collate, size, device=device)
-    grouped = by_length(whole[plan.search_rows :], size)  # little is padding
-    random.Random(recipe.seed).shuffle(grouped)
-    steps = [batch for part in grouped for batch in in_batches(part, collate, size, device=device)]
-    with torch.no_grad():
-        for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
-            told = _told(gated, batch)
-            if told is not None:
-                embedded = inputs_of(gated, batch)
-                batch["inputs_embeds"] = embedded + told.to(embedded.dtype)  # a base may have 16 bits
+    plan, stem = recipe.annealing, gated.gate_config.stem_layers
+    batches, steps = search_batches(gated, samples, collate, recipe)
     _, importance = drop_losses(gated, batches)
     path = greedy_path(gated, batches, importance, least=recipe.draws.minimum)
 
@@ -111,6 +97,30 @@ def _searched(
     log.info("layers are given up in the order %s", given_up(path))
     gated.train()
     return scores
+
+
+def search_batches(
+    gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches of ``search_rows`` whole samples to measure losses on, and one for each step of a trial.
+
+    Rows of the first have inputs_embeds [batch, length, width], which show them their budgets.
+    """
+    device, plan, size = gated.model.device, recipe.annealing, recipe.optim.batch_size
+    rows = plan.search_rows + (plan.trial_steps * size if plan.search_trials else 0)
+    whole = whole_samples(samples, rows)
+    if len(whole) < rows:
+        log.warning("the search wants %d whole samples and the run has %d: its trials are shorter", rows, len(whole))
+    batches = in_batches(whole[: plan.search_rows], collate, size, device=device)
+    grouped = by_length(whole[plan.search_rows :], size)  # little is padding
+    random.Random(recipe.seed).shuffle(grouped)
+    with torch.no_grad():
+        for batch in batches:  # shown its budget, the model knows which of the trained traces is asked for
+            told = _told(gated, batch)
+            if told is not None:
+                embedded = inputs_of(gated, batch)
+                batch["inputs_embeds"] = embedded + told.to(embedded.dtype)  # a base may have 16 bits
+    return batches, [batch for part in grouped for batch in in_batches(part, collate, size, device=device)]
 
 
 def _noted(file: Path, shape: torch.Size) -> tuple[dict[tuple[int, ...], float], Tensor | None]:
@@ -164,17 +174,19 @@ class Trials:
         self.bar = tqdm(desc="sets of layers tried", unit="", leave=False, disable=quiet or None)
 
     def loss(self, gone: Sequence[int]) -> float:
-        """Cross entropy on ``held_out`` without these layers, after the adapters were trained for that."""
-        wanted = tuple(sorted(gone))
+        """The mean of :meth:`trial` without these layers, which is not tried twice."""
+        wanted, shape = tuple(sorted(gone)), self.gated.shape
         if wanted not in self.losses:
-            self.losses[wanted] = self._trial(wanted)
+            kept = set(range(shape.num_layers)) - set(gone)
+            found = self.trial(Allocation.of_layers(kept, shape.num_layers, shape.num_groups))
+            self.losses[wanted] = sum(found) / len(found)
             self.tried()
         self.bar.update()
         return self.losses[wanted]
 
-    def _trial(self, gone: Sequence[int]) -> float:
-        shape, optim = self.gated.shape, self.recipe.optim
-        allocation = Allocation.of_layers(set(range(shape.num_layers)) - set(gone), shape.num_layers, shape.num_groups)
+    def trial(self, allocation: Allocation) -> list[float]:
+        """Cross entropy of each batch of ``held_out`` at an allocation, after the adapters were trained for that."""
+        optim = self.recipe.optim
         with _put_back(list(self.gated.adapter_parameters.values())) as adapters, self._dropout():
             optimizer = torch.optim.AdamW(adapters, lr=optim.lr, betas=BETAS, weight_decay=0.0)
             self.gated.train()
@@ -185,8 +197,7 @@ class Trials:
                 optimizer.step()
             self.gated.eval()
             with torch.no_grad():
-                found = [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
-        return sum(found) / len(found)
+                return [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
 
     def order(self, guess: Sequence[int], *, pivot: int, deepest: int, most: int) -> list[int]:
         """The first layers to give up, in that order.

@@ -151,15 +151,15 @@ def test_a_search_that_was_cut_off_tries_nothing_twice(
     plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 2, "trial_steps": 1}
     recipe = tiny_recipe(base, annealing=plan, adapter={"dropout": 0.2}, optim={"steps": 2, "save_steps": 1})
     tried: list[tuple[int, ...]] = []
-    trial, cut = Trials._trial, [3]
+    trial, cut = Trials.trial, [3]
 
-    def counted(self: Trials, gone: tuple[int, ...]) -> float:
+    def counted(self: Trials, allocation: Allocation) -> list[float]:
         if len(tried) == cut[0]:
             raise KeyboardInterrupt
-        tried.append(gone)
-        return trial(self, gone)
+        tried.append(tuple(layer for layer, groups in enumerate(allocation.groups) if not groups))
+        return trial(self, allocation)
 
-    monkeypatch.setattr(Trials, "_trial", counted)
+    monkeypatch.setattr(Trials, "trial", counted)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "cut", quiet=True)
     cut[0] = -1
