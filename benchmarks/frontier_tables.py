@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, from frontier.json, real_llm.json and head_latency.json, each between two comments."""
+"""The tables of docs/results.md, each between two comments, from frontier.json, real_llm.json and two of heads."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def fill(text: str, tables: Mapping[str, str]) -> str:
 
 def page_tables(results: Path) -> dict[str, str]:
     """All tables of the page by name, from a folder of results."""
-    frontier, real, latency = (
-        json.loads((results / f"{name}.json").read_text()) for name in ("frontier", "real_llm", "head_latency")
-    )
-    return tables_of(frontier) | real_tables(real["qwen2.5-coder-0.5b"]) | latency_table(latency["head_latency"])
+    names = ("frontier", "real_llm", "head_latency", "head_trials")
+    frontier, real, latency, trials = (json.loads((results / f"{name}.json").read_text()) for name in names)
+    heads = latency_table(latency["head_latency"]) | trials_table(trials)
+    return tables_of(frontier) | real_tables(real["qwen2.5-coder-0.5b"]) | heads
 
 
 def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
@@ -148,6 +148,20 @@ def latency_table(found: Mapping[str, Any]) -> dict[str, str]:
         *(f"{what}, {side}" for side in ("layers", "heads") for what in ("cost", "a request", "exact match")),
     ]
     return {"heads": _table([*heads, "difference"], rows.values())}
+
+
+def trials_table(found: Mapping[str, Any]) -> dict[str, str]:
+    """That of head_trials.json: at each cost one layer more gone, or as much off the heads of those that stay."""
+    heads = "seed,cost,layers off,loss,layers off with narrower heads,loss,heads less layers".split(",")
+    rows = []
+    for seed, trials in ((name.removeprefix("seed "), each["trials"]) for name, each in found.items()):
+        for count in range(len(trials) // 2):
+            one, other = trials[f"layers {count + 1}"], trials[f"heads {count}"]
+            means = [f"{sum(row['losses']) / len(row['losses']):.4f}" for row in (one, other)]
+            gap, low, high = paired(other["losses"], one["losses"])
+            cells = [seed, f"{100 * one['cost']:.1f} %", str(count + 1), means[0], str(count), means[1]]
+            rows.append([*cells, f"{gap:+.4f} [{low:+.4f}, {high:+.4f}]"])
+    return {"heads-trials": _table(heads, rows)}
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from frontier import LONG
 from frontier_summary import RECORDS
+from frontier_tables import trials_table
 from measure import RESULTS, machine
 
 from l2a_compress.allocation import Allocation
-from l2a_compress.evaluation.statistics import paired
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.importance import inputs_of, mean_loss
@@ -107,24 +107,6 @@ def run(options: argparse.Namespace) -> None:
             )
 
 
-def table(content: dict[str, Any]) -> str:
-    """At each cost: the loss with one layer more gone, with as much off the heads, and the difference, by seed."""
-    lines = [
-        "| seed | cost | layers off | loss | layers off, heads narrowed | loss | heads less layers |",
-        "|" + " --- |" * 7,
-    ]
-    for seed, found in content.items():
-        rows = found["trials"]
-        for count in range(DEEPEST):
-            one, other = rows[f"layers {count + 1}"], rows[f"heads {count}"]
-            mean = [sum(row["losses"]) / len(row["losses"]) for row in (one, other)]
-            gap, low, high = paired(other["losses"], one["losses"])
-            cells = [seed.removeprefix("seed "), f"{100 * one['cost']:.1f} %", str(count + 1), f"{mean[0]:.4f}"]
-            cells += [str(count), f"{mean[1]:.4f}", f"{gap:+.4f} [{low:+.4f}, {high:+.4f}]"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -133,7 +115,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/l2a_compress/frontier")
     options = parser.parse_args()
     run(options)
-    print(table(json.loads(RESULT.read_text())))
+    print(*trials_table(json.loads(RESULT.read_text())).values())
 
 
 if __name__ == "__main__":

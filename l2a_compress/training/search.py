@@ -58,50 +58,44 @@ def search(
         TrainingError: the file cannot be read.
     """
     losses, scores = _noted(file, gated.allocator.head_gates.outer_bias.shape)
-    if scores is None:
-        scores = _searched(gated, samples, collate, recipe, file=file, losses=losses, main=main, quiet=quiet)
-    scores = broadcast(scores.to(gated.model.device))
-    gated.allocator.set_prior(scores.amax(1), scores)
-
-
-def _searched(
-    gated: GatedModel,
-    samples: Samples,
-    collate: SampleCollator,
-    recipe: Recipe,
-    *,
-    file: Path,
-    losses: dict[tuple[int, ...], float],
-    main: bool,
-    quiet: bool,
-) -> Tensor:
-    """The scores of groups; ``losses`` are those of sets that were tried before."""
-    gated.eval()
-    plan, stem = recipe.annealing, gated.gate_config.stem_layers
-    batches, steps = search_batches(gated, samples, collate, recipe)
-    _, importance = drop_losses(gated, batches)
-    path = greedy_path(gated, batches, importance, least=recipe.draws.minimum)
 
     def note(**more: Any) -> None:
         if main:
             write_atomic(file, json.dumps({**more, "trials": list(losses.items())}) + "\n")
 
-    if plan.search_trials:
-        guess = given_up(path)
-        most = min((1 - recipe.draws.minimum) * gated.shape.num_layers, len(guess))  # that any budget gives up
-        trials = Trials(gated, recipe, steps, batches, losses=losses, tried=note, quiet=quiet)
-        order = trials.order(guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=plan.search_trials)
-        path = greedy_path(gated, batches, importance, order, least=recipe.draws.minimum)
-    scores = path_scores(path, stem)
-    note(order=given_up(path), scores=scores.tolist())
-    log.info("layers are given up in the order %s", given_up(path))
-    gated.train()
-    return scores
+    if scores is None:
+        gated.eval()
+        held_out, steps = search_batches(gated, samples, collate, recipe)
+        trials = None
+        if recipe.annealing.search_trials:
+            trials = Trials(gated, recipe, steps, held_out, losses=losses, tried=note, quiet=quiet)
+        path = _path(gated, recipe, held_out, trials)
+        scores = path_scores(path, gated.gate_config.stem_layers)
+        note(order=given_up(path), scores=scores.tolist())
+        log.info("layers are given up in the order %s", given_up(path))
+        gated.train()
+    scores = broadcast(scores.to(gated.model.device))
+    gated.allocator.set_prior(scores.amax(1), scores)
+
+
+def _path(gated: GatedModel, recipe: Recipe, batches: Sequence[Batch], trials: Trials | None) -> list[Allocation]:
+    """Allocations from dense down; where there are trials, layers go first, in the order that these find."""
+    least = recipe.draws.minimum
+    _, importance = drop_losses(gated, batches)
+    path = greedy_path(gated, batches, importance, least=least)
+    if trials is None:
+        return path
+    guess = given_up(path)
+    most = min((1 - least) * gated.shape.num_layers, len(guess))  # that any budget gives up
+    order = trials.order(
+        guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=recipe.annealing.search_trials
+    )
+    return greedy_path(gated, batches, importance, order, least=least)
 
 
 def search_batches(
     gated: GatedModel, samples: Samples, collate: SampleCollator, recipe: Recipe
-) -> tuple[list[Batch], list[Batch]]:
+) -> tuple[Sequence[Batch], Sequence[Batch]]:
     """Batches of ``search_rows`` whole samples to measure losses on, and one for each step of a trial.
 
     Rows of the first have inputs_embeds [batch, length, width], which show them their budgets.
