@@ -87,9 +87,7 @@ def run(options: argparse.Namespace) -> None:
     found["machine"] = machine(options.threads)
     noted = json.loads((RECORDS / f"main-s{options.seed}.json").read_text())["training"]["search"]["order"]
     shape, cost = gated.shape, gated.cost
-    equal = round(
-        (cost.layer_units + shape.num_groups * cost.group_units) / cost.group_units
-    )  # groups of a layer's cost
+    equal = round(cost.layer_units / cost.group_units) + shape.num_groups  # groups that cost what a layer does
     rows = found.setdefault("trials", {})
     for count in range(DEEPEST + 1):
         kept = set(range(shape.num_layers)) - set(noted[:count])
@@ -101,10 +99,8 @@ def run(options: argparse.Namespace) -> None:
             one = without if kind == "layers" else narrowed(gated, held_out[:CHOSEN_ON], without, equal)
             rows[name] = {"cost": cost.fraction(one), "groups": one.groups, "losses": trials.trial(one)}
             write_atomic(RESULT, json.dumps(content) + "\n")
-            print(
-                f"{name}: cost {rows[name]['cost']:.4f}, loss {sum(rows[name]['losses']) / len(held_out):.5f}",
-                flush=True,
-            )
+            mean = sum(rows[name]["losses"]) / len(held_out)
+            print(f"{name}: cost {rows[name]['cost']:.4f}, loss {mean:.5f}", flush=True)
 
 
 def main() -> None:
