@@ -56,6 +56,8 @@ def narrowed(gated: GatedModel, batches: Sequence[Batch], now: Allocation, count
             for group in groups[layer] if len(groups[layer]) > gated.gate_config.min_groups else ():
                 kept = tuple(other for other in groups[layer] if other != group)
                 losses[layer, kept] = mean_loss(gated, batches, states, [*groups[:layer], kept, *groups[layer + 1 :]])
+        if not losses:
+            raise ValueError(f"{count} groups more are to go than the layers can give up")
         gone = dict[int, tuple[int, ...]]()
         for layer, kept in sorted(losses, key=losses.__getitem__):
             if len(gone) < min(AT_ONCE, count):
