@@ -129,8 +129,13 @@ def real_tables(found: Mapping[str, Any]) -> dict[str, str]:
 
 def _likelihood_gap(ours: Row, theirs: Row) -> tuple[str, str]:
     """What ours has more than theirs, problem by problem: nats of NLL, and points of agreement."""
-    nll, low, high = paired(ours["nll_by_problem"], theirs["nll_by_problem"])
-    return f"{nll:+.4f} [{low:+.4f}, {high:+.4f}]", _gap(ours["agreement_by_problem"], theirs["agreement_by_problem"])
+    nll = _nats(ours["nll_by_problem"], theirs["nll_by_problem"])
+    return nll, _gap(ours["agreement_by_problem"], theirs["agreement_by_problem"])
+
+
+def _nats(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    gap, low, high = paired(ours, theirs)
+    return f"{gap:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 def latency_table(found: Mapping[str, Any]) -> dict[str, str]:
@@ -155,12 +160,11 @@ def trials_table(found: Mapping[str, Any]) -> dict[str, str]:
     heads = "seed,cost,layers off,loss,layers off with narrower heads,loss,heads less layers".split(",")
     rows = []
     for seed, trials in ((name.removeprefix("seed "), each["trials"]) for name, each in found.items()):
-        for count in range(len(trials) // 2):
+        for count in range((len(trials) - 1) // 2):  # of a seed that was cut off, what is whole
             one, other = trials[f"layers {count + 1}"], trials[f"heads {count}"]
             means = [f"{sum(row['losses']) / len(row['losses']):.4f}" for row in (one, other)]
-            gap, low, high = paired(other["losses"], one["losses"])
             cells = [seed, f"{100 * one['cost']:.1f} %", str(count + 1), means[0], str(count), means[1]]
-            rows.append([*cells, f"{gap:+.4f} [{low:+.4f}, {high:+.4f}]"])
+            rows.append([*cells, _nats(other["losses"], one["losses"])])
     return {"heads-trials": _table(heads, rows)}
 
 

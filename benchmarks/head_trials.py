@@ -68,8 +68,8 @@ def narrowed(gated: GatedModel, batches: Sequence[Batch], now: Allocation, count
     return Allocation(num_groups=now.num_groups, groups=tuple(groups))
 
 
-def run(options: argparse.Namespace) -> None:
-    """All trials of one seed."""
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All trials of one seed; what is known of all seeds."""
     settings = [f"seed={options.seed}", f"optim.threads={options.threads}", "optim.batch_size=16", *LONG, *EXPLORED]
     recipe = Recipe.named("mini", settings)
     folder = options.work / f"head-trials-s{options.seed}"
@@ -103,6 +103,7 @@ def run(options: argparse.Namespace) -> None:
             write_atomic(RESULT, json.dumps(content) + "\n")
             mean = sum(rows[name]["losses"]) / len(held_out)
             print(f"{name}: cost {rows[name]['cost']:.4f}, loss {mean:.5f}", flush=True)
+    return content
 
 
 def main() -> None:
@@ -112,8 +113,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache/l2a_compress/frontier")
     options = parser.parse_args()
-    run(options)
-    print(*trials_table(json.loads(RESULT.read_text())).values())
+    print(*trials_table(run(options)).values())
 
 
 if __name__ == "__main__":
