@@ -10,7 +10,8 @@ All processes ask for huge pages (glibc.malloc.hugetlb): without them the place 
 
 - ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
   opened the same way; with layers skipped alone (``layers``), the same with an If graph that writes no keys and values
-  of layers that it skips (``lean``), and with two levels of heads among the variants (``heads``).
+  of layers that it skips (``lean``), and with two levels of heads among the variants (``heads``). Also what is held
+  once all graphs have worked (``worked``).
 - ``speed``: processor time of a prefill of 512 tokens and of decode steps, one thread, which other work on the machine
   does not stretch much. onnxruntime-genai runs the very same dense graph and weights.
 - ``switch``: a budget that changes in the middle of a request, and the step after it.
@@ -83,6 +84,11 @@ def _native(options: argparse.Namespace, kind: str, precision: str, graphs: int 
     return Peer(BUILD / "bench" / "l2a_bench", folder, str(options.threads), str(graphs), threads=1)
 
 
+def _peer(options: argparse.Namespace, kind: str, precision: str) -> Peer:
+    folder = options.work / f"layers-{precision}"
+    return Peer(sys.executable, HERE / "native_peers.py", kind, folder, str(options.threads), threads=1)
+
+
 def export_bundles(options: argparse.Namespace) -> None:
     """Bundles of one dense variant, of layers skipped, twice, and of fewer heads besides; made once."""
     kinds = {"dense": LADDER[:1], **dict.fromkeys(BARS, LADDER)}
@@ -117,6 +123,8 @@ def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     for kind in ("dense", *BARS):
         worker = _native(options, kind, precision)
         found[kind] = worker.ask(task="memory")
+        if kind in ("dense", "layers"):
+            found[f"{kind} worked"] = _worked(worker, LADDER[:1] if kind == "dense" else LADDER, kind != "dense")
         worker.close()
     for kind, bar in BARS.items():
         for name in ("Pss", "Anonymous"):
@@ -124,22 +132,30 @@ def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
             text = f"{precision} {kind}: {name} {found[kind][name] / 1000:.0f} MB, {share:.3f} x dense"
             found[f"{kind} {name} / dense"] = round(share, 4)
             verdict(text, share, bar, at_most=True)
+    python = _peer(options, "python", precision)  # its two engines hold the If graph and one variant
+    found["python worked"] = _worked(python, LADDER, True)
+    python.close()
+    for kind in ("dense", "layers", "python"):
+        print(f"{precision} {kind}: {found[f'{kind} worked']['Anonymous'] / 1000:.0f} MB once it has worked")
     return found
+
+
+def _worked(worker: Peer, ladder: Sequence[tuple[float, int, int]], if_graph: bool) -> dict[str, int]:
+    """Kilobytes once each budget has computed four prompts at a time, and written some tokens."""
+    for serve in ("variants", "if") if if_graph else ("variants",):
+        for budget, _, _ in ladder:
+            worker.ask(task="step", serve=serve, batch=4, length=512, tokens=8, budget=budget)
+    return worker.ask(task="memory")
 
 
 def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Seconds of all engines in turns, and ratios of speed."""
-    folder = options.work / f"layers-{precision}"
-
-    def of_python(kind: str) -> Peer:
-        return Peer(sys.executable, HERE / "native_peers.py", kind, folder, str(options.threads), threads=1)
-
     workers = {
         "native": (_native(options, "layers", precision), "variants"),
         "native if": (_native(options, "layers", precision), "if"),
-        "python": (of_python("python"), "variants"),
-        "python if": (of_python("python"), "if"),
-        "genai": (of_python("genai"), ""),
+        "python": (_peer(options, "python", precision), "variants"),
+        "python if": (_peer(options, "python", precision), "if"),
+        "genai": (_peer(options, "genai", precision), ""),
     }
     seconds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COLUMNS} for name in workers}
     names = list(workers)

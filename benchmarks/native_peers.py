@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,21 @@ class Python:
 
         self.engines = {serve: Engine(folder, threads=threads, serve=serve) for serve in ("if", "variants")}
 
-    def step(self, *, serve: str, batch: int, length: int, tokens: int) -> dict[str, float]:
+    def memory(self) -> dict[str, int]:
+        """Kilobytes of this process's memory, as the kernel counts them."""
+        lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
+        return {line[0][:-1]: int(line[1]) for line in lines if line[0] in ("Pss:", "Anonymous:")}
+
+    def step(self, *, serve: str, batch: int, length: int, tokens: int, budget: float = 1.0) -> dict[str, float]:
         """Processor time of the first step, which computes the prompts, less a decode step; and of a decode step."""
+        from l2a_compress.budget import Budget
         from l2a_compress.runtime.request import Limits
 
         engine = self.engines[serve]
         prompts = _draw.integers(10, engine.bundle.shape.vocab_size // 2, (batch, length))
         prompts[:, -1] = engine.tags.think
         limits = Limits(max_think_tokens=tokens + 8, tau_threshold=None)
-        requests = engine.submit(prompts.tolist(), [None] * batch, limits=limits)
+        requests = engine.submit(prompts.tolist(), [Budget(compute=budget)] * batch, limits=limits)
         began = time.process_time()
         engine.step()
         first = time.process_time() - began
@@ -82,8 +89,8 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked: dict[str, Any] = json.loads(line)
-        asked.pop("task")
-        print(json.dumps(engine.step(**asked)), file=answers, flush=True)
+        answer = getattr(engine, asked.pop("task"))(**asked)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -149,9 +149,9 @@ def _overhead(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
         def __getattr__(self, name: str) -> Any:
             return getattr(session, name)
 
-        def run_with_iobinding(self, binding: Any) -> None:
+        def run_with_iobinding(self, binding: Any, options: Any) -> None:
             began = time.perf_counter()
-            session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding, options)
             spent[0] = time.perf_counter() - began
 
     lane._decoder.session = Timed()  # type: ignore[assignment]

@@ -91,9 +91,10 @@ class Bench {
     Json step(const Json& asked) {
         const auto batch = asked["batch"].get<int32_t>();
         const auto tokens = asked["tokens"].get<int64_t>();
+        const double budget = asked.value("budget", 1.0);
         l2a::Engine engine = this->engine(asked, batch);
         for (int32_t row = 0; row < batch; ++row) {
-            (void)engine.submit(prompt(asked["length"].get<std::size_t>()), options(1.0, tokens + 8));
+            (void)engine.submit(prompt(asked["length"].get<std::size_t>()), options(budget, tokens + 8));
         }
         const double began = cpu_seconds();
         engine.step();

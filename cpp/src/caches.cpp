@@ -7,6 +7,7 @@ namespace l2a::core {
 namespace {
 
 constexpr std::size_t kMostViews = 64;
+constexpr std::size_t kPage = 4096;
 
 }  // namespace
 
@@ -30,7 +31,7 @@ std::int64_t Caches::bytes_for(std::int64_t rows, std::int64_t capacity) const n
 }
 
 std::byte* Caches::at(const Buffer& buffer, std::int64_t row, std::int64_t group) const noexcept {
-    return buffer.data.get() + (row * buffer.groups + group) * capacity_ * buffer.token_bytes;
+    return buffer.data + (row * buffer.groups + group) * capacity_ * buffer.token_bytes;
 }
 
 void Caches::reserve(std::int64_t rows, std::int64_t capacity) {
@@ -38,27 +39,33 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity) {
     Caches next({});
     next.rows_ = std::max(rows, rows_);
     next.capacity_ = grown(capacity);
+    const auto size = [&](const Buffer& buffer) {  // of whole pages, for those of a layer to be its own
+        const auto bytes = static_cast<std::size_t>(next.rows_ * buffer.groups * next.capacity_ * buffer.token_bytes);
+        return (bytes + kPage - 1) / kPage * kPage;
+    };
+    std::size_t total = 0;
+    for (const auto& [place, old] : buffers_) total += size(old);
+    next.data_ = zeroed(total);
+    if (!next.data_ && total > 0) {
+        throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(total) +
+                                                 " bytes for keys and values are not there; free some, or lower the "
+                                                 "limits");
+    }
+    std::byte* free = next.data_.get();
     for (const auto& [place, old] : buffers_) {
-        Buffer buffer;
-        buffer.groups = old.groups;
-        buffer.token_bytes = old.token_bytes;
-        const std::int64_t bytes = next.rows_ * old.groups * next.capacity_ * old.token_bytes;
-        buffer.data.reset(static_cast<std::byte*>(std::calloc(static_cast<std::size_t>(bytes), 1)));
-        if (!buffer.data) {
-            throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(next.rows_ * next.capacity_ * token_bytes_) +
-                                                     " bytes for keys and values are not there; free some, or lower "
-                                                     "the limits");
-        }
+        Buffer& buffer = next.buffers_[place];
+        buffer = {old.groups, old.token_bytes, free};
+        free += size(old);
         for (std::int64_t row = 0; row < rows_; ++row) {
             for (std::int64_t group = 0; group < old.groups; ++group) {
                 std::memcpy(next.at(buffer, row, group), at(old, row, group),
                             static_cast<std::size_t>(capacity_ * old.token_bytes));
             }
         }
-        next.buffers_[place] = std::move(buffer);
     }
     views_.clear();
     buffers_ = std::move(next.buffers_);
+    data_ = std::move(next.data_);
     rows_ = next.rows_;
     capacity_ = next.capacity_;
 }

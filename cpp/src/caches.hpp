@@ -2,12 +2,12 @@
 // same buffers, so a row that changes its graph is not copied.
 #pragma once
 
-#include <cstdlib>
 #include <map>
 #include <memory>
 #include <vector>
 
 #include "graph.hpp"
+#include "pages.hpp"
 
 namespace l2a::core {
 
@@ -34,17 +34,15 @@ class Caches {
     void swap(std::int64_t one, std::int64_t other, std::int64_t tokens);
 
   private:
-    struct Free {
-        void operator()(std::byte* data) const noexcept { std::free(data); }
-    };
     struct Buffer {
         std::int64_t groups = 0;
         std::int64_t token_bytes = 0;  // of one group
-        std::unique_ptr<std::byte, Free> data;
+        std::byte* data = nullptr;
     };
     using Place = std::pair<std::int64_t, bool>;  // layer, whether keys
 
     std::map<Place, Buffer> buffers_;
+    Pages data_;  // of all of them
     std::int64_t rows_ = 0;
     std::int64_t capacity_ = 0;
     std::int64_t token_bytes_ = 0;  // of one row in all layers

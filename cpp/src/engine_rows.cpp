@@ -26,7 +26,10 @@ void Engine::step() {
     retire();
     admit_all();
     retire();
-    if (!rows_.empty()) decode();
+    if (rows_.empty()) return;
+    decode();
+    const auto done = [](const Request* request) { return request->done(); };
+    if (waiting_.empty() && std::all_of(rows_.begin(), rows_.end(), done)) give_back();  // what prompts took
 }
 
 void Engine::admit_all() {

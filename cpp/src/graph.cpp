@@ -1,11 +1,14 @@
 #include "graph.hpp"
 
+#include <onnxruntime_run_options_config_keys.h>
+
 #include <charconv>
 
 namespace l2a::core {
 namespace {
 
 constexpr std::string_view kPast = "past_key_values.";
+constexpr std::int64_t kManyTokens = 64;  // a run of more takes far more memory than the steps behind it
 constexpr ONNXTensorElementDataType kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr ONNXTensorElementDataType kInt64 = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
 
@@ -18,6 +21,16 @@ Owner<OrtMemoryInfo> cpu(const Ort& ort) {
     OrtMemoryInfo* found = nullptr;
     ort.check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &found), "memory");
     return {found, ort->ReleaseMemoryInfo};
+}
+
+// Of runs whose arena gives back to the system what is free behind them.
+Owner<OrtRunOptions> giving_back(const Ort& ort) {
+    OrtRunOptions* found = nullptr;
+    ort.check(ort->CreateRunOptions(&found), "options of a run");
+    Owner<OrtRunOptions> owner(found, ort->ReleaseRunOptions);
+    ort.check(ort->AddRunConfigEntry(found, kOrtRunOptionsConfigEnableMemoryArenaShrinkage, "cpu:0"),
+              "options of a run");
+    return owner;
 }
 
 }  // namespace
@@ -58,6 +71,7 @@ Graph::Graph(const Ort& ort, Owner<OrtSession> session, GraphEntry entry, const 
     : ort_(ort),
       session_(std::move(session)),
       memory_(cpu(ort)),
+      giving_back_(giving_back(ort)),
       entry_(std::move(entry)),
       path_(std::move(path)),
       layers_(shape.num_layers),
@@ -162,7 +176,9 @@ void Graph::run(const Run& run) const {
         inputs.add(caches_[place].past, value);
         outputs.add(caches_[place].present, value);
     }
-    ort_.check(ort_->Run(session_.get(), nullptr, inputs.names.data(), inputs.values.data(), inputs.values.size(),
+    const bool large = run.batch * run.sequence >= kManyTokens;
+    const OrtRunOptions* options = large ? giving_back_.get() : nullptr;
+    ort_.check(ort_->Run(session_.get(), options, inputs.names.data(), inputs.values.data(), inputs.values.size(),
                          outputs.names.data(), outputs.names.size(), outputs.values.data()),
                path_ + ": onnxruntime cannot run it");
 }

@@ -59,6 +59,7 @@ class Graph {
     Ort ort_;
     Owner<OrtSession> session_;
     Owner<OrtMemoryInfo> memory_;
+    Owner<OrtRunOptions> giving_back_;
     GraphEntry entry_;
     std::string path_;
     std::int64_t layers_;

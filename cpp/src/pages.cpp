@@ -1,5 +1,8 @@
 #include "pages.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cstdio>
@@ -7,11 +10,6 @@
 #include <cstring>
 #include <fstream>
 #include <string>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -58,10 +56,23 @@ HugePages::HugePages() : wanted_(are_wanted()) {
     if (wanted_) before_ = spans();
 }
 
-void HugePages::ask() const noexcept try {
+void Unmap::operator()(std::byte* data) const noexcept {
+    munmap(data, bytes);
+}
+
+Pages zeroed(std::size_t bytes) noexcept {
+    void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return {found == MAP_FAILED ? nullptr : static_cast<std::byte*>(found), Unmap{bytes}};
+}
+
+void give_back() noexcept {
 #ifdef __GLIBC__
-    malloc_trim(0);  // making sessions leaves much that the C library does not give back by itself
+    malloc_trim(0);
 #endif
+}
+
+void HugePages::ask() const noexcept try {
+    give_back();  // making sessions leaves much
     if (!wanted_) return;
     for (auto [start, end] : spans()) {
         for (const auto& [low, high] : before_) {

@@ -1,11 +1,27 @@
-// Huge pages for the weights that ONNX Runtime packs as it opens sessions.
+// What memory of the process stands on, and when it goes back to the system.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
 namespace l2a::core {
+
+// Ends a mapping.
+struct Unmap {
+    std::size_t bytes = 0;
+    void operator()(std::byte* data) const noexcept;
+};
+// Zeroed memory that goes back to the system as it ends, and whose pages take none until they are written to. What the
+// C library gives is neither, where it stands in the heap.
+using Pages = std::unique_ptr<std::byte, Unmap>;
+// None where there is no room.
+Pages zeroed(std::size_t bytes) noexcept;
+
+// Has the C library return to the system what it holds and nobody uses.
+void give_back() noexcept;
 
 // Remembers what private memory the process has, and asks for huge pages for what it has got since. ONNX Runtime packs
 // each matrix into an allocation of its own, most of them smaller than a huge page, and the C library maps such one by

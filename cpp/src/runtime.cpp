@@ -12,6 +12,15 @@ namespace {
 
 constexpr std::size_t kLeastShared = 1U << 16;  // bytes of a constant that is worth it
 
+// One arena for what graphs compute in between, of all sessions of the process: only some of them run at a time, and an
+// arena keeps what it once had. Where the process has registered one, that one is used.
+void share_arena(const Ort& ort, OrtEnv* env) {
+    OrtMemoryInfo* memory = nullptr;
+    ort.check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory), "memory");
+    const Owner<OrtMemoryInfo> owner(memory, ort->ReleaseMemoryInfo);
+    const Owner<OrtStatus> registered(ort->CreateAndRegisterAllocator(env, memory, nullptr), ort->ReleaseStatus);
+}
+
 }  // namespace
 
 Runtime::Runtime(const std::string& folder, const RuntimeOptions& options)
@@ -23,6 +32,7 @@ Runtime::Runtime(const std::string& folder, const RuntimeOptions& options)
     OrtEnv* env = nullptr;
     ort_.check(ort_->CreateEnv(ORT_LOGGING_LEVEL_ERROR, "l2a", &env), "onnxruntime cannot be started");
     env_ = {env, ort_->ReleaseEnv};
+    share_arena(ort_, env);
     OrtMemoryInfo* memory = nullptr;
     ort_.check(ort_->CreateCpuMemoryInfo(OrtDeviceAllocator, OrtMemTypeDefault, &memory), "memory");
     memory_ = {memory, ort_->ReleaseMemoryInfo};
@@ -62,6 +72,9 @@ std::unique_ptr<Graph> Runtime::open(const GraphEntry& entry) {
     const Mapping& graph = *bundle_.graphs.at(entry.file);
     const Owner<OrtSessionOptions> options = session_options(path);
     OrtSessionOptions* made = options.get();
+    ort_.check(ort_->AddSessionConfigEntry(made, kOrtSessionOptionsConfigUseEnvAllocators, "1"), path);
+    // Else a session remembers a plan for each shape of its inputs, and each step of a request has a new one.
+    ort_.check(ort_->DisableMemPattern(made), path);
     if (options_.threads > 0) {
         ort_.check(ort_->SetIntraOpNumThreads(made, options_.threads), path);
         ort_.check(ort_->SetInterOpNumThreads(made, 1), path);

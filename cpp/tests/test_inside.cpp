@@ -1,11 +1,16 @@
 // Parts that the interface does not show one by one.
 #include <doctest/doctest.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "cost.hpp"
 #include "error.hpp"
 #include "files.hpp"
 #include "json.hpp"
 #include "onnx_reader.hpp"
+#include "pages.hpp"
 #include "sampling.hpp"
 
 namespace core = l2a::core;
@@ -37,6 +42,19 @@ TEST_CASE("limits are exact") {
     const auto big = core::CostModel::of(shape);
     REQUIRE(big);
     CHECK(big->limit(0.5) == big->dense_units() / 2 + big->dense_units() / 1000000000000);
+}
+
+TEST_CASE("zeroed pages take memory only where they are written to") {
+    constexpr std::size_t page = 4096;
+    const core::Pages pages = core::zeroed(256 * page);
+    REQUIRE(pages);
+    std::byte* data = pages.get();
+    data[100 * page] = std::byte{1};
+    std::vector<unsigned char> present(256);
+    REQUIRE(mincore(data, 256 * page, present.data()) == 0);
+    CHECK(std::count_if(present.begin(), present.end(), [](unsigned char one) { return one & 1U; }) == 1);
+    CHECK(std::count(data, data + 256 * page, std::byte{0}) == 256 * page - 1);
+    CHECK_FALSE(core::zeroed(std::size_t{1} << 62U));
 }
 
 TEST_CASE("JSON is read strictly") {

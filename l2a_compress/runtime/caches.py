@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from l2a_compress.runtime.decoder import CACHE_TYPES
+from l2a_compress.runtime.pages import zeros
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -59,7 +60,7 @@ class Caches:
         rows, capacity = self._grown(rows, capacity)
         grown = {}
         for name, (groups, size, kind) in self.inputs.items():
-            grown[name] = np.zeros((rows, groups, capacity, size), dtype=CACHE_TYPES[kind][0])
+            grown[name] = zeros((rows, groups, capacity, size), CACHE_TYPES[kind][0])
             if name in self._buffers:
                 grown[name][:old_rows, :, :old_capacity] = self._buffers[name]
         self._buffers, self.rows, self.capacity = grown, rows, capacity

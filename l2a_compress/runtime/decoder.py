@@ -11,6 +11,8 @@ import numpy as np
 import onnxruntime as ort
 
 from l2a_compress.errors import L2AError, OutOfMemoryError, SessionError
+from l2a_compress.runtime.arena import giving_back, share_arena
+from l2a_compress.runtime.pages import zeros
 from l2a_compress.runtime.providers import Provider, open_session
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -20,6 +22,7 @@ CACHE_TYPES = {
     "tensor(float16)": (np.float16, 10),
     "tensor(bfloat16)": (np.uint16, 16),
 }
+MANY_TOKENS = 64  # a run of more takes far more memory than the steps behind it
 PAST, _PRESENT = "past_key_values.", "present."
 # What onnxruntime says where memory is short; its messages name tensors and files too, such as `allocation`.
 _SHORT = re.compile(
@@ -57,6 +60,9 @@ class GraphDecoder:
         options.log_severity_level = 3
         # Else threads of one session go on spinning for a while behind a run, and the session that runs next waits.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        # Else a session remembers a plan for each shape of its inputs, and each step of a request has a new one.
+        options.enable_mem_pattern = False
+        share_arena(options)
         if threads is not None:
             options.intra_op_num_threads = threads
             options.inter_op_num_threads = 1
@@ -85,7 +91,7 @@ class GraphDecoder:
             if name.startswith(PAST):
                 _, groups, _, size = item.shape
                 shape = (batch, groups, capacity if self.in_place else 0, size)
-                buffers[name] = np.zeros(shape, dtype=CACHE_TYPES[item.type][0])
+                buffers[name] = zeros(shape, CACHE_TYPES[item.type][0])
         self.bind(buffers)
 
     def bind(self, buffers: Mapping[str, Array]) -> None:
@@ -123,7 +129,7 @@ class GraphDecoder:
                 binding.bind_cpu_input(name, value)
             for name in self._fresh:
                 binding.bind_output(name, "cpu")
-            self.session.run_with_iobinding(binding)
+            self.session.run_with_iobinding(binding, giving_back() if input_ids.size >= MANY_TOKENS else None)
         except Exception as error:
             raise session_error(self._path, "run", error) from error
         found = binding.get_outputs_as_ortvaluevector()  # in the order they were bound in: the buffers stand first

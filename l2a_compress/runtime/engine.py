@@ -323,6 +323,8 @@ class Engine:
         if running:
             now, budget = self.clock(), max(request.budget.compute for request in running)
             self.steps.append(StepTime(now, budget, prompt_tokens, len(running), now - began - self._loading))
+            if not self.busy:
+                give_back()  # what prompts took
 
     def rehearse(self, budget: Budget, *, rows: int, prompt_tokens: int, new_tokens: int) -> Rehearsal:
         """Runs so many rows of made-up text and says what they cost.

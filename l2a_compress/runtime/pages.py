@@ -1,19 +1,24 @@
-"""Huge pages for the weights that onnxruntime packs as it opens a session.
+"""What memory of the process stands on, and when it goes back to the system.
 
-It packs each matrix into an allocation of its own, most of them smaller than a huge page. The C library maps such
-allocations one by one, wherever there is room, so the kernel gives them no huge pages, and how fast a decode step is
-depends on the places that they happen to get. So they are made to stand in the heap, one behind another, and Linux 6.1
-and later put them on huge pages when asked: madvise(2), MADV_COLLAPSE.
+onnxruntime packs each matrix into an allocation of its own, most of them smaller than a huge page. The C library maps
+such allocations one by one, wherever there is room, so the kernel gives them no huge pages, and how fast a decode step
+is depends on the places that they happen to get. So they are made to stand in the heap, one behind another, and Linux
+6.1 and later put them on huge pages when asked: madvise(2), MADV_COLLAPSE.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 _SIZE, _PAGE = 2 << 20, 4096  # of a huge page and of others; elsewhere the kernel refuses
 _MOSTLY = 448  # pages of 512: what is emptier would take more memory than it did
@@ -23,6 +28,7 @@ _LARGEST = (32 << 20) - (64 << 10)
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MAPS = Path("/proc/self/maps")
 Span = tuple[int, int]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @contextmanager
@@ -46,6 +52,24 @@ def huge_pages() -> Iterator[None]:
             place = ctypes.c_void_p(at)
             if not library.mincore(place, size, present) and present.raw.count(b"\x01") >= _MOSTLY:
                 library.madvise(place, size, _COLLAPSE)
+
+
+def zeros(shape: Sequence[int], dtype: Any) -> Array:
+    """As NumPy's, of memory that goes back to the system with the array; pages not written to take none.
+
+    What NumPy gives is neither where it stands in the heap, as large arrays do behind ``huge_pages``.
+
+    Raises:
+        MemoryError: there is no room.
+    """
+    count = math.prod(shape)
+    if sys.platform != "linux" or not count:
+        return np.zeros(shape, dtype)
+    try:
+        memory = mmap.mmap(-1, count * np.dtype(dtype).itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 def give_back() -> None:

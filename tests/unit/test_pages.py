@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l2a_compress.runtime import pages
-from l2a_compress.runtime.pages import added, huge_pages, spans
+from l2a_compress.runtime.pages import added, huge_pages, spans, zeros
 
 MAPS = """\
 55d0c0000000-55d0c0800000 rw-p 00000000 00:00 0                          [heap]
@@ -89,3 +89,31 @@ def _huge() -> int:
         return 0
     found = re.search(r"AnonHugePages:\s+(\d+)", rollup.read_text())
     return int(found[1]) * 1024 if found else 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+def test_zeros_take_memory_where_they_are_written_to_and_as_long_as_they_are_there() -> None:
+    huge_pages().__enter__()  # large arrays of NumPy's come from the heap behind this
+    before = _anonymous()
+    array = zeros((4, 16, 1 << 20), np.uint8)
+    assert (array.shape, array.dtype, array[:, ::5, ::4096].any()) == ((4, 16, 1 << 20), np.uint8, False)
+    assert _anonymous() - before < 8 << 20
+    view = array[1:3]
+    view[:] = 1
+    del array
+    assert 30 << 20 < _anonymous() - before < 40 << 20
+    del view
+    assert _anonymous() - before < 8 << 20
+
+
+def test_zeros_have_any_shape_and_type_or_say_that_there_is_no_room() -> None:
+    assert zeros((2, 3, 0, 8), np.float32).shape == (2, 3, 0, 8)
+    assert zeros((3, 5), np.float16).dtype == np.float16
+    with pytest.raises(MemoryError):
+        zeros((1 << 30, 1 << 30), np.float32)
+
+
+def _anonymous() -> int:
+    found = re.search(r"^Anonymous: *(\d+) kB$", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1]) << 10

@@ -293,11 +293,11 @@ class Faulty:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._session, name)
 
-    def run_with_iobinding(self, binding: Any) -> None:
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
         error = self._fails()
         if error is not None:
             raise error
-        self._session.run_with_iobinding(binding)
+        self._session.run_with_iobinding(binding, options)
 
 
 @pytest.fixture
