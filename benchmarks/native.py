@@ -144,7 +144,7 @@ def _worked(worker: Peer, ladder: Sequence[tuple[float, int, int]], if_graph: bo
     """Kilobytes once each budget has computed four prompts at a time, and written some tokens."""
     for serve in ("variants", "if") if if_graph else ("variants",):
         for budget, _, _ in ladder:
-            worker.ask(task="step", serve=serve, batch=4, length=512, tokens=8, budget=budget)
+            worker.ask(task="step", serve=serve, batch=4, length=512, tokens=8, budget=budget, finish=True)
     return worker.ask(task="memory")
 
 

@@ -30,7 +30,9 @@ class Python:
         lines = (line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines())
         return {line[0][:-1]: int(line[1]) for line in lines if line[0] in ("Pss:", "Anonymous:")}
 
-    def step(self, *, serve: str, batch: int, length: int, tokens: int, budget: float = 1.0) -> dict[str, float]:
+    def step(
+        self, *, serve: str, batch: int, length: int, tokens: int, budget: float = 1.0, finish: bool = False
+    ) -> dict[str, float]:
         """Processor time of the first step, which computes the prompts, less a decode step; and of a decode step."""
         from l2a_compress.budget import Budget
         from l2a_compress.runtime.request import Limits
@@ -49,6 +51,8 @@ class Python:
             engine.step()
             count += 1
         decode = (time.process_time() - warm) / max(1, count)
+        while finish and engine.busy:
+            engine.step()
         for request in requests:
             engine.cancel(request)
         engine.step()

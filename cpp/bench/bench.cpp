@@ -104,6 +104,7 @@ class Bench {
         int64_t count = 0;
         for (; count < tokens && engine.statistics().running == batch; ++count) engine.step();
         const double decode = (cpu_seconds() - warm) / static_cast<double>(std::max<int64_t>(1, count));
+        while (asked.value("finish", false) && engine.statistics().running > 0) engine.step();
         return {{"prefill", first - decode}, {"decode", decode}};
     }
 

@@ -36,10 +36,6 @@ Engine::Engine(std::shared_ptr<const Runtime> runtime, const EngineOptions& opti
     rows_.reserve(static_cast<std::size_t>(options_.max_rows));
 }
 
-Engine::~Engine() {
-    give_back();  // what its prompts took
-}
-
 std::uint64_t Engine::submit(std::vector<std::int64_t> prompt, const Budget& budget, const Limits& limits,
                              const Sampling& sampling) {
     limits.check();

@@ -27,9 +27,6 @@ struct EngineOptions {
 class Engine {
   public:
     Engine(std::shared_ptr<const Runtime> runtime, const EngineOptions& options);
-    ~Engine();
-    Engine(const Engine&) = delete;
-    Engine& operator=(const Engine&) = delete;
 
     // Queues a request and returns its number. Throws Error (budget, config), and nothing is queued.
     std::uint64_t submit(std::vector<std::int64_t> prompt, const Budget& budget, const Limits& limits,

@@ -62,7 +62,11 @@ void Unmap::operator()(std::byte* data) const noexcept {
 
 Pages zeroed(std::size_t bytes) noexcept {
     void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return {found == MAP_FAILED ? nullptr : static_cast<std::byte*>(found), Unmap{bytes}};
+    if (found == MAP_FAILED) return nullptr;
+#ifdef MADV_HUGEPAGE
+    madvise(found, bytes, MADV_HUGEPAGE);
+#endif
+    return {static_cast<std::byte*>(found), Unmap{bytes}};
 }
 
 void give_back() noexcept {

@@ -14,8 +14,8 @@ struct Unmap {
     std::size_t bytes = 0;
     void operator()(std::byte* data) const noexcept;
 };
-// Zeroed memory that goes back to the system as it ends, and whose pages take none until they are written to. What the
-// C library gives is neither, where it stands in the heap.
+// Zeroed memory, on huge pages where there are any, that goes back to the system as it ends, and whose pages take none
+// until they are written to. What the C library gives is neither, where it stands in the heap.
 using Pages = std::unique_ptr<std::byte, Unmap>;
 // None where there is no room.
 Pages zeroed(std::size_t bytes) noexcept;

@@ -58,11 +58,14 @@ class Caches:
             return False
         old_rows, old_capacity = self.rows, self.capacity
         rows, capacity = self._grown(rows, capacity)
-        grown = {}
-        for name, (groups, size, kind) in self.inputs.items():
-            grown[name] = zeros((rows, groups, capacity, size), CACHE_TYPES[kind][0])
-            if name in self._buffers:
-                grown[name][:old_rows, :, :old_capacity] = self._buffers[name]
+        grown = zeros(
+            {
+                name: ((rows, groups, capacity, size), CACHE_TYPES[kind][0])
+                for name, (groups, size, kind) in self.inputs.items()
+            }
+        )
+        for name, buffer in self._buffers.items():
+            grown[name][:old_rows, :, :old_capacity] = buffer
         self._buffers, self.rows, self.capacity = grown, rows, capacity
         return True
 

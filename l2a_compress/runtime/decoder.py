@@ -86,13 +86,12 @@ class GraphDecoder:
 
     def start(self, batch: int, capacity: int) -> None:
         """Makes room for ``batch`` sequences of at most ``capacity`` slots; what was there is forgotten."""
-        buffers = {}
+        wanted: dict[str, tuple[Sequence[int], Any]] = {}
         for name, item in self.inputs.items():
             if name.startswith(PAST):
                 _, groups, _, size = item.shape
-                shape = (batch, groups, capacity if self.in_place else 0, size)
-                buffers[name] = zeros(shape, CACHE_TYPES[item.type][0])
-        self.bind(buffers)
+                wanted[name] = ((batch, groups, capacity if self.in_place else 0, size), CACHE_TYPES[item.type][0])
+        self.bind(zeros(wanted))
 
     def bind(self, buffers: Mapping[str, Array]) -> None:
         """Reads, and where in place also writes, keys and values in these buffers, by the names of the inputs."""

@@ -13,8 +13,8 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,34 @@ def huge_pages() -> Iterator[None]:
                 library.madvise(place, size, _COLLAPSE)
 
 
-def zeros(shape: Sequence[int], dtype: Any) -> Array:
-    """As NumPy's, of memory that goes back to the system with the array; pages not written to take none.
+def zeros(wanted: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, Array]:
+    """Arrays of zeros in memory of their own, which goes back to the system with the last of them.
 
-    What NumPy gives is neither where it stands in the heap, as large arrays do behind ``huge_pages``.
+    They stand on huge pages where there are any, and those not written to take no memory. What NumPy gives is neither
+    where it stands in the heap, as large arrays do behind ``huge_pages``.
+
+    Args:
+        wanted: name -> (shape, dtype).
 
     Raises:
         MemoryError: there is no room.
     """
-    count = math.prod(shape)
-    if sys.platform != "linux" or not count:
-        return np.zeros(shape, dtype)
+    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in wanted.items()}
+    whole = {name: -(-size // _PAGE) * _PAGE for name, size in sizes.items()}  # no page is of two arrays
+    if sys.platform != "linux" or not sum(whole.values()):
+        return {name: np.zeros(shape, dtype) for name, (shape, dtype) in wanted.items()}
     try:
-        memory = mmap.mmap(-1, count * np.dtype(dtype).itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(str(error)) from error
-    return np.frombuffer(memory, dtype).reshape(shape)
+        memory = mmap.mmap(-1, sum(whole.values()), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"{sum(whole.values())} bytes: {error}") from error
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    found, start = {}, 0
+    for name, (shape, dtype) in wanted.items():
+        count = math.prod(shape)
+        found[name] = np.frombuffer(memory, dtype, count, start).reshape(shape) if count else np.zeros(shape, dtype)
+        start += whole[name]
+    return found
 
 
 def give_back() -> None:

@@ -95,22 +95,28 @@ def _huge() -> int:
 def test_zeros_take_memory_where_they_are_written_to_and_as_long_as_they_are_there() -> None:
     huge_pages().__enter__()  # large arrays of NumPy's come from the heap behind this
     before = _anonymous()
-    array = zeros((4, 16, 1 << 20), np.uint8)
-    assert (array.shape, array.dtype, array[:, ::5, ::4096].any()) == ((4, 16, 1 << 20), np.uint8, False)
+    arrays = zeros({"one": ((16, 1 << 20), np.uint8), "other": ((4, 16, 1 << 18), np.float32)})
+    assert arrays["one"].shape == (16, 1 << 20)
+    assert not arrays["other"][:, ::5, ::1024].any()
     assert _anonymous() - before < 8 << 20
-    view = array[1:3]
+    view = arrays["other"][1:3]
     view[:] = 1
-    del array
+    assert not arrays["one"].any()
+    del arrays
     assert 30 << 20 < _anonymous() - before < 40 << 20
     del view
     assert _anonymous() - before < 8 << 20
 
 
 def test_zeros_have_any_shape_and_type_or_say_that_there_is_no_room() -> None:
-    assert zeros((2, 3, 0, 8), np.float32).shape == (2, 3, 0, 8)
-    assert zeros((3, 5), np.float16).dtype == np.float16
+    shapes = {"none": ((2, 3, 0, 8), np.float32), "some": ((3, 5), np.float16), "more": ((7,), np.int64)}
+    found = zeros(shapes)
+    assert {name: (array.shape, array.dtype.type) for name, array in found.items()} == shapes
+    found["some"][:] = 1
+    assert not found["more"].any()
+    assert zeros({"none": ((0, 3), np.float32)})["none"].shape == (0, 3)
     with pytest.raises(MemoryError):
-        zeros((1 << 30, 1 << 30), np.float32)
+        zeros({"large": ((1 << 30, 1 << 30), np.float32)})
 
 
 def _anonymous() -> int:
