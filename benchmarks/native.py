@@ -24,7 +24,7 @@ import argparse
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ LADDER = (
     (0.7, 9, 2),
     (0.6, 12, 1),
 )  # budget, skipped layers, groups of the last
+ROUNDS_OF_A_PROCESS = 3  # then another takes its place, as the places of its weights in memory are a matter of luck
 BARS = {"layers": 1.10, "lean": 1.10, "heads": 1.25}
 
 
@@ -150,25 +151,26 @@ def _worked(worker: Peer, ladder: Sequence[tuple[float, int, int]], if_graph: bo
 
 def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Seconds of all engines in turns, and ratios of speed."""
-    workers = {
-        "native": (_native(options, "layers", precision), "variants"),
-        "native if": (_native(options, "layers", precision), "if"),
-        "python": (_peer(options, "python", precision), "variants"),
-        "python if": (_peer(options, "python", precision), "if"),
-        "genai": (_peer(options, "genai", precision), ""),
+    starts: dict[str, tuple[Callable[[], Peer], str]] = {
+        "native": (lambda: _native(options, "layers", precision), "variants"),
+        "native if": (lambda: _native(options, "layers", precision), "if"),
+        "python": (lambda: _peer(options, "python", precision), "variants"),
+        "python if": (lambda: _peer(options, "python", precision), "if"),
+        "genai": (lambda: _peer(options, "genai", precision), ""),
     }
-    seconds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COLUMNS} for name in workers}
-    names = list(workers)
-    for number in range(-1, options.rounds):  # the first one warms up
-        turn = number % len(names)
-        for column, asked in COLUMNS.items():
-            for name in names[turn:] + names[:turn]:
-                worker, serve = workers[name]
-                answer = worker.ask(task="step", serve=serve, **asked)
-                if number >= 0:
-                    seconds[name][column].append(answer["prefill" if column.startswith("prefill") else "decode"])
-    for worker, _ in workers.values():
-        worker.close()
+    names = list(starts)
+    seconds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COLUMNS} for name in names}
+    for first in range(0, options.rounds, ROUNDS_OF_A_PROCESS):
+        workers = {name: start() for name, (start, _) in starts.items()}
+        for number in range(first - 1, min(first + ROUNDS_OF_A_PROCESS, options.rounds)):
+            turn = number % len(names)
+            for column, asked in COLUMNS.items():
+                for name in names[turn:] + names[:turn]:
+                    answer = workers[name].ask(task="step", serve=starts[name][1], **asked)
+                    if number >= first:  # the one before warms up
+                        seconds[name][column].append(answer["prefill" if column.startswith("prefill") else "decode"])
+        for worker in workers.values():
+            worker.close()
     found: dict[str, Any] = {"seconds": seconds}
     for ours, peer, bar in (("native", "python", 1.0), ("native if", "python if", 1.0), ("native", "genai", 0.97)):
         for column in COLUMNS:
