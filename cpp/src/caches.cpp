@@ -7,7 +7,6 @@ namespace l2a::core {
 namespace {
 
 constexpr std::size_t kMostViews = 64;
-constexpr std::size_t kPage = 4096;
 
 }  // namespace
 

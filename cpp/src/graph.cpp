@@ -17,12 +17,6 @@ bool is_float(ONNXTensorElementDataType type) noexcept {
            type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
 }
 
-Owner<OrtMemoryInfo> cpu(const Ort& ort) {
-    OrtMemoryInfo* found = nullptr;
-    ort.check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &found), "memory");
-    return {found, ort->ReleaseMemoryInfo};
-}
-
 // Of runs whose arena gives back to the system what is free behind them.
 Owner<OrtRunOptions> giving_back(const Ort& ort) {
     OrtRunOptions* found = nullptr;
@@ -70,7 +64,7 @@ class Graph::Values {
 Graph::Graph(const Ort& ort, Owner<OrtSession> session, GraphEntry entry, const Shape& shape, std::string path)
     : ort_(ort),
       session_(std::move(session)),
-      memory_(cpu(ort)),
+      memory_(arena_memory(ort)),
       giving_back_(giving_back(ort)),
       entry_(std::move(entry)),
       path_(std::move(path)),

@@ -35,6 +35,12 @@ void Ort::check(OrtStatus* status, const std::string& what) const {
     throw Error(L2A_ERROR_SESSION, what + ": " + text);
 }
 
+Owner<OrtMemoryInfo> arena_memory(const Ort& ort) {
+    OrtMemoryInfo* found = nullptr;
+    ort.check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &found), "memory");
+    return {found, ort->ReleaseMemoryInfo};
+}
+
 Owner<OrtValue> tensor(const Ort& ort, const OrtMemoryInfo* memory, void* data, std::size_t bytes,
                        const std::vector<std::int64_t>& dims, ONNXTensorElementDataType type) {
     OrtValue* found = nullptr;

@@ -39,6 +39,9 @@ class Owner {
 
 using OrtValues = std::vector<Owner<OrtValue>>;
 
+// Names what sessions compute in: the processor's arena.
+Owner<OrtMemoryInfo> arena_memory(const Ort& ort);
+
 // A tensor over memory of the caller, which outlives it.
 Owner<OrtValue> tensor(const Ort& ort, const OrtMemoryInfo* memory, void* data, std::size_t bytes,
                        const std::vector<std::int64_t>& dims, ONNXTensorElementDataType type);

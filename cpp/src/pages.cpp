@@ -17,9 +17,8 @@
 namespace l2a::core {
 namespace {
 
-constexpr std::uintptr_t kSize = 2U << 20U;  // of a huge page, and below of another; elsewhere the kernel refuses
-constexpr std::size_t kPage = 4096;
-constexpr std::ptrdiff_t kMostly = 448;  // pages of 512: what is emptier would take more memory than it did
+constexpr std::uintptr_t kSize = 2U << 20U;  // of a huge page; elsewhere the kernel refuses
+constexpr std::ptrdiff_t kMostly = 448;      // pages of 512: what is emptier would take more memory than it did
 // mallopt(3): once a block is freed, blocks up to its size come from the heap. No larger one counts.
 constexpr std::size_t kLargest = (32U << 20U) - (64U << 10U);
 constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers do not name

@@ -9,6 +9,8 @@
 
 namespace l2a::core {
 
+constexpr std::size_t kPage = 4096;
+
 // Ends a mapping.
 struct Unmap {
     std::size_t bytes = 0;

@@ -15,10 +15,8 @@ constexpr std::size_t kLeastShared = 1U << 16;  // bytes of a constant that is w
 // One arena for what graphs compute in between, of all sessions of the process: only some of them run at a time, and an
 // arena keeps what it once had. Where the process has registered one, that one is used.
 void share_arena(const Ort& ort, OrtEnv* env) {
-    OrtMemoryInfo* memory = nullptr;
-    ort.check(ort->CreateCpuMemoryInfo(OrtArenaAllocator, OrtMemTypeDefault, &memory), "memory");
-    const Owner<OrtMemoryInfo> owner(memory, ort->ReleaseMemoryInfo);
-    const Owner<OrtStatus> registered(ort->CreateAndRegisterAllocator(env, memory, nullptr), ort->ReleaseStatus);
+    const Owner<OrtMemoryInfo> memory = arena_memory(ort);
+    const Owner<OrtStatus> registered(ort->CreateAndRegisterAllocator(env, memory.get(), nullptr), ort->ReleaseStatus);
 }
 
 }  // namespace
