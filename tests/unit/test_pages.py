@@ -46,10 +46,10 @@ asked = pytest.mark.skipif(
 
 @asked
 def test_small_allocations_come_to_stand_on_huge_pages() -> None:
-    before = _huge()
+    before = _memory("AnonHugePages")
     with huge_pages():
         kept = [np.ones(3 << 17) for _ in range(64)]  # 3 MB each, as a packed matrix
-    gained = _huge() - before
+    gained = _memory("AnonHugePages") - before
     if not gained and tuple(map(int, re.findall(r"\d+", Path("/proc/version").read_text())[:2])) < (6, 1):
         pytest.skip("the kernel is older than MADV_COLLAPSE")
     assert gained > 100 << 20
@@ -58,12 +58,12 @@ def test_small_allocations_come_to_stand_on_huge_pages() -> None:
 
 @asked
 def test_memory_that_is_hardly_used_does_not_grow() -> None:
-    before = _huge()
+    before = _memory("AnonHugePages")
     with huge_pages():
         kept = [np.empty(3 << 17) for _ in range(64)]
         for one in kept:
             one[:: 1 << 13] = 1.0  # a page of sixteen
-    assert _huge() <= before
+    assert _memory("AnonHugePages") <= before
 
 
 @asked
@@ -75,37 +75,29 @@ def test_nothing_is_asked_where_huge_pages_are_not_wanted(
     if setting is not None:
         file.write_text(setting)
     monkeypatch.setattr(pages, "_SETTING", file)
-    before = _huge()
+    before = _memory("AnonHugePages")
     with huge_pages():
         kept = [np.ones(3 << 17) for _ in range(16)]
-    assert _huge() <= before
+    assert _memory("AnonHugePages") <= before
     assert len(kept) == 16
-
-
-def _huge() -> int:
-    """Bytes of this process on huge pages."""
-    rollup = Path("/proc/self/smaps_rollup")
-    if not rollup.exists():
-        return 0
-    found = re.search(r"AnonHugePages:\s+(\d+)", rollup.read_text())
-    return int(found[1]) * 1024 if found else 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
 def test_zeros_take_memory_where_they_are_written_to_and_as_long_as_they_are_there() -> None:
-    huge_pages().__enter__()  # large arrays of NumPy's come from the heap behind this
-    before = _anonymous()
+    with huge_pages():  # large arrays of NumPy's come from the heap behind this
+        pass
+    before = _memory("Anonymous")
     arrays = zeros({"one": ((16, 1 << 20), np.uint8), "other": ((4, 16, 1 << 18), np.float32)})
     assert arrays["one"].shape == (16, 1 << 20)
     assert not arrays["other"][:, ::5, ::1024].any()
-    assert _anonymous() - before < 8 << 20
+    assert _memory("Anonymous") - before < 8 << 20
     view = arrays["other"][1:3]
     view[:] = 1
     assert not arrays["one"].any()
     del arrays
-    assert 30 << 20 < _anonymous() - before < 40 << 20
+    assert 30 << 20 < _memory("Anonymous") - before < 40 << 20
     del view
-    assert _anonymous() - before < 8 << 20
+    assert _memory("Anonymous") - before < 8 << 20
 
 
 def test_zeros_have_any_shape_and_type_or_say_that_there_is_no_room() -> None:
@@ -119,7 +111,8 @@ def test_zeros_have_any_shape_and_type_or_say_that_there_is_no_room() -> None:
         zeros({"large": ((1 << 30, 1 << 30), np.float32)})
 
 
-def _anonymous() -> int:
-    found = re.search(r"^Anonymous: *(\d+) kB$", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
-    assert found
-    return int(found[1]) << 10
+def _memory(kind: str) -> int:
+    """Bytes of a kind that this process has; 0 where the system does not say."""
+    rollup = Path("/proc/self/smaps_rollup")
+    found = re.search(rf"^{kind}: *(\d+) kB$", rollup.read_text(), re.MULTILINE) if rollup.exists() else None
+    return int(found[1]) << 10 if found else 0
