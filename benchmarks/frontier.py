@@ -18,11 +18,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from frontier_summary import RECORDS, summarize
 
+from l2a_compress.embedded import pretrain, task
 from l2a_compress.evaluation.frontier import evaluate
 from l2a_compress.evaluation.report import Report
 from l2a_compress.evaluation.split import measure_split
@@ -55,6 +56,7 @@ SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.6, 0.5), (0.8, 0.75, 0.66, 0.6, 0.5
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
 SPLIT = {"computes": (1.0, 0.8, 0.66, 0.5, 0.4), "think_shares": (1.0, 0.35, 0.25), "problems": 500}
+BASE_STEPS = 4800  # of a base model with three styles; the embedded one, with two, had 3,200
 WORKS = (0.6, 0.4, 0.3, 0.25, 0.2)
 UNTRAINED = ("uniform", "block_influence", "oracle", "early_exit", "think_cap")
 OUT_OF_DISTRIBUTION = ("terse", "crowded")
@@ -74,6 +76,7 @@ class Experiment:
     probes: bool = False
     static: str = ""
     short: bool = False
+    styles: tuple[task.Style, ...] = ()  # of a base model of its own; none: the embedded one
 
 
 def _short(about: str, settings: tuple[str, ...] = (), **options: Any) -> Experiment:
@@ -101,12 +104,6 @@ EXPERIMENTS = {
         baselines=("fixed_budget",),
         probes=True,
     ),
-    "brief": Experiment(
-        "a third style of traces, for tight think budgets",
-        ("draws.brief_below=0.35", "gates.think_reference=104"),
-        baselines=("fixed_budget",),
-        probes=True,
-    ),
     "short": _short("what the ablations below are compared with: the recipe at its own length", probes=True),
     "short-cap": _short("trained under cap alone; the demand head learns from those rows", ("draws.contract=cap",)),
     "layers": _short("no head gates", without="heads"),
@@ -122,6 +119,11 @@ EXPERIMENTS = {
     ),
     "no-budget": _short("that form without the resource term", THRESHOLD, without="budget", threshold=True),
     "chain-only": _short("trained on one family of problems", ("data.subset=chain",)),
+    "brief": _short(
+        "another base model, which writes brief traces too, for tight think budgets",
+        ("draws.brief_below=0.35", "gates.think_reference=104"),  # of which a quarter has room for the longest
+        styles=get_args(task.Style),
+    ),
     **{
         f"{method}-{round(100 * compute)}": _static(method, compute)
         for method in ("block_influence", "oracle", "fixed_budget")
@@ -138,6 +140,9 @@ def run(name: str, args: argparse.Namespace) -> Path:
     settings += [f"optim.batch_size={args.batch_size}", *scale, *experiment.settings]
     if experiment.static == "fixed_budget":
         settings.append(f'static.artifact="{args.work}/main-s{args.seed}/artifact"')
+    if experiment.styles:
+        base = _base(args.work / f"base-{name}", experiment.styles, args.threads)
+        settings.append(f'model.name="{base}"')
     recipe = Recipe.named("mini", settings)
     if experiment.without:
         recipe = replace(recipe, objective=replace(recipe.objective, without=(experiment.without,)))
@@ -169,6 +174,16 @@ def run(name: str, args: argparse.Namespace) -> Path:
     RECORDS.mkdir(parents=True, exist_ok=True)
     write_atomic(target, json.dumps(record, indent=None, separators=(",", ":")) + "\n")
     return target
+
+
+def _base(folder: Path, styles: Sequence[task.Style], threads: int) -> Path:
+    """A base model that writes these styles; made where it is not there yet, with the seed of the embedded one."""
+    if not folder.is_dir():
+        torch.set_num_threads(threads)
+        made = folder.with_name(f"{folder.name}.partial")
+        pretrain.train(made, seed=0, steps=BASE_STEPS, batch_size=32, lr=0.02, styles=styles)
+        made.rename(folder)
+    return folder
 
 
 def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts: Sequence[str]) -> dict[str, Any]:

@@ -95,10 +95,9 @@ def _baselines(record: Record) -> Sequence[Point]:
 def summarize() -> None:
     """Writes results/frontier.json, the picture, and the tables of docs/results.md."""
     found = records()
-    lead = next((name for name in ("main", "brief") if name in found), None)
-    if lead is None:
+    if "main" not in found:
         raise SystemExit("no record of 'main' yet: python benchmarks/frontier.py run main --seed 0")
-    main = found[lead]
+    main, brief = found["main"], found.pop("brief", [])
     dense = main[0]["reports"]["capped"]["dense"]
     tables = {
         "untrained": against(main, [*main, *found.get("untrained", [])], _baselines),
@@ -117,11 +116,11 @@ def summarize() -> None:
     result = {
         "summary": _summary(main, tables),
         "dense": {"accuracy": dense["accuracy"], "interval": list(wilson(dense["outcomes"].count("1"), dense["n"]))},
-        "lead": lead,
         "seeds": [record["seed"] for record in main],
         "frontier": _frontier(main),
         "think": _think(main),
         "split": _split(main),
+        "brief": {"dense": _pooled([r["reports"]["capped"]["dense"] for r in brief]), "think": _think(brief)},
         **tables,
         "ablations": _ablations({name: group for name, group in found.items() if group[0].get("scale") == "short"}),
         "runs": {
@@ -129,7 +128,7 @@ def summarize() -> None:
                 key: record[key] for key in ("about", "settings", "without", "machine", "seconds")
             }
             | {"training_seconds": record["training"]["seconds"], "steps": record["training"]["steps"]}
-            for name, group in found.items()
+            for name, group in [*found.items(), ("brief", brief)]
             for record in group
         },
     }

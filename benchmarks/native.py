@@ -11,7 +11,7 @@ All processes ask for huge pages (glibc.malloc.hugetlb): without them the place 
 - ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
   opened the same way; with layers skipped alone (``layers``), the same with an If graph that writes no keys and values
   of layers that it skips (``lean``), and with two levels of heads among the variants (``heads``). Also what is held
-  once all graphs have worked (``worked``).
+  once all graphs have worked (``worked``), and by the Python runtime with one variant open at a time (``python at``).
 - ``speed``: processor time of a prefill of 512 tokens and of decode steps, one thread, which other work on the machine
   does not stretch much. onnxruntime-genai runs the very same dense graph and weights.
 - ``switch``: a budget that changes in the middle of a request, and the step after it.
@@ -48,6 +48,7 @@ LADDER = (
     (0.7, 9, 2),
     (0.6, 12, 1),
 )  # budget, skipped layers, groups of the last
+BUDGETS = tuple(budget for budget, _, _ in LADDER)
 ROUNDS_OF_A_PROCESS = 3  # then another takes its place, as the places of its weights in memory are a matter of luck
 BARS = {"layers": 1.10, "lean": 1.10, "heads": 1.25}
 
@@ -125,7 +126,7 @@ def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
         worker = _native(options, kind, precision)
         found[kind] = worker.ask(task="memory")
         if kind in ("dense", "layers"):
-            found[f"{kind} worked"] = _worked(worker, LADDER[:1] if kind == "dense" else LADDER, kind != "dense")
+            found[f"{kind} worked"] = _worked(worker, BUDGETS[:1] if kind == "dense" else BUDGETS, kind != "dense")
         worker.close()
     for kind, bar in BARS.items():
         for name in ("Pss", "Anonymous"):
@@ -134,17 +135,23 @@ def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
             found[f"{kind} {name} / dense"] = round(share, 4)
             verdict(text, share, bar, at_most=True)
     python = _peer(options, "python", precision)  # its two engines hold the If graph and one variant
-    found["python worked"] = _worked(python, LADDER, True)
+    found["python worked"] = _worked(python, BUDGETS, True)
     python.close()
+    variants = _peer(options, "variants", precision)
+    for budget, turn in ((BUDGETS[0], ""), (BUDGETS[-1], ""), (BUDGETS[0], " again")):
+        name = f"python at {budget:g}{turn}"
+        found[name] = _worked(variants, [budget], False)
+        print(f"{precision} {name}: {found[name]['Anonymous'] / 1000:.0f} MB, where one variant is open at a time")
+    variants.close()
     for kind in ("dense", "layers", "python"):
         print(f"{precision} {kind}: {found[f'{kind} worked']['Anonymous'] / 1000:.0f} MB once it has worked")
     return found
 
 
-def _worked(worker: Peer, ladder: Sequence[tuple[float, int, int]], if_graph: bool) -> dict[str, int]:
+def _worked(worker: Peer, budgets: Sequence[float], if_graph: bool) -> dict[str, int]:
     """Kilobytes once each budget has computed four prompts at a time, and written some tokens."""
     for serve in ("variants", "if") if if_graph else ("variants",):
-        for budget, _, _ in ladder:
+        for budget in budgets:
             worker.ask(task="step", serve=serve, batch=4, length=512, tokens=8, budget=budget, finish=True)
     return worker.ask(task="memory")
 
@@ -184,9 +191,8 @@ def _switch(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Milliseconds of a change of budget down a ladder, and of the step after it, against a step without one."""
     found: dict[str, Any] = {}
     worker = _native(options, "layers", precision)
-    budgets = [budget for budget, *_ in LADDER]
     for serve, turns in (("variants", 1), ("if", 6)):
-        asked = {"serve": serve, "length": 64, "budgets": budgets, "turns": turns, "rounds": 60 if turns == 1 else 20}
+        asked = {"serve": serve, "length": 64, "budgets": BUDGETS, "turns": turns, "rounds": 60 if turns == 1 else 20}
         answer = worker.ask(task="switch", **asked)
         calls = answer["first"] if serve == "variants" else answer["again"]
         step, p99 = statistics.median(answer["plain"]) * 1e3, _p99(calls) * 1e3

@@ -1,6 +1,6 @@
 """What the C++ runtime is compared with, each in a process of its own that answers as cpp/bench does.
 
-python benchmarks/native_peers.py python | genai BUNDLE THREADS
+python benchmarks/native_peers.py python | variants | genai BUNDLE THREADS
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,12 +19,12 @@ _draw = np.random.default_rng(0)
 
 
 class Python:
-    """The Python runtime's engine."""
+    """The Python runtime's engines: of the If graph, and of variants, one of which is open at a time."""
 
-    def __init__(self, folder: str, threads: int) -> None:
+    def __init__(self, folder: str, threads: int, kinds: Sequence[Literal["if", "variants"]]) -> None:
         from l2a_compress.runtime.engine import Engine
 
-        self.engines = {serve: Engine(folder, threads=threads, serve=serve) for serve in ("if", "variants")}
+        self.engines = {serve: Engine(folder, threads=threads, serve=serve) for serve in kinds}
 
     def memory(self) -> dict[str, int]:
         """Kilobytes of this process's memory, as the kernel counts them."""
@@ -89,7 +90,9 @@ def main() -> None:
     """Answers until the input ends. What an engine prints goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    engine = {"python": Python, "genai": GenAI}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))
+    kind, folder, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    kinds: dict[str, tuple[Literal["if", "variants"], ...]] = {"python": ("if", "variants"), "variants": ("variants",)}
+    engine = Python(folder, threads, kinds[kind]) if kind in kinds else GenAI(folder, threads)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked: dict[str, Any] = json.loads(line)

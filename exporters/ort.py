@@ -20,9 +20,10 @@ class OrtBlocks(Blocks):
     """GroupQueryAttention, fused norms, and MatMulNBits where the matrices are quantized."""
 
     _decisions: tuple[Sequence[Any], ...] | None = None
+    _slots: ir.Value | None = None
 
     def shared(self, ids: ir.Value, mask: ir.Value) -> Shared:
-        """Parts: lengths [batch] (real tokens - 1) and total (a scalar), both int32."""
+        """Parts: lengths [batch] (real tokens - 1) and total (a scalar), int32, and positions [batch, sequence]."""
         ops = self.ops
         count = ops.op("ReduceSum", mask, ops.constant([1], "int64"), keepdims=0)
         lengths = ops.op("Sub", count, ops.constant(1, "int64"))
@@ -32,7 +33,9 @@ class OrtBlocks(Blocks):
         places = ops.op("Range", ops.constant(0, "int64"), fed, ops.constant(1, "int64"))
         real = ops.op("LessOrEqual", places, self.unsqueeze(ops, last, 1))
         parts = tuple(ops.op("Cast", value, to=ir.DataType.INT32) for value in (lengths, total))
-        return Shared(last=last, real=real, parts=parts)
+        starts = ops.op("Max", ops.op("Sub", count, fed), ops.constant(0, "int64"))  # of a padded prompt it is 0
+        positions = ops.op("Add", self.unsqueeze(ops, starts, 1), places)
+        return Shared(last=last, real=real, parts=(*parts, positions))
 
     def matmul(self, ops: Ops, value: ir.Value, name: str, rows: Rows | None = None) -> ir.Value:
         """As everywhere; a quantized matrix is read whole."""
@@ -117,7 +120,7 @@ class OrtBlocks(Blocks):
         """The whole layer in one ``If``, and its widths in ``If`` nodes within."""
         spec, groups = self.spec, self.spec.shape.num_groups
         if self._decisions is None:
-            self._decisions = self._decided(widest, heads)
+            self._decisions, self._slots = self._decided(widest, heads), self._written(shared)
         wider, mask, row = (values[index] for values in self._decisions)
 
         def then(ops: Ops) -> list[ir.Value]:
@@ -151,6 +154,18 @@ class OrtBlocks(Blocks):
         wider = [apart(ops.op("Greater", widest, ops.constant(bound, "int64")), 0) for bound in bounds]
         first = self.part(ops, heads, 0, 1, 2)  # whoever keeps the layer keeps its first group
         return list(zip(*wider, strict=True)), apart(heads, 1), apart(first, 1)
+
+    def _written(self, shared: Shared) -> ir.Value:
+        """Where a layer writes new keys and values: (row, group, position). [batch, sequence, groups, 3]."""
+        ops, positions = self.ops, shared.parts[2]
+        rows = ops.op("Gather", ops.op("Shape", positions), ops.constant(0, "int64"))
+        rows = ops.op("Range", ops.constant(0, "int64"), rows, ops.constant(1, "int64"))
+        rows = ops.op("Unsqueeze", rows, ops.constant([1, 2, 3], "int64"))
+        positions = ops.op("Unsqueeze", positions, ops.constant([2, 3], "int64"))
+        rows = ops.op("Mul", rows, ops.constant([1, 0, 0], "int64"))
+        positions = ops.op("Mul", positions, ops.constant([0, 0, 1], "int64"))
+        groups = [[0, group, 0] for group in range(self.spec.shape.num_groups)]
+        return ops.op("Add", ops.op("Add", rows, positions), ops.constant(groups, "int64"))
 
     def _widths(
         self,
@@ -226,10 +241,20 @@ class OrtBlocks(Blocks):
         return ops.op("Pad", value, ops.constant([0, 0, 0, 0, 0, missing], "int64"))
 
     def _write_cache(self, ops: Ops, index: int, normed: ir.Value, cache: Cache, shared: Shared) -> list[ir.Value]:
-        """Keys and values of a layer that does not run: (key, value). The operator wants queries, and gets the keys."""
-        groups = self.spec.shape.num_groups
-        key, value = self._pair(ops, index, normed, groups)
-        return self._group_query(ops, key, key, value, cache, shared, groups, 1)[1:]
+        """Keys and values of a layer that does not run, behind those of before: (key, value).
+
+        By ``ScatterND``, since GroupQueryAttention would attend to all of them.
+        """
+        shape = self.spec.shape
+        key, value = self._pair(ops, index, normed, shape.num_groups)
+        turned = ops.op(
+            "RotaryEmbedding", key, shared.parts[2], *self.rotary(), domain=CONTRIB, num_heads=shape.num_groups
+        )
+        split = ops.constant([0, 0, shape.num_groups, shape.head_dim], "int64")
+        return [
+            ops.op("ScatterND", past, self._slots, ops.op("Reshape", new, split))
+            for past, new in zip(cache, (turned, value), strict=True)
+        ]
 
     def _group_query(
         self,
@@ -245,7 +270,7 @@ class OrtBlocks(Blocks):
         window = {} if self.spec.window is None else {"local_window_size": self.spec.window}
         return ops.many(
             "GroupQueryAttention",
-            *(query, key, value, *cache, *shared.parts),
+            *(query, key, value, *cache, *shared.parts[:2]),
             *self.rotary(),
             outputs=3,
             domain=CONTRIB,

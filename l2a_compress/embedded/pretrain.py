@@ -11,8 +11,9 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -64,16 +65,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
     return Qwen3ForCausalLM(config)
 
 
+def opening(style: task.Style) -> str:
+    """The word that a trace begins with, which asks for its style; a brief trace has none to spare."""
+    return "" if style == "brief" else f" {style}"
+
+
 def full_text(problem: task.Problem, style: task.Style) -> tuple[str, str]:
     """The prompt, up to and with ``<think>``, and what follows it."""
     return (
         f"{problem.prompt} <think>",
-        f"{style} {problem.trace(style)} </think> <answer> {problem.answer} </answer>",
+        f"{opening(style)} {problem.trace(style)} </think> <answer> {problem.answer} </answer>".lstrip(),
     )
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, batch_size: int
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    styles: Sequence[task.Style] = task.STYLES,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """``(input_ids, labels)`` of shape [batch, length], grouped by length within pools of 16 batches.
 
@@ -87,7 +97,7 @@ def batches(
         stream = task.problems(seed=seed * 1_000_003 + pool, split="train", steps=(0, top))
         rows = []
         for _ in range(pool_batches * batch_size):
-            prompt, rest = full_text(next(stream), rng.choice(task.STYLES))
+            prompt, rest = full_text(next(stream), rng.choice(styles))
             head, tail = tokenizer.encode(prompt), tokenizer.encode(rest)
             rows.append((head + tail, [IGNORE] * len(head) + tail))
         rows.sort(key=lambda row: len(row[0]))
@@ -104,7 +114,16 @@ def _pad(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tenso
     return ids, labels
 
 
-def train(out: Path, *, seed: int, steps: int, batch_size: int, lr: float, log_every: int = 50) -> None:
+def train(
+    out: Path,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    styles: Sequence[task.Style] = task.STYLES,
+    log_every: int = 50,
+) -> None:
     """Trains the model and saves it, its tokenizer and the log in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
@@ -122,10 +141,10 @@ def train(out: Path, *, seed: int, steps: int, batch_size: int, lr: float, log_e
     with (out / "training_log.jsonl").open("w") as log:
         settings = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr, "torch": torch.__version__}
         bf16 = use_bfloat16("auto")
-        settings |= {"bf16": bf16, "threads": torch.get_num_threads()}
+        settings |= {"bf16": bf16, "threads": torch.get_num_threads(), "styles": list(styles)}
         settings |= {"parameters": sum(p.numel() for p in model.parameters())}
         log.write(json.dumps({"settings": settings}) + "\n")
-        for step, (ids, labels) in enumerate(batches(tokenizer, seed, steps, batch_size), start=1):
+        for step, (ids, labels) in enumerate(batches(tokenizer, seed, steps, batch_size, styles), start=1):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = model(input_ids=ids, labels=labels, use_cache=False).loss
             loss.backward()
@@ -146,7 +165,7 @@ def train(out: Path, *, seed: int, steps: int, batch_size: int, lr: float, log_e
             if step % 500 == 0 or step == steps:
                 model.save_pretrained(out)
                 tokenizer.save_pretrained(out)
-        for style in task.STYLES:
+        for style in styles:
             report = evaluate(model, tokenizer, style=style, count=2000)
             log.write(json.dumps({"heldout": report}) + "\n")
             print(report, flush=True)
@@ -170,7 +189,9 @@ def evaluate(
     exact_trace: list[bool] = []
     for start in range(0, count, batch_size):
         group = items[start : start + batch_size]
-        heads = tokenizer([f"{full_text(p, style)[0]} {style}" for p in group], padding=True, return_tensors="pt")
+        heads = tokenizer(
+            [f"{full_text(p, style)[0]}{opening(style)}" for p in group], padding=True, return_tensors="pt"
+        )
         out = model.generate(  # type: ignore[misc]
             input_ids=heads["input_ids"], attention_mask=heads["attention_mask"], max_new_tokens=130, do_sample=False
         )
@@ -184,7 +205,7 @@ def evaluate(
     return {"style": style, "n": count, "exact_match": accuracy, "exact_trace": sum(exact_trace) / count}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the command line and trains."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -192,11 +213,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW has 0.003")
+    parser.add_argument("--styles", default=",".join(task.STYLES), help="lengths of reasoning that are drawn from")
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
-    train(options.out, seed=options.seed, steps=options.steps, batch_size=options.batch_size, lr=options.lr)
+    styles = options.styles.split(",")
+    if unknown := set(styles) - set(get_args(task.Style)):
+        parser.error(f"--styles {', '.join(sorted(unknown))}: choose from {', '.join(get_args(task.Style))}")
+    sizes = {"steps": options.steps, "batch_size": options.batch_size}
+    train(options.out, seed=options.seed, lr=options.lr, styles=styles, **sizes)
 
 
 if __name__ == "__main__":

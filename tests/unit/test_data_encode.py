@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -84,18 +85,18 @@ def test_the_text_of_a_language_model_is_as_documented() -> None:
     assert encoded["think_full"] == len(tokenizer("\n1+1=2\n", add_special_tokens=False)["input_ids"])
 
 
-@pytest.mark.parametrize("style", task.STYLES)
+@pytest.mark.parametrize("style", get_args(task.Style))
 def test_the_embedded_format_is_what_its_model_was_trained_on(style: task.Style) -> None:
-    tokenizer = word_tokenizer()
+    tokenizer, opening = word_tokenizer(), pretrain.opening(style)
     problems = EmbeddedExamples(split="train", seed=3, limit=50)
     for index, example in enumerate(problems):
         prompt, rest = pretrain.full_text(problems.problem(index), style)
         encoded = encode(example, tokenizer, style)
         assert encoded["input_ids"] == tokenizer.encode(prompt) + tokenizer.encode(rest)
         assert encode_prompt(example, tokenizer) == tokenizer.encode(prompt)
-        assert encode_prompt(example, tokenizer, style) == tokenizer.encode(f"{prompt} {style}")
+        assert encode_prompt(example, tokenizer, style) == tokenizer.encode(f"{prompt}{opening}")
         thought = tokenizer.decode(encoded["input_ids"][encoded["think_start"] : encoded["think_end"]])
-        assert thought == f"{style} {problems.problem(index).trace(style)}"
+        assert thought == f"{opening} {problems.problem(index).trace(style)}".strip()
         long = encode(example, tokenizer, "long")
         assert encoded["think_full"] == long["think_end"] - long["think_start"]
 

@@ -103,3 +103,17 @@ def test_a_brief_trace_ends_in_the_answer_and_leaves_out_what_is_known() -> None
             assert len(short) - len(brief) == (problem.steps > 0)
     long, brief = (sum(len(p.trace(style).split()) for p in sample) for style in ("long", "brief"))
     assert 0.25 < brief / long < 0.32
+
+
+def test_pretraining_draws_the_styles_that_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = pretrain.build_tokenizer()
+    first = set()
+    for ids, labels in pretrain.batches(tokenizer, seed=1, steps=2, batch_size=16, styles=("short", "brief")):
+        starts = (labels != pretrain.IGNORE).int().argmax(1)  # the first word of the reasoning
+        first |= set(tokenizer.convert_ids_to_tokens(ids[range(16), starts]))
+    assert "short" in first
+    assert "long" not in first
+    assert first & set(task.NAMES)
+    with pytest.raises(SystemExit):
+        pretrain.main(["--out", "nowhere", "--styles", "long,loud"])
+    assert "--styles loud: choose from long, short, brief" in capsys.readouterr().err
