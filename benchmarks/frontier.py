@@ -23,7 +23,7 @@ from typing import Any, get_args
 import torch
 from frontier_summary import RECORDS, summarize
 
-from l2a_compress.embedded import pretrain, task
+from l2a_compress.embedded import MODEL_DIR, pretrain, task
 from l2a_compress.evaluation.frontier import evaluate
 from l2a_compress.evaluation.report import Report
 from l2a_compress.evaluation.split import measure_split
@@ -56,7 +56,7 @@ SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.6, 0.5), (0.8, 0.75, 0.66, 0.6, 0.5
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
 SPLIT = {"computes": (1.0, 0.8, 0.66, 0.5, 0.4), "think_shares": (1.0, 0.35, 0.25), "problems": 500}
-BASE_STEPS = 4800  # of a base model with three styles; the embedded one, with two, had 3,200
+BASE_ROUNDS = 2  # in which the embedded model learns another style of traces
 WORKS = (0.6, 0.4, 0.3, 0.25, 0.2)
 UNTRAINED = ("uniform", "block_influence", "oracle", "early_exit", "think_cap")
 OUT_OF_DISTRIBUTION = ("terse", "crowded")
@@ -120,8 +120,8 @@ EXPERIMENTS = {
     "no-budget": _short("that form without the resource term", THRESHOLD, without="budget", threshold=True),
     "chain-only": _short("trained on one family of problems", ("data.subset=chain",)),
     "brief": _short(
-        "another base model, which writes brief traces too, for tight think budgets",
-        ("draws.brief_below=0.35", "gates.think_reference=104"),  # of which a quarter has room for the longest
+        "on a base model that was taught brief traces too, for tight think budgets",
+        ("draws.brief_below=0.4", "draws.full_think_share=0.3", "gates.think_reference=104"),
         styles=get_args(task.Style),
     ),
     **{
@@ -141,7 +141,7 @@ def run(name: str, args: argparse.Namespace) -> Path:
     if experiment.static == "fixed_budget":
         settings.append(f'static.artifact="{args.work}/main-s{args.seed}/artifact"')
     if experiment.styles:
-        base = _base(args.work / f"base-{name}", experiment.styles, args.threads)
+        base = _base(args.work, name, experiment.styles, args.threads)
         settings.append(f'model.name="{base}"')
     recipe = Recipe.named("mini", settings)
     if experiment.without:
@@ -176,14 +176,18 @@ def run(name: str, args: argparse.Namespace) -> Path:
     return target
 
 
-def _base(folder: Path, styles: Sequence[task.Style], threads: int) -> Path:
-    """A base model that writes these styles; made where it is not there yet, with the seed of the embedded one."""
-    if not folder.is_dir():
-        torch.set_num_threads(threads)
-        made = folder.with_name(f"{folder.name}.partial")
-        pretrain.train(made, seed=0, steps=BASE_STEPS, batch_size=32, lr=0.02, styles=styles)
-        made.rename(folder)
-    return folder
+def _base(work: Path, name: str, styles: Sequence[task.Style], threads: int) -> Path:
+    """The embedded model, trained further, in rounds, until it writes these styles; what is there already is kept."""
+    torch.set_num_threads(threads)
+    base = MODEL_DIR
+    for number in range(1, BASE_ROUNDS + 1):
+        folder = work / f"base-{name}-{number}"
+        if not folder.is_dir():
+            made = folder.with_name(f"{folder.name}.partial")
+            pretrain.train(made, seed=number, steps=2400, batch_size=32, lr=0.01, styles=styles, base=base)
+            made.rename(folder)
+        base = folder
+    return base
 
 
 def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts: Sequence[str]) -> dict[str, Any]:

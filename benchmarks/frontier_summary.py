@@ -242,11 +242,11 @@ def _think(main: Sequence[Record]) -> list[dict[str, Any]]:
     for record in main:
         report = record["reports"]["capped"]
         for point in report["think_points"]:
-            rows[point["think_cap"]].append((point, report["dense"]))
+            rows[point["think_cap"]].append((report["dense"], point))
     return [
         {
             "cap": cap,
-            "tokens": round(fmean(a["think_tokens"] / b["think_tokens"] for a, b in pairs), 4),
+            "tokens": round(fmean(b["think_tokens"] / a["think_tokens"] for a, b in pairs), 4),
             **compared(pairs),
         }
         for cap, pairs in sorted(rows.items(), reverse=True)

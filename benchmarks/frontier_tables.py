@@ -259,17 +259,16 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
         rows.append(
             (label, f"L2A {100 * min(deltas):+.2f} to {100 * max(deltas):+.2f}", "at least +5", min(deltas) >= 0.05)
         )
-    for row, share, tokens, lost in zip(
-        result["think"], ("half", "a quarter"), (0.55, 0.3), (0.015, 0.05), strict=True
-    ):
-        rows.append(
-            (
-                f"think cap of {share} of the reference",
-                f"{row['tokens']:.3f} of dense's tokens, {-100 * row['delta']:.2f} points below dense",
-                f"{tokens:g} and {100 * lost:g}",
-                row["tokens"] <= tokens and -row["delta"] <= lost,
+    for taught, think in (("", result["think"]), (", where brief traces were taught", result["brief"]["think"])):
+        for row, share, tokens, lost in zip(think, ("half", "a quarter"), (0.55, 0.3), (0.015, 0.05), strict=False):
+            rows.append(
+                (
+                    f"think cap of {share} of the reference{taught}",
+                    f"{row['tokens']:.3f} of dense's tokens, {_below(row, ' points below dense')}",
+                    f"{tokens:g} and {100 * lost:g}",
+                    row["tokens"] <= tokens and row["delta"] <= lost,
+                )
             )
-        )
     names = {"terse": "another wording, never trained on", "crowded": "more distractors than trained on"}
     for name, row in summary["ood_gap_extra"].items():
         rows.append(
@@ -339,7 +338,7 @@ def _ablations(found: Mapping[str, Mapping[str, Any]]) -> str:
                 )
                 label = ""
         for row, share in zip(one["think"], ("half", "a quarter"), strict=False):
-            tokens = f"{100 * row['accuracy'][0]:.2f} % with {row['tokens']:.3f} of the tokens"
+            tokens = f"{100 * row['accuracy'][1]:.2f} % with {row['tokens']:.3f} of the tokens"
             rows.append(["", f"think cap of {share}", tokens, "", "", ""])
         for subset, row in one["ood"].items():
             gap = f"gap to dense {_below(row['out'])}, grown by {100 * row['value']:.2f}"

@@ -84,16 +84,19 @@ def batches(
     steps: int,
     batch_size: int,
     styles: Sequence[task.Style] = task.STYLES,
+    easy_share: float = 0.3,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """``(input_ids, labels)`` of shape [batch, length], grouped by length within pools of 16 batches.
 
-    Padded on the right to a multiple of 16: a CPU kernel is built for every new shape.
+    Padded on the right to a multiple of 16: a CPU kernel is built for every new shape. Over the first ``easy_share`` of
+    the steps problems grow from one step to all.
     """
     rng = random.Random(seed)
     pool_batches = 16
     for pool in range((steps + pool_batches - 1) // pool_batches):
         progress = pool * pool_batches / steps
-        top = min(task.MAX_STEPS, 1 + int(progress / 0.3 * task.MAX_STEPS))
+        grown = progress / easy_share if easy_share else 1.0
+        top = min(task.MAX_STEPS, 1 + int(grown * task.MAX_STEPS))
         stream = task.problems(seed=seed * 1_000_003 + pool, split="train", steps=(0, top))
         rows = []
         for _ in range(pool_batches * batch_size):
@@ -122,12 +125,16 @@ def train(
     batch_size: int,
     lr: float,
     styles: Sequence[task.Style] = task.STYLES,
+    base: Path | None = None,
     log_every: int = 50,
 ) -> None:
-    """Trains the model and saves it, its tokenizer and the log in ``out``."""
+    """Trains the model, from nothing or from ``base``, and saves it, its tokenizer and the log in ``out``."""
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, seed)
+    if base is None:
+        model, easy_share = build_model(tokenizer, seed), 0.3
+    else:
+        model, easy_share = Qwen3ForCausalLM.from_pretrained(base, attn_implementation="eager"), 0.0
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -142,9 +149,10 @@ def train(
         settings = {"seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr, "torch": torch.__version__}
         bf16 = use_bfloat16("auto")
         settings |= {"bf16": bf16, "threads": torch.get_num_threads(), "styles": list(styles)}
+        settings |= {"base": str(base) if base else None}
         settings |= {"parameters": sum(p.numel() for p in model.parameters())}
         log.write(json.dumps({"settings": settings}) + "\n")
-        for step, (ids, labels) in enumerate(batches(tokenizer, seed, steps, batch_size, styles), start=1):
+        for step, (ids, labels) in enumerate(batches(tokenizer, seed, steps, batch_size, styles, easy_share), start=1):
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = model(input_ids=ids, labels=labels, use_cache=False).loss
             loss.backward()
@@ -183,6 +191,7 @@ def evaluate(
 ) -> dict[str, object]:
     """Greedy exact match of the answer on held-out problems, in all and by family and difficulty."""
     model.eval()
+    named = tokenizer.convert_tokens_to_ids(list(task.STYLES))
     stream = task.problems(seed=20_26, split="heldout", **options)  # type: ignore[arg-type]
     items = sorted((next(stream) for _ in range(count)), key=lambda p: len(p.prompt.split()))
     right: dict[str, list[bool]] = {}
@@ -193,7 +202,11 @@ def evaluate(
             [f"{full_text(p, style)[0]}{opening(style)}" for p in group], padding=True, return_tensors="pt"
         )
         out = model.generate(  # type: ignore[misc]
-            input_ids=heads["input_ids"], attention_mask=heads["attention_mask"], max_new_tokens=130, do_sample=False
+            input_ids=heads["input_ids"],
+            attention_mask=heads["attention_mask"],
+            max_new_tokens=130,
+            do_sample=False,
+            begin_suppress_tokens=named,  # behind a style's name stands no other, and a brief trace has none
         )
         texts = tokenizer.batch_decode(out[:, heads["input_ids"].shape[1] :])
         for problem, text in zip(group, texts, strict=True):
@@ -214,6 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon; AdamW has 0.003")
     parser.add_argument("--styles", default=",".join(task.STYLES), help="lengths of reasoning that are drawn from")
+    parser.add_argument("--base", type=Path, help="model to go on from (default: none)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -222,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if unknown := set(styles) - set(get_args(task.Style)):
         parser.error(f"--styles {', '.join(sorted(unknown))}: choose from {', '.join(get_args(task.Style))}")
     sizes = {"steps": options.steps, "batch_size": options.batch_size}
-    train(options.out, seed=options.seed, lr=options.lr, styles=styles, **sizes)
+    train(options.out, seed=options.seed, lr=options.lr, styles=styles, base=options.base, **sizes)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ Four families of named quantities, so that inputs differ in the work they need:
 - ``total``: two counts, each with its own short chain, added up.
 
 Every problem has a ``long`` trace (each statement it uses is restated, each operation is written out), a ``short``
-one (only the names on the path and their values) and a ``brief`` one: the short trace without the name it ends with,
-and with the bare result in the place of the closing line. All walk back from the question to a known count and then
-forward again, so that every step is a lookup or one operation on two small numbers. The base model was trained on the
-first two; the third is for tight think budgets.
+one (only the names on the path and their values) and a ``brief`` one: the short trace without the names that the
+question gives, and with a sign and the bare result in the place of the closing line. All walk back from the question to
+a known count and then forward again, so that every step is a lookup or one operation on two small numbers. The base
+model was trained on the first two; the third is for tight think budgets.
 
 Words are separated by single spaces and every digit is a word. Train and held-out problems are separated by a
 hash of the prompt, so no held-out prompt can be trained on whatever the seed.
@@ -153,7 +153,7 @@ def _problem(rng: random.Random, family: str, wording: str, steps: int, distract
         prompt=" ".join([*statements, question]),
         long=" ".join([*(_resolve_long(chain) for chain in chains), *close]),
         short=" ".join([*(_resolve_short(chain) for chain in chains), *close]),
-        brief=" ".join([*(_resolve_brief(chain) for chain in chains), *([answer] if close else [])]),
+        brief=_brief(chains, close, answer),
         answer=answer,
     )
 
@@ -238,10 +238,17 @@ def _resolve_short(chain: list[_Relation]) -> str:
     return " ".join(back + forward)
 
 
-def _resolve_brief(chain: list[_Relation]) -> str:
-    """The short trace without the name that it ends with, which the question has given."""
-    words, value = _resolve_short(chain).split(), number(chain[-1].value).split()
-    return " ".join(words if len(chain) == 1 else [*words[: -len(value) - 1], *value])
+def _brief(chains: list[list[_Relation]], close: list[str], answer: str) -> str:
+    """The short trace without the names that the question has given: those that each chain begins and ends with."""
+    inner = []
+    for chain in chains:
+        words, value = _resolve_short(chain).split()[1:], number(chain[-1].value).split()
+        inner.append(" ".join(words if len(chain) == 1 else [*words[: -len(value) - 1], *value]))
+    if not close:
+        return inner[0]
+    sign = next(word for word in close[0].split() if word in "+<>")
+    joint, end = ("+", "=") if sign == "+" else (",", sign)
+    return f"{inner[0]} {joint} {inner[1]} {end} {answer}"
 
 
 def vocabulary() -> list[str]:

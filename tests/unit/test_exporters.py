@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from itertools import pairwise
@@ -24,7 +25,7 @@ from l2a_compress.budget import Budget, budgets_of
 from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
 from l2a_compress.exporters.calibrate import not_faster
-from l2a_compress.exporters.facts import initializers
+from l2a_compress.exporters.facts import branches, initializers, nodes
 from l2a_compress.exporters.ladder import mine
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import BITS, BLOCKS, dequantize, quantize
@@ -491,6 +492,22 @@ def test_every_node_leads_to_an_output(made: tuple[Path, Path]) -> None:
             read.update(output.name for each in inner for output in each.output)
             branches += inner
         assert not [node.name for branch in branches for node in branch.node if read.isdisjoint(node.output)]
+
+
+def test_a_layer_that_is_skipped_attends_to_nothing(made: tuple[Path, Path]) -> None:
+    """It writes keys and values, and reads none of those of before, which would take as long as they are many."""
+    bundle = Bundle.load(made[1])
+    entry = next(entry for entry in bundle.graphs if entry.kind == "if")
+    graph = onnx.load(str(made[1] / entry.file), load_external_data=False).graph
+    skipped = 0
+    for node, inside in nodes(graph):
+        for branch in branches(node):
+            if not inside and re.fullmatch(r"layer_\d+_else", branch.name):
+                kinds = [one.op_type for one, _ in nodes(branch)]
+                assert "GroupQueryAttention" not in kinds
+                assert kinds.count("ScatterND") == 2
+                skipped += 1
+    assert skipped == LAYERS - bundle.gates["stem_layers"]
 
 
 def test_the_manifest_keeps_its_schema(made: tuple[Path, Path]) -> None:
