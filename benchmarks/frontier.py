@@ -140,8 +140,8 @@ def run(name: str, args: argparse.Namespace) -> Path:
     settings += [f"optim.batch_size={args.batch_size}", *scale, *experiment.settings]
     if experiment.static == "fixed_budget":
         settings.append(f'static.artifact="{args.work}/main-s{args.seed}/artifact"')
-    if experiment.styles:
-        base = _base(args.work, name, experiment.styles, args.threads)
+    base = _base(args.work, name, experiment.styles, args.threads) if experiment.styles else None
+    if base:
         settings.append(f'model.name="{base}"')
     recipe = Recipe.named("mini", settings)
     if experiment.without:
@@ -166,6 +166,7 @@ def run(name: str, args: argparse.Namespace) -> Path:
         "seed": args.seed,
         "settings": [text.replace(f"{args.work}/", "") for text in settings[1:]],
         "without": experiment.without,
+        "base": _written(base) if base else None,
         "training": dict(loaded.config.metrics),
         "machine": f"{os.cpu_count()} x {platform.machine()}, {args.threads} thread(s), torch {torch.__version__}",
         "seconds": round(time.time() - began),
@@ -188,6 +189,12 @@ def _base(work: Path, name: str, styles: Sequence[task.Style], threads: int) -> 
             made.rename(folder)
         base = folder
     return base
+
+
+def _written(base: Path) -> list[Any]:
+    """What a base model gets right on held-out problems by each style of traces."""
+    lines = map(json.loads, (base / "training_log.jsonl").read_text().splitlines())
+    return [line["heldout"] for line in lines if "heldout" in line]
 
 
 def measure(loaded: LoadedArtifact, experiment: Experiment, problems: int, parts: Sequence[str]) -> dict[str, Any]:

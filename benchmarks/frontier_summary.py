@@ -120,7 +120,11 @@ def summarize() -> None:
         "frontier": _frontier(main),
         "think": _think(main),
         "split": _split(main),
-        "brief": {"dense": _pooled([r["reports"]["capped"]["dense"] for r in brief]), "think": _think(brief)},
+        "brief": {
+            "dense": _pooled([record["reports"]["capped"]["dense"] for record in brief]),
+            "points": _frontier(brief),
+            "think": _think(brief),
+        },
         **tables,
         "ablations": _ablations({name: group for name, group in found.items() if group[0].get("scale") == "short"}),
         "runs": {

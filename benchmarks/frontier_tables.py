@@ -60,6 +60,7 @@ def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
         "untrained": _against(others),
         "out-of-distribution": _out_of_distribution(result["summary"]["ood_gap_extra"]),
         "split": _split(result["split"]),
+        "brief": _brief(result["brief"]),
         "ablations": _ablations(result["ablations"]),
     }
 
@@ -344,6 +345,18 @@ def _ablations(found: Mapping[str, Mapping[str, Any]]) -> str:
             gap = f"gap to dense {_below(row['out'])}, grown by {100 * row['value']:.2f}"
             rows.append(["", f"mean 0.6, `{subset}`", gap, "", f"{100 * row['out']['cost'][1]:.1f} %", ""])
     return _table(["run", "asked for", "exact match", "layers off", "cost", "difference to `short`"], rows)
+
+
+def _brief(found: Mapping[str, Any]) -> str:
+    dense = found["dense"]
+    rows = [["the dense base model", _share(dense), _list(dense["by_seed"]), "1.000", ""]]
+    for row in found["points"]:
+        tokens = f"{row['think_tokens'] / dense['think_tokens']:.3f}"
+        rows.append([f"{row['contract']} {row['budget']:g}", _share(row), _list(row["by_seed"]), tokens, ""])
+    for row in found["think"]:
+        one, seeds = f"{100 * row['accuracy'][1]:.2f} %", _list([row["accuracy"][0] - gap for gap in row["by_seed"]])
+        rows.append([f"at most {row['cap']} think tokens", one, seeds, f"{row['tokens']:.3f}", _below(row)])
+    return _table(["asked for", "exact match", "by seed", "think tokens / dense", "below dense"], rows)
 
 
 def _share(row: Row) -> str:

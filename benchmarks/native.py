@@ -1,6 +1,6 @@
 """The C++ runtime on SmolLM2-135M: memory, speed against the Python runtime and onnxruntime-genai, switches, threads.
 
-    cpp/prepare && python benchmarks/native.py [--parts memory speed switch threads]
+    cpp/prepare && python benchmarks/native.py [--parts memory speed skipped switch threads]
 
 Builds cpp/bench, fetches the checkpoint, and exports bundles of it with gates that say the same for every prompt, as
 training by search leaves them: speed and memory are those of trained bundles. Every figure compares processes that are
@@ -14,6 +14,8 @@ All processes ask for huge pages (glibc.malloc.hugetlb): without them the place 
   once all graphs have worked (``worked``), and by the Python runtime with one variant open at a time (``python at``).
 - ``speed``: processor time of a prefill of 512 tokens and of decode steps, one thread, which other work on the machine
   does not stretch much. onnxruntime-genai runs the very same dense graph and weights.
+- ``skipped``: processor time of the If graph where 18 of 30 layers are skipped (budget 0.4) over that with all of them,
+  where it writes keys and values of skipped layers, and where it does not (``lean``).
 - ``switch``: a budget that changes in the middle of a request, and the step after it.
 - ``threads``: processor time of a token where 8 threads share a runtime, over that of one thread: 1 without contention.
 """
@@ -41,6 +43,7 @@ COLUMNS = {
     "decode b1 c448": {"batch": 1, "length": 448, "tokens": 24},
     "decode b8 c64": {"batch": 8, "length": 64, "tokens": 8},
 }
+LONG_BATCH = {"decode b8 c448": {"batch": 8, "length": 448, "tokens": 8}}
 LADDER = (
     (1.0, 0, 3),
     (0.9, 3, 3),
@@ -56,7 +59,7 @@ BARS = {"layers": 1.10, "lean": 1.10, "heads": 1.25}
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["memory", "speed", "switch", "threads"])
+    parser.add_argument("--parts", nargs="+", default=["memory", "speed", "skipped", "switch", "threads"])
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="cache of checkpoints (%(default)s)")
     parser.add_argument("--work", type=Path, default=DEFAULT_CACHE.parent / "native", help="bundles (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of one operator (%(default)s)")
@@ -67,7 +70,7 @@ def main() -> None:
     export_bundles(options)
     results = Results(options.out)
     for part in options.parts:
-        measure = {"memory": _memory, "speed": _speed, "switch": _switch, "threads": _threads}[part]
+        measure = PARTS[part]
         found = {precision: measure(options, precision) for precision in PRECISIONS}
         settings = {"rounds": options.rounds, "ladder": LADDER, "columns": COLUMNS}
         section = part if options.threads == 1 else f"{part}_threads_{options.threads}"
@@ -187,6 +190,28 @@ def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     return found
 
 
+def _skipped(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Time of the If graph at 0.4 of the compute over that at 1.0."""
+    found: dict[str, Any] = {}
+    workers = {kind: _native(options, kind, precision) for kind in ("layers", "lean")}
+    seconds: dict[str, list[float]] = {}
+    for number in range(-1, options.rounds):
+        for column, asked in (COLUMNS | LONG_BATCH).items():
+            for kind, worker in workers.items():
+                for budget in (1.0, 0.4):
+                    answer = worker.ask(task="step", serve="if", budget=budget, **asked)
+                    if number >= 0:  # the one before warms up
+                        name = "prefill" if column.startswith("prefill") else "decode"
+                        seconds.setdefault(f"{kind} {budget:g}: {column}", []).append(answer[name])
+    for worker in workers.values():
+        worker.close()
+    for kind in workers:
+        for column in COLUMNS | LONG_BATCH:
+            found[f"{kind}: {column}"] = ratio(seconds[f"{kind} 0.4: {column}"], seconds[f"{kind} 1: {column}"])
+            print(f"{precision} {kind}, {column}: time at 0.4 / at 1: {shown(found[f'{kind}: {column}'])}")
+    return found | {"seconds": seconds}
+
+
 def _switch(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Milliseconds of a change of budget down a ladder, and of the step after it, against a step without one."""
     found: dict[str, Any] = {}
@@ -228,6 +253,9 @@ def _threads(options: argparse.Namespace, precision: str) -> dict[str, Any]:
         f"{precision}: processor time of a token, 8 threads / 1: {shown(found)}", found["median"], 1.1, at_most=True
     )
     return {"one": one, "eight": eight, "ratio": found}
+
+
+PARTS = {"memory": _memory, "speed": _speed, "skipped": _skipped, "switch": _switch, "threads": _threads}
 
 
 if __name__ == "__main__":
