@@ -230,11 +230,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", type=Path, help="model to go on from (default: none)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)
     styles = options.styles.split(",")
     if unknown := set(styles) - set(get_args(task.Style)):
         parser.error(f"--styles {', '.join(sorted(unknown))}: choose from {', '.join(get_args(task.Style))}")
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
     sizes = {"steps": options.steps, "batch_size": options.batch_size}
     train(options.out, seed=options.seed, lr=options.lr, styles=styles, base=options.base, **sizes)
 
