@@ -56,8 +56,8 @@ SHORT_CAPS, SHORT_MEANS = (1.0, 0.8, 0.66, 0.6, 0.5), (0.8, 0.75, 0.66, 0.6, 0.5
 PROBED = (0.62, 0.6)
 THINK = (0.5, 0.25)
 SPLIT = {"computes": (1.0, 0.8, 0.66, 0.5, 0.4), "think_shares": (1.0, 0.35, 0.25), "problems": 500}
-BASE_ROUNDS = 2  # in which the embedded model learns another style of traces
 WORKS = (0.6, 0.4, 0.3, 0.25, 0.2)
+BASE_ROUNDS = 2  # in which the embedded model learns another style of traces
 UNTRAINED = ("uniform", "block_influence", "oracle", "early_exit", "think_cap")
 OUT_OF_DISTRIBUTION = ("terse", "crowded")
 

@@ -261,7 +261,7 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
             (label, f"L2A {100 * min(deltas):+.2f} to {100 * max(deltas):+.2f}", "at least +5", min(deltas) >= 0.05)
         )
     for taught, think in (("", result["think"]), (", where brief traces were taught", result["brief"]["think"])):
-        for row, share, tokens, lost in zip(think, ("half", "a quarter"), (0.55, 0.3), (0.015, 0.05), strict=False):
+        for row, share, tokens, lost in zip(think, ("half", "a quarter"), (0.55, 0.3), (0.015, 0.05), strict=True):
             rows.append(
                 (
                     f"think cap of {share} of the reference{taught}",

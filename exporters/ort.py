@@ -223,12 +223,12 @@ class OrtBlocks(Blocks):
         shape = self.spec.shape
         if width == cached == shape.num_groups and f"layers.{index}.q_norm" not in self.spec.tensors:
             packed = self.projected(ops, index, normed, None)
-            return self._group_query(ops, packed, None, None, cache, shared, cached, shape.heads_per_group)
+            return self._group_query(ops, packed, None, None, cache, shared, cached)
         query = self.heads(ops, index, "q", normed, width)
         key, value = pair or self._pair(ops, index, normed, cached)
         if width < cached:
             query = self._widen(ops, query, width)
-        return self._group_query(ops, query, key, value, cache, shared, cached, shape.heads_per_group)
+        return self._group_query(ops, query, key, value, cache, shared, cached)
 
     def _pair(self, ops: Ops, index: int, normed: ir.Value, groups: int) -> Present:
         """New keys and values of the first ``groups``."""
@@ -265,7 +265,6 @@ class OrtBlocks(Blocks):
         cache: Cache,
         shared: Shared,
         groups: int,
-        heads_per_group: int,
     ) -> list[ir.Value]:
         window = {} if self.spec.window is None else {"local_window_size": self.spec.window}
         return ops.many(
@@ -274,7 +273,7 @@ class OrtBlocks(Blocks):
             *self.rotary(),
             outputs=3,
             domain=CONTRIB,
-            num_heads=groups * heads_per_group,
+            num_heads=groups * self.spec.shape.heads_per_group,
             kv_num_heads=groups,
             do_rotary=1,
             rotary_interleaved=0,
