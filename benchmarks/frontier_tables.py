@@ -48,12 +48,11 @@ def page_tables(results: Path) -> dict[str, str]:
 
 def tables_of(result: Mapping[str, Any]) -> dict[str, str]:
     """Those of frontier.json by name, in Markdown."""
-    fixed = [row for row in result["untrained"] if row["other"] == "fixed_budget"]
     others = [row for row in result["untrained"] if row["other"] != "fixed_budget"]
     return {
         "frontier": _frontier(result["frontier"]),
-        "shown": _shown(result, fixed, others),
-        "same-weights": _against(fixed),
+        "shown": _shown(result, others),
+        "same-weights": _against(result["same_weights"]),
         "fine-tuned": _against(result["fine_tuned"]),
         "blind": _against(result["blind"]),
         "blind-short": _against(result["blind_short"]),
@@ -201,7 +200,7 @@ def _against(rows: Iterable[Row]) -> str:
     )
 
 
-def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row]) -> str:
+def _shown(result: Mapping[str, Any], others: Sequence[Row]) -> str:
     """What was measured beside what was to be shown."""
     summary, dense = result["summary"], result["dense"]["accuracy"]
     rows: list[tuple[str, str, str, bool | None]] = []
@@ -240,16 +239,14 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
             min(middle) >= 3,
         )
     )
-    for row in fixed:
-        if _matched(row):
-            label = f"the same weights with one allocation for all inputs, cost {row['cost'][1]:.2f}"
-            rows.append((label, f"L2A {_above(row)}", "", None))
-    for row in [*result["blind"], *result["blind_short"]]:
-        if _matched(row):
-            length = " (both of 1,000 steps)" if row in result["blind_short"] else ""
-            label = f"a model of its own whose gates are blind, cost {row['cost'][1]:.2f}{length}"
-            met = row["delta"] >= 0.01 and row["low"] > 0
-            rows.append((label, f"L2A {_above(row)}", "+1, interval above 0", met))
+    for table, what, bar in (
+        ("same_weights", "the same weights with all inputs alike", ""),
+        ("blind", "a model of its own whose gates are blind", "+1, interval above 0"),
+        ("blind_short", "a model of its own whose gates are blind (both of 1,000 steps)", "+1, interval above 0"),
+    ):
+        for row in result[table]:
+            met = row["delta"] >= 0.01 and row["low"] > 0 if bar else None
+            rows.append((f"{what}, cost {row['cost'][0]:.2f}", f"L2A {_above(row)}", bar, met))
     for row in result["fine_tuned"]:
         label = f"a static model fine-tuned for its point alone, {row['other']}"
         rows.append((label, f"L2A {_above(row)}", "not below within the interval", row["high"] >= 0))
@@ -284,11 +281,6 @@ def _shown(result: Mapping[str, Any], fixed: Sequence[Row], others: Sequence[Row
         ["", "measured", "to be shown", ""],
         [[label, found, bar, "" if met is None else "met" if met else "**missed**"] for label, found, bar, met in rows],
     )
-
-
-def _matched(row: Row) -> bool:
-    """Whether L2A's point of a comparison costs about as much as the other's."""
-    return bool(row["cost"][1] - row["cost"][0] < 0.02)
 
 
 def _out_of_distribution(found: Mapping[str, Row]) -> str:

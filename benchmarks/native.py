@@ -23,10 +23,11 @@ All processes ask for huge pages (glibc.malloc.hugetlb): without them the place 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,28 +160,41 @@ def _worked(worker: Peer, budgets: Sequence[float], if_graph: bool) -> dict[str,
     return worker.ask(task="memory")
 
 
-def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """Seconds of all engines in turns, and ratios of speed."""
-    starts: dict[str, tuple[Callable[[], Peer], str]] = {
-        "native": (lambda: _native(options, "layers", precision), "variants"),
-        "native if": (lambda: _native(options, "layers", precision), "if"),
-        "python": (lambda: _peer(options, "python", precision), "variants"),
-        "python if": (lambda: _peer(options, "python", precision), "if"),
-        "genai": (lambda: _peer(options, "genai", precision), ""),
-    }
-    names = list(starts)
-    seconds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in COLUMNS} for name in names}
-    for first in range(0, options.rounds, ROUNDS_OF_A_PROCESS):
-        workers = {name: start() for name, (start, _) in starts.items()}
-        for number in range(first - 1, min(first + ROUNDS_OF_A_PROCESS, options.rounds)):
+def _in_turns(
+    start: Mapping[str, Callable[[], Peer]],
+    runs: Mapping[str, tuple[str, dict[str, Any]]],
+    columns: Mapping[str, dict[str, Any]],
+    rounds: int,
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds by run and column. ``runs`` name a process of ``start`` and what it is asked besides the column."""
+    names = list(runs)
+    seconds: dict[str, dict[str, list[float]]] = {name: {column: [] for column in columns} for name in names}
+    for first in range(0, rounds, ROUNDS_OF_A_PROCESS):
+        workers = {name: make() for name, make in start.items()}
+        for number in range(first - 1, min(first + ROUNDS_OF_A_PROCESS, rounds)):
             turn = number % len(names)
-            for column, asked in COLUMNS.items():
+            for column, task in columns.items():
                 for name in names[turn:] + names[:turn]:
-                    answer = workers[name].ask(task="step", serve=starts[name][1], **asked)
+                    process, asked = runs[name]
+                    answer = workers[process].ask(task="step", **task, **asked)
                     if number >= first:  # the one before warms up
                         seconds[name][column].append(answer["prefill" if column.startswith("prefill") else "decode"])
         for worker in workers.values():
             worker.close()
+    return seconds
+
+
+def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Seconds of all engines in turns, and ratios of speed."""
+    start = {
+        "native": functools.partial(_native, options, "layers", precision),
+        "python": functools.partial(_peer, options, "python", precision),
+        "genai": functools.partial(_peer, options, "genai", precision),
+    }
+    runs: dict[str, tuple[str, dict[str, Any]]] = {"genai": ("genai", {})}
+    for process in ("native", "python"):
+        runs[process], runs[f"{process} if"] = ((process, {"serve": serve}) for serve in ("variants", "if"))
+    seconds = _in_turns(start, runs, COLUMNS, options.rounds)
     found: dict[str, Any] = {"seconds": seconds}
     for ours, peer, bar in (("native", "python", 1.0), ("native if", "python if", 1.0), ("native", "genai", 0.97)):
         for column in COLUMNS:
@@ -192,24 +206,16 @@ def _speed(options: argparse.Namespace, precision: str) -> dict[str, Any]:
 
 def _skipped(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     """Time of the If graph at 0.4 of the compute over that at 1.0."""
-    found: dict[str, Any] = {}
-    workers = {kind: _native(options, kind, precision) for kind in ("layers", "lean")}
-    seconds: dict[str, list[float]] = {}
-    for number in range(-1, options.rounds):
-        for column, asked in (COLUMNS | LONG_BATCH).items():
-            for kind, worker in workers.items():
-                for budget in (1.0, 0.4):
-                    answer = worker.ask(task="step", serve="if", budget=budget, **asked)
-                    if number >= 0:  # the one before warms up
-                        name = "prefill" if column.startswith("prefill") else "decode"
-                        seconds.setdefault(f"{kind} {budget:g}: {column}", []).append(answer[name])
-    for worker in workers.values():
-        worker.close()
-    for kind in workers:
+    kinds = ("layers", "lean")
+    start = {kind: functools.partial(_native, options, kind, precision) for kind in kinds}
+    runs = {f"{kind} {budget:g}": (kind, {"serve": "if", "budget": budget}) for kind in kinds for budget in (1.0, 0.4)}
+    seconds = _in_turns(start, runs, COLUMNS | LONG_BATCH, options.rounds)
+    found: dict[str, Any] = {"seconds": seconds}
+    for kind in kinds:
         for column in COLUMNS | LONG_BATCH:
-            found[f"{kind}: {column}"] = ratio(seconds[f"{kind} 0.4: {column}"], seconds[f"{kind} 1: {column}"])
-            print(f"{precision} {kind}, {column}: time at 0.4 / at 1: {shown(found[f'{kind}: {column}'])}")
-    return found | {"seconds": seconds}
+            time = found[f"{kind}: {column}"] = ratio(seconds[f"{kind} 0.4"][column], seconds[f"{kind} 1"][column])
+            print(f"{precision} {kind}, {column}: time at 0.4 / at 1: {shown(time)}")
+    return found
 
 
 def _switch(options: argparse.Namespace, precision: str) -> dict[str, Any]:

@@ -68,8 +68,8 @@ class GenAI:
 
         self.engine = Engine(folder, threads)
 
-    def step(self, *, serve: str, batch: int, length: int, tokens: int) -> dict[str, float]:
-        """As the other, by greedy search; ``serve`` means nothing here."""
+    def step(self, *, batch: int, length: int, tokens: int) -> dict[str, float]:
+        """As the other, by greedy search."""
         og, model = self.engine.og, self.engine.model
         params, longest = og.GeneratorParams(model), length + tokens + 4
         params.set_search_options(max_length=longest, min_length=longest, batch_size=batch, do_sample=False)
