@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <string>
 
@@ -82,6 +83,41 @@ std::vector<double> sums(const std::vector<double>& weights) {
     return found;
 }
 
+// The place of the largest value, of equal ones the first; `size` where one of them is not a number. Lanes have a
+// maximum each, and only the block that holds the largest value is searched, so that compilers can vectorize it.
+std::size_t largest(const float* values, std::size_t size) {
+    constexpr std::size_t kLanes = 32, kBlock = 32 * kLanes;
+    float most = -std::numeric_limits<float>::infinity();
+    std::size_t block = 0;
+    unsigned odd = 0;
+    for (std::size_t start = 0; start < size; start += kBlock) {
+        const std::size_t end = std::min(start + kBlock, size);
+        std::array<float, kLanes> best;
+        std::array<unsigned, kLanes> odds{};
+        best.fill(values[start]);
+        std::size_t at = start;
+        for (; at + kLanes <= end; at += kLanes) {
+            for (std::size_t lane = 0; lane < kLanes; ++lane) {
+                const float value = values[at + lane];
+                best[lane] = value > best[lane] ? value : best[lane];
+                odds[lane] |= static_cast<unsigned>(value != value);
+            }
+        }
+        for (; at < end; ++at) {
+            best[0] = std::max(best[0], values[at]);
+            odd |= static_cast<unsigned>(std::isnan(values[at]));
+        }
+        for (const unsigned one : odds) odd |= one;
+        const float highest = *std::max_element(best.begin(), best.end());
+        if (highest > most) {
+            most = highest;
+            block = start;
+        }
+    }
+    if (odd != 0) return size;
+    return static_cast<std::size_t>(std::find(values + block, values + size, most) - values);
+}
+
 }  // namespace
 
 void Sampling::check() const {
@@ -117,10 +153,11 @@ double Pcg64::uniform() {
 }
 
 std::int64_t Sampler::token(const float* logits, std::size_t size) {
-    if (std::any_of(logits, logits + size, [](float logit) { return std::isnan(logit); })) {
+    const std::size_t likeliest = largest(logits, size);
+    if (likeliest == size) {
         throw Error(L2A_ERROR_SESSION, "the model's logits are not numbers; export with another precision");
     }
-    if (settings_.temperature == 0) return std::max_element(logits, logits + size) - logits;
+    if (settings_.temperature == 0) return static_cast<std::int64_t>(likeliest);
     std::vector<double> scaled(logits, logits + size);
     for (double& value : scaled) value /= settings_.temperature;
     std::vector<std::size_t> order = ranked(scaled, settings_.top_k);

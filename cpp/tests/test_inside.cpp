@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cost.hpp"
@@ -25,6 +27,28 @@ TEST_CASE("draws are those of numpy.random.default_rng") {
     core::Pcg64 large(12345678901234567890U);
     CHECK(large.uniform() == 0.004224879795573511);
     CHECK(large.uniform() == 0.6523439976170509);
+}
+
+TEST_CASE("greedy decoding takes the first of the largest logits, wherever it stands") {
+    core::Sampler greedy(core::Sampling{});
+    for (const std::size_t size :
+         {std::size_t{1}, std::size_t{31}, std::size_t{33}, std::size_t{2048}, std::size_t{2500}}) {
+        std::vector<float> logits(size);
+        for (std::size_t at = 0; at < size; ++at) logits[at] = -static_cast<float>(at * 37 % 101);
+        for (std::size_t place = 0; place < size; place += 1 + size / 40) {
+            CAPTURE(size);
+            CAPTURE(place);
+            const float before = logits[place];
+            logits[place] = 1;
+            logits.back() = 1;
+            CHECK(greedy.token(logits.data(), size) == static_cast<std::int64_t>(place));
+            logits[place] = std::nanf("");
+            CHECK_THROWS_AS(greedy.token(logits.data(), size), core::Error);
+            logits[place] = before;
+        }
+    }
+    std::vector<float> none(2500, -std::numeric_limits<float>::infinity());
+    CHECK(greedy.token(none.data(), none.size()) == 0);
 }
 
 TEST_CASE("limits are exact") {
