@@ -96,9 +96,10 @@ def against_mixtures(main: Sequence[Record], others: Sequence[Record]) -> list[d
         ours = next((one for one in main if one["seed"] == record["seed"]), None)
         alike = [point for point in points(record) if point["contract"] == "cap"]
         for point in points(ours) if ours else ():
-            other = mixture(alike, point["cost"])
-            if other is not None and point["contract"] == "mean" and point["budget"] in MIXED:
-                rows[point["budget"]].append((point, other))
+            if point["contract"] == "mean" and point["budget"] in MIXED:
+                other = mixture(alike, point["cost"])
+                if other is not None:
+                    rows[point["budget"]].append((point, other))
     return [
         {"other": others[0]["name"], "budget": budget, **compared(pairs)}
         for budget, pairs in sorted(rows.items(), reverse=True)
@@ -111,16 +112,18 @@ def mixture(side: Sequence[Point], cost: float) -> Point | None:
     That is how gates that cannot tell inputs apart reach a cost between two of their own. A cost within ``EVEN`` of
     the least is that one; below it there is none.
     """
-    least, best = min(point["cost"] for point in side), None
+    least = min(point["cost"] for point in side)
     if least - EVEN < cost < least:
         cost = least
+    pairs = []
     for low, high in ((low, high) for low in side for high in side if low["cost"] <= cost <= high["cost"]):
         share = (cost - low["cost"]) / (high["cost"] - low["cost"]) if high["cost"] > low["cost"] else 0.0
         mixed = {key: low[key] + share * (high[key] - low[key]) for key in ("cost", "accuracy", "layer_sparsity")}
-        if best is None or mixed["accuracy"] > best["accuracy"]:
-            both = zip(low["outcomes"], high["outcomes"], strict=True)
-            best = mixed | {"outcomes": [(1 - share) * float(a) + share * float(b) for a, b in both]}
-    return best
+        pairs.append((mixed, share, low["outcomes"], high["outcomes"]))
+    if not pairs:
+        return None
+    mixed, share, *both = max(pairs, key=lambda pair: pair[0]["accuracy"])
+    return mixed | {"outcomes": [(1 - share) * float(a) + share * float(b) for a, b in zip(*both, strict=True)]}
 
 
 def _baselines(record: Record) -> Sequence[Point]:

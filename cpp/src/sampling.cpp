@@ -89,32 +89,30 @@ std::size_t largest(const float* values, std::size_t size) {
     constexpr std::size_t kLanes = 32, kBlock = 32 * kLanes;
     float most = -std::numeric_limits<float>::infinity();
     std::size_t block = 0;
-    unsigned odd = 0;
+    std::array<unsigned, kLanes> odd{};
     for (std::size_t start = 0; start < size; start += kBlock) {
         const std::size_t end = std::min(start + kBlock, size);
         std::array<float, kLanes> best;
-        std::array<unsigned, kLanes> odds{};
         best.fill(values[start]);
         std::size_t at = start;
         for (; at + kLanes <= end; at += kLanes) {
             for (std::size_t lane = 0; lane < kLanes; ++lane) {
                 const float value = values[at + lane];
                 best[lane] = value > best[lane] ? value : best[lane];
-                odds[lane] |= static_cast<unsigned>(value != value);
+                odd[lane] |= static_cast<unsigned>(value != value);
             }
         }
         for (; at < end; ++at) {
             best[0] = std::max(best[0], values[at]);
-            odd |= static_cast<unsigned>(std::isnan(values[at]));
+            odd[0] |= static_cast<unsigned>(values[at] != values[at]);
         }
-        for (const unsigned one : odds) odd |= one;
         const float highest = *std::max_element(best.begin(), best.end());
         if (highest > most) {
             most = highest;
             block = start;
         }
     }
-    if (odd != 0) return size;
+    if (std::any_of(odd.begin(), odd.end(), [](unsigned one) { return one != 0; })) return size;
     return static_cast<std::size_t>(std::find(values + block, values + size, most) - values);
 }
 
