@@ -5,7 +5,6 @@ callers --commands--> the thread: [commands] -> step -> [new text] --> each call
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import queue
@@ -48,6 +47,8 @@ class Stream:
                 return
 
     async def __aiter__(self) -> AsyncIterator[str | Answer]:
+        import asyncio  # whose callers have imported it: others need not wait for it
+
         loop = asyncio.get_running_loop()
         for place in itertools.count():
             event = asyncio.Event()

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -762,19 +763,26 @@ def change(engine: Engine, requests: list[Request]) -> None:
             engine.set_budget(request, Budget(compute=0.6))
 
 
-def test_the_runtime_imports_fast_and_without_torch(made: Path) -> None:
+def test_the_runtime_imports_fast_and_without_torch(made: Path, tmp_path: Path) -> None:
+    # Beside the libraries it stands on, in processor time: how fast this machine is, and how loaded, is not the matter.
     code = (
         "import sys, time; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'onnx', 'onnx_ir')))\n"
-        "start = time.process_time()\nfrom l2a_compress.runtime import Runtime\n"  # the machine may be loaded
-        "print(time.process_time() - start)\n"
+        "start = time.process_time()\nimport numpy, onnxruntime, tokenizers\n"
+        "libraries = time.process_time()\nfrom l2a_compress.runtime import Runtime\n"
+        "print((time.process_time() - libraries) / (libraries - start))\n"
+        "print(*{'asyncio', 'urllib.request', 'pandas'} & set(sys.modules))\n"
         f"print(Runtime.open({str(made)!r}, threads=1).generate([{TEXT!r}])[0].layers)"
     )
+    # Compiled once, as where Python may write its bytecode.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     found = [
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
-        for _ in range(3)
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+        ).stdout.splitlines()
+        for _ in range(4)
     ]
-    assert found[0][1] == "6"
-    assert min(float(seconds) for seconds, _ in found) < 0.3
+    assert found[0][1:] == ["", "6"]
+    assert min(float(ratio) for ratio, *_ in found[1:]) < 0.75
 
 
 def test_a_tokenizer_that_is_none_is_one_error(made: Path, tmp_path: Path) -> None:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import urllib.error
-import urllib.request
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from types import MappingProxyType
 
 from l2a_compress.runtime.signals.reading import Source
 
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # these addresses never go through a proxy
+# The standard library's HTTP client and mail dates are imported where they are used: most machines read no such notice,
+# and these would be a tenth of what importing the runtime takes.
 
 
 class _Spot(Source):
@@ -47,11 +45,15 @@ class _Spot(Source):
 
     def _ask(self, path: str, headers: Mapping[str, str], method: str = "GET") -> str | None:
         """The body of the answer; None where there is nothing by that name."""
-        request = urllib.request.Request(self._endpoint + path, headers=dict(headers), method=method)
+        from urllib.error import HTTPError
+        from urllib.request import ProxyHandler, Request, build_opener
+
+        request = Request(self._endpoint + path, headers=dict(headers), method=method)
+        direct = build_opener(ProxyHandler({}))  # these addresses never go through a proxy
         try:
-            with _DIRECT.open(request, timeout=self._timeout) as answer:
+            with direct.open(request, timeout=self._timeout) as answer:
                 return str(answer.read(1 << 20).decode())
-        except urllib.error.HTTPError as error:
+        except HTTPError as error:
             if error.code == 404:
                 return None
             raise
@@ -119,4 +121,6 @@ class AzureSpot(_Spot):
 
 
 def _http_date(text: str) -> datetime | None:
+    from email.utils import parsedate_to_datetime
+
     return parsedate_to_datetime(text) if text else None
