@@ -272,7 +272,7 @@ def _shown(result: Mapping[str, Any], others: Sequence[Row]) -> str:
         rows.append(
             (
                 f"{names[name]}: the gap to dense grows by",
-                f"{100 * row['value']:.2f} points",
+                f"{100 * row['value']:z.2f} points",
                 "at most 1",
                 row["value"] <= 0.01,
             )
@@ -298,7 +298,7 @@ def _out_of_distribution(found: Mapping[str, Row]) -> str:
                 _below(row["out"]),
                 f"{row['out']['cost'][1]:.2f}",
                 _below(row["in"]),
-                f"{100 * row['value']:.2f} ({seeds[name]})",
+                f"{100 * row['value']:z.2f} ({seeds[name]})",
             ]
             for name, row in found.items()
         ],
@@ -312,7 +312,7 @@ def _split(rows: Iterable[Row]) -> str:
             [f"{row['asked']:g}", ", ".join(f"{one:.3f}" for one in row["work"])]
             + [", ".join("-" if one is None else f"{one:g}" for one in row[key]) for key in ("compute", "think_cap")]
             + [f"{100 * row['accuracy'][0]:.2f} %"]
-            + [f"{-100 * row['delta']:.2f} [{-100 * row['high']:.2f}, {-100 * row['low']:.2f}]"]
+            + [f"{-100 * row['delta']:z.2f} [{-100 * row['high']:z.2f}, {-100 * row['low']:z.2f}]"]
             for row in rows
         ],
     )
@@ -334,7 +334,7 @@ def _ablations(found: Mapping[str, Mapping[str, Any]]) -> str:
             tokens = f"{100 * row['accuracy'][1]:.2f} % with {row['tokens']:.3f} of the tokens"
             rows.append(["", f"think cap of {share}", tokens, "", "", ""])
         for subset, row in one["ood"].items():
-            gap = f"gap to dense {_below(row['out'])}, grown by {100 * row['value']:.2f}"
+            gap = f"gap to dense {_below(row['out'])}, grown by {100 * row['value']:z.2f}"
             rows.append(["", f"mean 0.6, `{subset}`", gap, "", f"{100 * row['out']['cost'][1]:.1f} %", ""])
     return _table(["run", "asked for", "exact match", "layers off", "cost", "difference to `short`"], rows)
 
@@ -359,7 +359,7 @@ def _share(row: Row) -> str:
 def _below(row: Row, unit: str = "") -> str:
     """Of a difference dense - L2A."""
     seeds = f"; by seed {_list(row['by_seed'])}" if unit else ""
-    return f"{100 * row['delta']:.2f}{unit} [{100 * row['low']:.2f}, {100 * row['high']:.2f}]{seeds}"
+    return f"{100 * row['delta']:z.2f}{unit} [{100 * row['low']:z.2f}, {100 * row['high']:z.2f}]{seeds}"
 
 
 def _gap(ours: Sequence[float | str], theirs: Sequence[float | str]) -> str:
@@ -368,8 +368,8 @@ def _gap(ours: Sequence[float | str], theirs: Sequence[float | str]) -> str:
 
 def _above(row: Row) -> str:
     """Of a difference L2A - another."""
-    return f"{100 * row['delta']:+.2f} [{100 * row['low']:+.2f}, {100 * row['high']:+.2f}]"
+    return f"{100 * row['delta']:+z.2f} [{100 * row['low']:+z.2f}, {100 * row['high']:+z.2f}]"
 
 
 def _list(values: Sequence[float]) -> str:
-    return ", ".join(f"{100 * value:.2f}" for value in values)
+    return ", ".join(f"{100 * value:z.2f}" for value in values)

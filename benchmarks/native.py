@@ -1,8 +1,8 @@
-"""The C++ runtime on SmolLM2-135M: memory, speed against the Python runtime and onnxruntime-genai, switches, threads.
+"""The C++ runtime: memory, speed against the Python runtime and onnxruntime-genai, switches, threads.
 
-    cpp/prepare && python benchmarks/native.py [--parts memory speed skipped switch threads]
+    cpp/prepare && python benchmarks/native.py [--parts memory kept speed skipped switch threads]
 
-Builds cpp/bench, fetches the checkpoint, and exports bundles of it with gates that say the same for every prompt, as
+Builds cpp/bench, fetches a checkpoint, and exports bundles of it with gates that say the same for every prompt, as
 training by search leaves them: speed and memory are those of trained bundles. Every figure compares processes that are
 measured in turns. Figures go to benchmarks/results/native.json.
 
@@ -10,8 +10,9 @@ All processes ask for huge pages (glibc.malloc.hugetlb): without them the place 
 
 - ``memory``: PSS and anonymous memory of the If graph, its router and five variants, over those of one dense variant
   opened the same way; with layers skipped alone (``layers``), the same with an If graph that writes no keys and values
-  of layers that it skips (``lean``), and with two levels of heads among the variants (``heads``). Also what is held
-  once all graphs have worked (``worked``), and by the Python runtime with one variant open at a time (``python at``).
+  of layers that it skips (``lean``), and with two levels of heads among the variants (``heads``).
+- ``kept``: what is held once all graphs have worked, and by the Python runtime with one variant open at a time
+  (``python at``).
 - ``speed``: processor time of a prefill of 512 tokens and of decode steps, one thread, which other work on the machine
   does not stretch much. onnxruntime-genai runs the very same dense graph and weights.
 - ``skipped``: processor time of the If graph where 18 of 30 layers are skipped (budget 0.4) over that with all of them,
@@ -31,8 +32,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fetch_models import DEFAULT_CACHE
+from fetch_models import DEFAULT_CACHE, SOURCES
 from measure import RESULTS, Peer, Results, ratio, shown, verdict
+from untrained import CHECKPOINT, allocation, untrained
+
+from l2a_compress.artifact import ArtifactConfig
+from l2a_compress.exporters.onnx import ExportOptions, export
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -45,14 +50,8 @@ COLUMNS = {
     "decode b8 c64": {"batch": 8, "length": 64, "tokens": 8},
 }
 LONG_BATCH = {"decode b8 c448": {"batch": 8, "length": 448, "tokens": 8}}
-LADDER = (
-    (1.0, 0, 3),
-    (0.9, 3, 3),
-    (0.8, 6, 2),
-    (0.7, 9, 2),
-    (0.6, 12, 1),
-)  # budget, skipped layers, groups of the last
-BUDGETS = tuple(budget for budget, _, _ in LADDER)
+LADDER = {1.0: (0, 3), 0.9: (1, 3), 0.8: (2, 2), 0.7: (3, 2), 0.6: (4, 1)}  # tenths of layers skipped; thirds of heads
+BUDGETS = tuple(LADDER)
 ROUNDS_OF_A_PROCESS = 3  # then another takes its place, as the places of its weights in memory are a matter of luck
 BARS = {"layers": 1.10, "lean": 1.10, "heads": 1.25}
 
@@ -60,13 +59,15 @@ BARS = {"layers": 1.10, "lean": 1.10, "heads": 1.25}
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["memory", "speed", "skipped", "switch", "threads"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="cache of checkpoints (%(default)s)")
+    parser.add_argument("--checkpoint", choices=sorted(SOURCES), default=CHECKPOINT, help="what serves (%(default)s)")
     parser.add_argument("--work", type=Path, default=DEFAULT_CACHE.parent / "native", help="bundles (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of one operator (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="of each figure (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "native.json", help="figures (%(default)s)")
     options = parser.parse_args()
+    options.work = options.work / options.checkpoint
     build_bench()
     export_bundles(options)
     results = Results(options.out)
@@ -97,40 +98,43 @@ def _peer(options: argparse.Namespace, kind: str, precision: str) -> Peer:
 
 def export_bundles(options: argparse.Namespace) -> None:
     """Bundles of one dense variant, of layers skipped, twice, and of fewer heads besides; made once."""
-    kinds = {"dense": LADDER[:1], **dict.fromkeys(BARS, LADDER)}
-    wanted = {f"{kind}-{precision}" for kind in kinds for precision in PRECISIONS}
-    if all((options.work / name).exists() for name in wanted):
-        return
-    from untrained import allocation, untrained
-
-    from l2a_compress.exporters.onnx import ExportOptions, export
-
-    for kind, ladder in kinds.items():
+    for kind in ("dense", *BARS):
         heads = kind == "heads"
-        artifact = untrained(options.work / f"artifact-{'heads' if heads else 'layers'}", options.models, heads=heads)
-        made = [
-            (budget, allocation(skipped=skipped, narrowed=8 if heads else 0, width=width))
-            for budget, skipped, width in ladder
-        ]
-        for precision in PRECISIONS:
+        missing = [name for name in PRECISIONS if not (options.work / f"{kind}-{name}").exists()]
+        if not missing:
+            continue
+        folder = options.work / f"artifact-{'heads' if heads else 'layers'}"
+        artifact = untrained(folder, options.models, heads=heads, checkpoint=options.checkpoint)
+        shape = ArtifactConfig.load(artifact).shape
+        layers, groups = shape.num_layers, shape.num_groups
+        made = tuple(
+            (
+                budget,
+                allocation(
+                    skipped=-(-tenths * layers // 10),
+                    narrowed=8 if heads else 0,
+                    width=-(-thirds * groups // 3),
+                    layers=layers,
+                    groups=groups,
+                ),
+            )
+            for budget, (tenths, thirds) in LADDER.items()
+            if kind != "dense" or budget == BUDGETS[0]
+        )
+        for precision in missing:
             print(f"exporting {kind} {precision}", flush=True)
             settings = ExportOptions(
-                precision=precision,
-                allocations=tuple(made),
-                if_graph=kind != "dense",
-                whole_cache=kind != "lean",
+                precision=precision, allocations=made, if_graph=kind != "dense", whole_cache=kind != "lean"
             )
-            export(artifact, options.work / f"{kind}-{precision}", settings, force=True)
+            export(artifact, options.work / f"{kind}-{precision}", settings)
 
 
 def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
-    """Kilobytes of each kind of bundle, opened; and once each of its graphs has run."""
+    """Kilobytes of each kind of bundle, opened."""
     found: dict[str, Any] = {}
     for kind in ("dense", *BARS):
         worker = _native(options, kind, precision)
         found[kind] = worker.ask(task="memory")
-        if kind in ("dense", "layers"):
-            found[f"{kind} worked"] = _worked(worker, BUDGETS[:1] if kind == "dense" else BUDGETS, kind != "dense")
         worker.close()
     for kind, bar in BARS.items():
         for name in ("Pss", "Anonymous"):
@@ -138,17 +142,25 @@ def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:
             text = f"{precision} {kind}: {name} {found[kind][name] / 1000:.0f} MB, {share:.3f} x dense"
             found[f"{kind} {name} / dense"] = round(share, 4)
             verdict(text, share, bar, at_most=True)
+    return found
+
+
+def _kept(options: argparse.Namespace, precision: str) -> dict[str, Any]:
+    """Kilobytes once each graph of a process has run."""
+    found: dict[str, Any] = {}
+    for kind in ("dense", "layers"):
+        worker = _native(options, kind, precision)
+        found[kind] = _worked(worker, BUDGETS[:1] if kind == "dense" else BUDGETS, kind != "dense")
+        worker.close()
     python = _peer(options, "python", precision)  # its two engines hold the If graph and one variant
-    found["python worked"] = _worked(python, BUDGETS, True)
+    found["python"] = _worked(python, BUDGETS, True)
     python.close()
     variants = _peer(options, "variants", precision)
     for budget, turn in ((BUDGETS[0], ""), (BUDGETS[-1], ""), (BUDGETS[0], " again")):
-        name = f"python at {budget:g}{turn}"
-        found[name] = _worked(variants, [budget], False)
-        print(f"{precision} {name}: {found[name]['Anonymous'] / 1000:.0f} MB, where one variant is open at a time")
+        found[f"python at {budget:g}{turn}"] = _worked(variants, [budget], False)
     variants.close()
-    for kind in ("dense", "layers", "python"):
-        print(f"{precision} {kind}: {found[f'{kind} worked']['Anonymous'] / 1000:.0f} MB once it has worked")
+    for name, memory in found.items():
+        print(f"{precision} {name}: {memory['Anonymous'] / 1000:.0f} MB once it has worked")
     return found
 
 
@@ -261,7 +273,7 @@ def _threads(options: argparse.Namespace, precision: str) -> dict[str, Any]:
     return {"one": one, "eight": eight, "ratio": found}
 
 
-PARTS = {"memory": _memory, "speed": _speed, "skipped": _skipped, "switch": _switch, "threads": _threads}
+PARTS = {"memory": _memory, "kept": _kept, "speed": _speed, "skipped": _skipped, "switch": _switch, "threads": _threads}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An artifact of SmolLM2-135M whose gates are not trained, for measuring speed and memory: those of trained bundles."""
+"""An artifact of a checkpoint whose gates are not trained, to measure speed and memory: those of trained bundles."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ LAYERS, GROUPS = 30, 3
 _FIRST = 3  # of the layers that are skipped, one after another
 
 
-def untrained(folder: Path, models: Path, *, heads: bool) -> Path:
+def untrained(folder: Path, models: Path, *, heads: bool, checkpoint: str = CHECKPOINT) -> Path:
     """The artifact, made once. Its gates say the same for every prompt, as training by search leaves them."""
     if not folder.exists():
-        file = fetch(CHECKPOINT, models)
+        file = fetch(checkpoint, models)
         recipe = Recipe.named(CHECKPOINT, [f'model.name="{file.parent}"', f'model.gguf_file="{file.name}"'])
         recipe = replace(recipe, gates=replace(recipe.gates, heads=heads))
         gated, tokenizer, digest = build(recipe)
@@ -28,8 +28,10 @@ def untrained(folder: Path, models: Path, *, heads: bool) -> Path:
     return folder
 
 
-def allocation(*, skipped: int = 0, narrowed: int = 0, width: int = GROUPS) -> Allocation:
+def allocation(
+    *, skipped: int = 0, narrowed: int = 0, width: int = GROUPS, layers: int = LAYERS, groups: int = GROUPS
+) -> Allocation:
     """Without ``skipped`` layers, and with ``width`` groups in the last ``narrowed`` ones."""
-    widths = [0 if _FIRST <= at < _FIRST + skipped else GROUPS for at in range(LAYERS)]
-    widths[LAYERS - narrowed :] = [width] * narrowed
-    return Allocation(num_groups=GROUPS, groups=tuple(tuple(range(width)) for width in widths))
+    widths = [0 if _FIRST <= at < _FIRST + skipped else groups for at in range(layers)]
+    widths[layers - narrowed :] = [width] * narrowed
+    return Allocation(num_groups=groups, groups=tuple(tuple(range(width)) for width in widths))
