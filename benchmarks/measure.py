@@ -41,8 +41,7 @@ def interleaved(
     names = list(variants)
     found: dict[str, dict[str, list[float]]] = {name: {"cpu": [], "wall": []} for name in names}
     for number in range(-warm_up, rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in turned(names, number):
             wall, cpu = time.perf_counter(), time.process_time()
             variants[name](number)
             spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
@@ -53,6 +52,12 @@ def interleaved(
             print(f"  round {number + 1}/{rounds}", end="\r", flush=True)
     print(" " * 40, end="\r")
     return found
+
+
+def turned(names: Sequence[str], number: int) -> list[str]:
+    """The order of one round: it begins one name later than that of the round before."""
+    turn = number % len(names)
+    return [*names[turn:], *names[:turn]]
 
 
 def ratio(above: Sequence[float], below: Sequence[float], *, seed: int = 0) -> dict[str, float]:

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from fetch_models import DEFAULT_CACHE, SOURCES
-from measure import RESULTS, Peer, Results, ratio, shown, verdict
+from measure import RESULTS, Peer, Results, ratio, shown, turned, verdict
 from untrained import CHECKPOINT, allocation, untrained
 
 from l2a_compress.artifact import ArtifactConfig
@@ -184,9 +184,8 @@ def _in_turns(
     for first in range(0, rounds, ROUNDS_OF_A_PROCESS):
         workers = {name: make() for name, make in start.items()}
         for number in range(first - 1, min(first + ROUNDS_OF_A_PROCESS, rounds)):
-            turn = number % len(names)
             for column, task in columns.items():
-                for name in names[turn:] + names[:turn]:
+                for name in turned(names, number):
                     process, asked = runs[name]
                     answer = workers[process].ask(task="step", **task, **asked)
                     if number >= first:  # the one before warms up

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from fetch_models import DEFAULT_CACHE, fetch
-from measure import RESULTS, Peer, Results, ratio, shown, verdict
+from measure import RESULTS, Peer, Results, ratio, shown, turned, verdict
 from untrained import CHECKPOINT, GROUPS, LAYERS, allocation, untrained
 
 from l2a_compress.allocation import Allocation
@@ -280,8 +280,7 @@ def _rounds(
             engine.ask(task=task, batch=1, length=length, tokens=3, **request)
     for number in range(rounds):
         for column, task in COLUMNS.items():
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in turned(names, number):
                 engine, request = runs[name]
                 took = float(engine.ask(**task, **request)["seconds"])
                 seconds.setdefault(name, {key: [] for key in COLUMNS})[column].append(took)
