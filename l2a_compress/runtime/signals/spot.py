@@ -7,14 +7,19 @@ available where the service does not answer. Each answer costs an HTTP round tri
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from l2a_compress.runtime.signals.reading import Source
+
+if TYPE_CHECKING:
+    from urllib.request import OpenerDirector
 
 # The standard library's HTTP client and mail dates are imported where they are used: most machines read no such notice,
 # and these would be a tenth of what importing the runtime takes.
@@ -46,12 +51,11 @@ class _Spot(Source):
     def _ask(self, path: str, headers: Mapping[str, str], method: str = "GET") -> str | None:
         """The body of the answer; None where there is nothing by that name."""
         from urllib.error import HTTPError
-        from urllib.request import ProxyHandler, Request, build_opener
+        from urllib.request import Request
 
         request = Request(self._endpoint + path, headers=dict(headers), method=method)
-        direct = build_opener(ProxyHandler({}))  # these addresses never go through a proxy
         try:
-            with direct.open(request, timeout=self._timeout) as answer:
+            with _direct().open(request, timeout=self._timeout) as answer:
                 return str(answer.read(1 << 20).decode())
         except HTTPError as error:
             if error.code == 404:
@@ -118,6 +122,14 @@ class AzureSpot(_Spot):
         events = [event for event in events if self._name is None or self._name in event["Resources"]]
         # An event that has started has no time any more.
         return min((_http_date(event["NotBefore"]) or self._clock() for event in events), default=None)
+
+
+@functools.cache  # one for all requests
+def _direct() -> OpenerDirector:
+    """What opens these addresses, which never go through a proxy."""
+    from urllib.request import ProxyHandler, build_opener
+
+    return build_opener(ProxyHandler({}))
 
 
 def _http_date(text: str) -> datetime | None:
