@@ -12,13 +12,14 @@ from typing import Any
 from frontier_tables import EVEN, costliest, fill, page_tables
 from measure import RESULTS
 
-from l2a_compress.evaluation.statistics import paired, wilson
+from l2a_compress.evaluation.statistics import clustered, paired
 from l2a_compress.files import write_atomic
 
 RECORDS = RESULTS / "frontier"
 PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 PICTURES = PAGE.with_name("images")
 MIXED = (0.8, 0.7, 0.66, 0.6, 0.5, 0.45)  # budgets under `mean` that are compared with all inputs alike
+ALIKE = 0.02  # an ablation whose cost is further from that of `short` is not compared with it
 Point = dict[str, Any]
 Record = dict[str, Any]
 
@@ -39,21 +40,28 @@ def points(record: Record) -> list[Point]:
 
 
 def compared(pairs: Sequence[tuple[Point, Point]]) -> dict[str, Any]:
-    """The difference first - second over all problems of all pairs (one a seed), and of each seed alone."""
-    ours, theirs = ([one for point in side for one in point["outcomes"]] for side in zip(*pairs, strict=True))
-    mean, low, high = paired(ours, theirs)
+    """The difference first - second, the mean of all pairs (one a seed), and of each seed alone.
+
+    All seeds are measured on the same problems, so the interval is that of the problems' means over seeds: what other
+    problems would give with these trainings, not what other trainings would.
+    """
+    mean, low, high = paired(*(_by_problem(side) for side in zip(*pairs, strict=True)))
     return {
         "delta": round(mean, 5),
         "low": round(low, 5),
         "high": round(high, 5),
         "by_seed": [round(paired(a["outcomes"], b["outcomes"])[0], 5) for a, b in pairs],
-        "n": len(ours),
+        "n": len(pairs[0][0]["outcomes"]),
         "cost": [round(fmean(point["cost"] for point in side), 4) for side in zip(*pairs, strict=True)],
         "accuracy": [round(_accuracy(side), 5) for side in zip(*pairs, strict=True)],
         "layer_sparsity": [
             round(fmean(point["layer_sparsity"] for point in side), 4) for side in zip(*pairs, strict=True)
         ],
     }
+
+
+def _by_problem(side: Sequence[Point]) -> list[float]:
+    return [fmean(map(float, seeds)) for seeds in zip(*(point["outcomes"] for point in side), strict=True)]
 
 
 def _accuracy(side: Iterable[Point]) -> float:
@@ -148,19 +156,16 @@ def summarize() -> None:
         "same_weights": against_mixtures(main, main),
         "blind": against_mixtures(main, found.get("blind", [])),
         "blind_short": against_mixtures(found.get("short-cap", []), found.get("short-blind", [])),
-        "layers_only": against(
-            found.get("short", []), found.get("layers", []), lambda r: [p for p in points(r) if p["contract"] == "mean"]
-        ),
     }
     result = {
         "summary": _summary(main, tables),
-        "dense": {"accuracy": dense["accuracy"], "interval": list(wilson(dense["outcomes"].count("1"), dense["n"]))},
+        "dense": _pooled([dense]),
         "seeds": [record["seed"] for record in main],
         "frontier": _frontier(main),
         "think": _think(main),
         "split": _split(main),
         "brief": {
-            "dense": _pooled([record["reports"]["capped"]["dense"] for record in brief]),
+            "dense": _pooled([brief[0]["reports"]["capped"]["dense"]]),  # the same base model for all seeds
             "points": _frontier(brief),
             "think": _think(brief),
         },
@@ -181,7 +186,7 @@ def summarize() -> None:
 
 
 def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
-    """The short runs: each point, and its difference to ``short`` where that was measured at the same budget."""
+    """The short runs: each point, and its difference to ``short`` where that costs the same at the same budget."""
     result: dict[str, Any] = {}
     whole = {(r["seed"], p["contract"], p["budget"]): p for r in found.get("short", []) for p in points(r)}
     for name in sorted(found, key=lambda name: name != "short"):  # first what others are compared with
@@ -193,7 +198,9 @@ def _ablations(found: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
                 (point, whole[record["seed"], *key])
                 for record in group
                 for point in points(record)
-                if (point["contract"], point["budget"]) == key and (record["seed"], *key) in whole
+                if (point["contract"], point["budget"]) == key
+                and (record["seed"], *key) in whole
+                and abs(point["cost"] - whole[record["seed"], *key]["cost"]) <= ALIKE
             ]
             row["against"] = compared(pairs) if pairs and name != "short" else None
         result[name] = {
@@ -266,14 +273,15 @@ def _frontier(group: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _pooled(side: Sequence[Point]) -> dict[str, Any]:
-    hits, trials = sum(point["outcomes"].count("1") for point in side), sum(point["n"] for point in side)
+    hits = [sum(map(int, seeds)) for seeds in zip(*(point["outcomes"] for point in side), strict=True)]
+    trials = [len(side)] * len(hits)
     means = {
         key: round(fmean(point[key] for point in side), 4)
         for key in ("cost", "layer_sparsity", "head_sparsity", "think_tokens")
     }
     return {
-        "accuracy": round(hits / trials, 5),
-        "interval": [round(one, 5) for one in wilson(hits, trials)],
+        "accuracy": round(sum(hits) / sum(trials), 5),
+        "interval": [round(one, 5) for one in clustered(hits, trials)],
         "by_seed": [round(point["accuracy"], 5) for point in side],
         "over_budget": sum(point["over_budget"] for point in side),
         **means,

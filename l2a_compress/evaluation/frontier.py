@@ -19,7 +19,7 @@ from l2a_compress.errors import ConfigError, DataError
 from l2a_compress.evaluation.baselines import OTHERS, Context, baseline_runs, known_baselines
 from l2a_compress.evaluation.likelihood import measure_likelihoods
 from l2a_compress.evaluation.points import Bench, allocate, dense_run, point_of
-from l2a_compress.evaluation.prompts import examples_of, held_out
+from l2a_compress.evaluation.prompts import held_out
 from l2a_compress.evaluation.report import Report
 from l2a_compress.evaluation.statistics import check_frontier
 from l2a_compress.evaluation.values import Contract, Measured, Metric, Point, Run
@@ -28,7 +28,7 @@ from l2a_compress.limits import Contract as GateContract
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import GenerationConfig
 from l2a_compress.training.calibration import calibration_examples, example_batches
-from l2a_compress.training.data_config import DataConfig, MixtureConfig
+from l2a_compress.training.data_config import WITH_ANSWERS, DataConfig, MixtureConfig
 from l2a_compress.training.examples import Split
 from l2a_compress.training.recipe import EvalConfig
 
@@ -78,7 +78,7 @@ def evaluate(
     data, seed = data or artifact.recipe.data, artifact.recipe.seed if seed is None else seed
     contracts = cast("tuple[GateContract, ...]", tuple(dict.fromkeys(settings.contracts)))
     names = known_baselines(settings.baselines)
-    metric = metric or _metric_for(data, seed)
+    metric = metric or _metric_for(data)
     refused = [name for name in names if metric == "nll" and name in OTHERS]
     if refused:
         raise ConfigError(f"baseline {refused[0]!r} is about generated tokens; leave it out, or use --metric accuracy")
@@ -127,9 +127,10 @@ def evaluating(gated: GatedModel) -> Iterator[None]:
         gated.train(was_training)
 
 
-def _metric_for(data: DataConfig | MixtureConfig, seed: int) -> Metric:
-    (example,) = examples_of(data, "heldout", count=1, seed=seed)
-    return "accuracy" if example.kind == "reasoning" else "nll"
+def _metric_for(data: DataConfig | MixtureConfig) -> Metric:
+    """Exact answers are compared where every source has them."""
+    sources = data.sources if isinstance(data, MixtureConfig) else (data,)
+    return "accuracy" if all(source.kind in WITH_ANSWERS for source in sources) else "nll"
 
 
 def bench_of(
@@ -154,7 +155,9 @@ def bench_of(
         gated=artifact.gated,
         tokenizer=artifact.tokenizer,
         problems=held_out(data, artifact.tokenizer, metric=metric, count=settings.problems, seed=seed, split=split),
-        generation=GenerationConfig(max_think_tokens=settings.max_think_tokens),
+        generation=GenerationConfig(
+            max_think_tokens=settings.max_think_tokens, max_answer_tokens=settings.max_answer_tokens
+        ),
         batch_size=batch_size,
     )
 
@@ -190,8 +193,8 @@ def _cost(bench: Bench, run: Run) -> float:
 
 
 def _references(bench: Bench, metric: Metric) -> tuple[str, ...]:
-    example = bench.problems[0].example
-    both = metric == "accuracy" and example.names_style and "short" in example.traces
+    examples = [problem.example for problem in bench.problems]
+    both = metric == "accuracy" and any(one.names_style and "short" in one.traces for one in examples)
     return ("dense", "dense_short") if both else ("dense",)
 
 

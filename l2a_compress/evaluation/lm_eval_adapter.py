@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -91,11 +92,17 @@ class L2AModel(TemplateLM):  # type: ignore[misc]
         self.limits = GenerationConfig(max_think_tokens=most, max_answer_tokens=64)
         self.max_length = int(max_length or self.gated.model.config.max_position_embeddings)
         self.batch_size = int(batch_size) if str(batch_size).isdecimal() else 16
+        self._seeds = count()  # a draw of its own for each batch: a task may ask one question many times
 
     @property
     def eot_token_id(self) -> int:
         """The end token."""
         return int(self.tokenizer.eos_token_id or 0)
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: the begin token where the tokenizer uses one, else the end token."""
+        return (begin_ids(self.tokenizer) or [self.eot_token_id])[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
         """Token ids, with the begin token in front where the tokenizer uses one."""
@@ -108,7 +115,8 @@ class L2AModel(TemplateLM):  # type: ignore[misc]
         replies = [""] * len(requests)
         for rows in self._batches(requests, [len(prompt) for prompt in prompts]):
             options = requests[rows[0]].args[1]
-            outputs = self._generate([prompts[row] for row in rows], self._limits(options))
+            limits = replace(self._limits(options), seed=next(self._seeds))
+            outputs = self._generate([prompts[row] for row in rows], limits)
             for row, output in zip(rows, outputs, strict=True):
                 replies[row] = _cut(self._text(output), options.get("until"))
                 self.cache_hook.add_partial("generate_until", requests[row].args, replies[row])
@@ -134,6 +142,9 @@ class L2AModel(TemplateLM):  # type: ignore[misc]
 
     def _limits(self, options: Mapping[str, Any]) -> GenerationConfig:
         limits = self.limits
+        unknown = [name for name in ("top_p", "top_k", "min_p") if options.get("do_sample") and options.get(name)]
+        if unknown:
+            raise ConfigError(f"generation_kwargs: {unknown[0]} is not known here; leave it out, and give temperature")
         if options.get("max_gen_toks") is not None:
             limits = replace(limits, max_think_tokens=min(limits.max_think_tokens, int(options["max_gen_toks"])))
         if options.get("do_sample"):
@@ -164,7 +175,8 @@ class L2AModel(TemplateLM):  # type: ignore[misc]
         totals = []
         for request in requests:
             (text,) = request.args
-            windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length - 1, 1)
+            ids = self.tok_encode(text, add_special_tokens=False)
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1)
             pairs = [make_disjoint_window(window) for window in windows]
             totals.append(sum(value for value, _ in self._score(pairs)))
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])

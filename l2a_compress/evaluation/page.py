@@ -51,7 +51,7 @@ def page(report: Report, frontier_svg: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{name}: evaluation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<h1>{name}</h1>\n<p class='note'>{report.dense.n:,} held-out examples a point; quality is {what}; "
-        "intervals are 95 % (Wilson).</p>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+        "intervals are 95 % (Wilson, between problems).</p>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -76,7 +76,7 @@ def _inline(svg: str) -> str:
 def _checks(report: Report) -> str:
     said = []
     for contract, check in report.frontier.items():
-        text = "quality grows with the budget" if check.monotone else "a smaller budget is better beyond its interval"
+        text = f"{'no' if check.monotone else 'a'} smaller budget is better beyond the intervals"
         if check.largest_inversion > 0:
             low, high = check.between
             text += f" (largest inversion {100 * check.largest_inversion:.1f} points, between {low:g} and {high:g})"
@@ -135,6 +135,8 @@ def _point_row(point: Point, *, likely: bool) -> list[str]:
         name = name or f"without layers {listed}"
     if point.think_cap is not None:
         name = f"at most {point.think_cap} think tokens"
+    if point.exit_entropy is not None:
+        name = f"below {point.exit_entropy:g} nats"
     interval = f"{_percent(point.accuracy_low)} - {_percent(point.accuracy_high)}"
     cells = [name, _percent(point.accuracy), interval, _percent(point.cost)]
     cells += [_percent(point.layer_sparsity), _percent(point.head_sparsity)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import exp
 from statistics import fmean
@@ -19,7 +19,7 @@ from l2a_compress.cost import CostModel
 from l2a_compress.evaluation.answers import matches
 from l2a_compress.evaluation.early_exit import exiting
 from l2a_compress.evaluation.prompts import Problem, plan_batches
-from l2a_compress.evaluation.statistics import wilson
+from l2a_compress.evaluation.statistics import clustered
 from l2a_compress.evaluation.values import THINK_BIN, Contract, Heat, Measured, Metric, Point, Row, Run, Slice
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import Generated, GenerationConfig, confirm, generate
@@ -80,7 +80,7 @@ def dense_run(bench: Bench, name: str = "dense") -> Run:
     """The frozen base model; asked for a style of reasoning where the data names one."""
     shape = bench.gated.shape
     dense = Allocation.dense(shape.num_layers, shape.num_groups)
-    styled = bench.problems[0].example.names_style
+    styled = any(problem.example.names_style for problem in bench.problems)
     style = ("short" if name == "dense_short" else "long") if styled else None
     return Run(
         name=name,
@@ -118,14 +118,8 @@ def _confirm(bench: Bench, run: Run, found: dict[int, Row], tick: Tick | None) -
     for style in [run.style] if run.style else STYLES:
         some = [row for row, problem in enumerate(problems) if row not in found and style in problem.drafts]
         drafts = {row: problems[row].drafts[style] for row in some}
-        opened = 0
-        if run.style is not None and some:
-            opened = len(token_ids(bench.tokenizer, [problems[some[0]].example.opening(run.style)])[0])
-        allocations = [run.allocations[row] for row in some]
-        lengths = [(len(drafts[row]), len(problems[row].prompt)) for row in some]
         before = len(found)
-        for batch in plan_batches(allocations, lengths, bench.batch_size):
-            rows = [some[at] for at in batch]
+        for opened, rows in _batches(bench, run, some, {row: len(draft) for row, draft in drafts.items()}):
             known = [(*problems[row].prompt, *drafts[row][:-1]) for row in rows]
             ids, mask = left_padded(known, bench.pad, bench.gated.model.device)
             outputs = confirm(
@@ -137,7 +131,7 @@ def _confirm(bench: Bench, run: Run, found: dict[int, Row], tick: Tick | None) -
                 budgets=[run.budget] * len(rows),
                 allocations=[run.allocations[row] for row in rows],
                 config=bench.generation,
-                opened=opened,
+                opened=len(opened[0]),
                 teacher=run.teacher,
             )
             if not any(outputs):
@@ -157,14 +151,11 @@ def _measure_some(
     """Adds the rows that end in time to ``found`` and returns the others."""
     cap, lost = run.budget.think_tokens, list[int]()
     full = bench.generation.max_think_tokens if cap is None else min(bench.generation.max_think_tokens, cap)
-    allocations = [run.allocations[row] for row in some]
-    lengths = [(bench.problems[row].length, len(bench.problems[row].prompt)) for row in some]
-    for batch in plan_batches(allocations, lengths, bench.batch_size):
-        rows = [some[at] for at in batch]
+    for openings, rows in _batches(bench, run, some, {row: bench.problems[row].length for row in some}):
         reference = max(bench.problems[row].length for row in rows)
         limit = full if patience is None else min(full, round(patience * reference) + 8)
         before = len(found)
-        for row, output, cost in zip(rows, *_generate(bench, run, rows, limit), strict=True):
+        for row, output, cost in zip(rows, *_generate(bench, run, rows, openings, limit), strict=True):
             if output.stopped_by == "cap" and limit < full:
                 lost.append(row)
             else:
@@ -174,21 +165,34 @@ def _measure_some(
     return lost
 
 
-def _generate(bench: Bench, run: Run, rows: Sequence[int], limit: int) -> tuple[list[Generated], list[float | None]]:
+def _batches(
+    bench: Bench, run: Run, some: Sequence[int], written: Mapping[int, int]
+) -> Iterator[tuple[list[list[int]], list[int]]]:
+    """(openings of the style that is asked for, rows) of each batch; openings of one batch are equally long."""
+    problems = bench.problems
+    texts = [problems[row].example.opening(run.style) if run.style else "" for row in some]
+    opened = dict(zip(some, token_ids(bench.tokenizer, texts), strict=True)) if some else {}
+    for length in sorted({len(ids) for ids in opened.values()}):
+        alike = [row for row in some if len(opened[row]) == length]
+        lengths = [(written[row], len(problems[row].prompt)) for row in alike]
+        for batch in plan_batches([run.allocations[row] for row in alike], lengths, bench.batch_size):
+            rows = [alike[at] for at in batch]
+            yield [opened[row] for row in rows], rows
+
+
+def _generate(
+    bench: Bench, run: Run, rows: Sequence[int], openings: list[list[int]], limit: int
+) -> tuple[list[Generated], list[float | None]]:
     """Outputs, and what each cost where its allocation does not say."""
     if run.exit_entropy is None:
-        return _outputs(bench, run, rows, limit), [None] * len(rows)
+        return _outputs(bench, run, rows, openings, limit), [None] * len(rows)
     with exiting(bench.gated, run.exit_entropy) as meter:
-        outputs = _outputs(bench, run, rows, limit)
+        outputs = _outputs(bench, run, rows, openings, limit)
     return outputs, [meter.cost(at, len(one.think) + len(one.answer)) for at, one in enumerate(outputs)]
 
 
-def _outputs(bench: Bench, run: Run, rows: Sequence[int], limit: int) -> list[Generated]:
-    problems = [bench.problems[row] for row in rows]
-    ids, mask = left_padded([problem.prompt for problem in problems], bench.pad, bench.gated.model.device)
-    openings = None
-    if run.style is not None:
-        openings = token_ids(bench.tokenizer, [problem.example.opening(run.style) for problem in problems])
+def _outputs(bench: Bench, run: Run, rows: Sequence[int], openings: list[list[int]], limit: int) -> list[Generated]:
+    ids, mask = left_padded([bench.problems[row].prompt for row in rows], bench.pad, bench.gated.model.device)
     return generate(
         bench.gated,
         read_tags(bench.tokenizer),
@@ -240,6 +244,7 @@ def point_of(run: Run, measured: Measured, cost: CostModel, *, metric: Metric, s
         n=len(rows),
         seed=seed,
         think_cap=budget.think_tokens,
+        exit_entropy=run.exit_entropy,
         mean_error=whole.cost - budget.compute if run.contract == "mean" else None,
         distinct_allocations=len(set(run.allocations)),
         dropped_layers=_dropped(run) if run.contract == "static" else (),
@@ -260,7 +265,7 @@ def point_of(run: Run, measured: Measured, cost: CostModel, *, metric: Metric, s
 
 def _slice(rows: Sequence[Row], cost: CostModel) -> Slice:
     hits, trials = sum(row.hits for row in rows), sum(row.trials for row in rows)
-    low, high = wilson(hits, trials)
+    low, high = clustered([row.hits for row in rows], [row.trials for row in rows])
     written = [row.think for row in rows if row.think is not None]
     return Slice(
         n=len(rows),

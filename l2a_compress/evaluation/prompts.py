@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.encode import UnfitError, encode, encode_prompt
 from l2a_compress.training.examples import Encoded, Example, Split, Style
 from l2a_compress.training.pieces import token_ids
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Problem", "examples_of", "held_out", "plan_batches"]
 
@@ -60,12 +63,15 @@ def held_out(
         DataError: no example can be encoded.
     """
     problems = []
-    for example in examples_of(data, split, count=count, seed=seed):
+    examples = examples_of(data, split, count=count, seed=seed)
+    for example in examples:
         if metric == "accuracy" and example.kind != "reasoning":
             raise ConfigError(f"data of kind {example.kind!r} has no exact answer to compare with; use --metric nll")
         problem = _problem(example, tokenizer, data.max_length, labelled=metric == "nll")
         if problem is not None:
             problems.append(problem)
+    if problems and len(problems) < len(examples):
+        log.warning("%d of %d held-out examples exceed max_length", len(examples) - len(problems), len(examples))
     if not problems:
         raise DataError(f"no held-out example fits max_length = {data.max_length}; raise data.max_length")
     return problems

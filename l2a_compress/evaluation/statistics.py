@@ -9,12 +9,12 @@ from typing import Any
 
 from l2a_compress.evaluation.values import Point
 
-__all__ = ["FrontierCheck", "check_frontier", "paired", "wilson"]
+__all__ = ["FrontierCheck", "check_frontier", "clustered", "paired", "wilson"]
 
 _Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 
 
-def wilson(hits: int, trials: int) -> tuple[float, float]:
+def wilson(hits: float, trials: float) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion (Wilson 1927); unlike the normal one it stays in [0, 1]."""
     if trials < 1 or not 0 <= hits <= trials:
         raise ValueError(f"wilson: {hits} hits of {trials} trials")
@@ -23,6 +23,28 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
     half = _Z95 / (1 + spread) * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
     # At the ends the bound is exactly 0 or 1, and rounding must not say otherwise.
     return (0.0 if hits == 0 else centre - half), (1.0 if hits == trials else centre + half)
+
+
+def clustered(hits: Sequence[int], trials: Sequence[int]) -> tuple[float, float]:
+    """The 95 % interval of a share whose trials come in clusters: tokens of a problem, or seeds on the same problem.
+
+    Trials of one cluster are alike, so that they tell less than as many of their own would. Wilson's interval is taken
+    at the number of independent trials that has the variance between clusters (Kish's design effect, at least 1; where
+    all trials come out alike, the number of clusters). With one trial a cluster it is :func:`wilson`.
+
+    Args:
+        hits: Of each cluster.
+        trials: Of each cluster, at least 1.
+    """
+    count, total, right = len(trials), sum(trials), sum(hits)
+    if count == total:
+        return wilson(right, total)
+    share, effective = right / total, float(count)
+    if count > 1 and 0 < right < total:
+        spread = sum((hit - share * tried) ** 2 for hit, tried in zip(hits, trials, strict=True))
+        variance = count / (count - 1) * spread / total**2
+        effective = total / max(variance * (total - 1) / (share * (1 - share)), 1.0)
+    return wilson(share * effective, effective)
 
 
 def paired(outcomes: Sequence[str | float], others: Sequence[str | float]) -> tuple[float, float, float]:

@@ -138,6 +138,7 @@ class Point:
     n: int
     seed: int
     think_cap: int | None = None
+    exit_entropy: float | None = None
     mean_error: float | None = None
     distinct_allocations: int = 1
     dropped_layers: tuple[int, ...] = ()

@@ -11,10 +11,11 @@ from typing import Any, Literal, get_args
 from l2a_compress import _validate
 from l2a_compress.errors import ConfigError
 
-__all__ = ["KINDS", "DataConfig", "MixtureConfig", "SourceKind", "data_from_json", "parse_columns"]
+__all__ = ["KINDS", "WITH_ANSWERS", "DataConfig", "MixtureConfig", "SourceKind", "data_from_json", "parse_columns"]
 
 SourceKind = Literal["embedded", "gsm8k", "reasoning", "chat", "text"]
 KINDS: tuple[SourceKind, ...] = get_args(SourceKind)
+WITH_ANSWERS: tuple[SourceKind, ...] = ("embedded", "gsm8k", "reasoning")  # exact ones, to compare with
 
 # What each kind reads, by our name of the column. A leading "?" marks a column that may be missing.
 COLUMNS: Mapping[str, tuple[str, ...]] = {

@@ -130,6 +130,7 @@ class EvalConfig:
             ends; 0 leaves it as it was trained.
         baselines: named ones, as they are.
         max_think_tokens: hard cap on reasoning.
+        max_answer_tokens: hard cap on the answer.
     """
 
     budgets: tuple[float, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -139,12 +140,19 @@ class EvalConfig:
     demand_rows: int = 0
     baselines: tuple[str, ...] = ()
     max_think_tokens: int = 160
+    max_answer_tokens: int = 16
 
     def __post_init__(self) -> None:
         for name in ("budgets", "contracts", "baselines"):
             if not isinstance(getattr(self, name), tuple):
                 raise ConfigError(f"evaluation.{name} = {getattr(self, name)!r}: must be a list")
-        for name, least in (("problems", 1), ("calibration", 1), ("demand_rows", 0), ("max_think_tokens", 1)):
+        for name, least in (
+            ("problems", 1),
+            ("calibration", 1),
+            ("demand_rows", 0),
+            ("max_think_tokens", 1),
+            ("max_answer_tokens", 1),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"evaluation.{name} = {value!r}: must be a whole number of at least {least}")

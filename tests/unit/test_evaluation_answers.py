@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l2a_compress.evaluation.answers import matches, normalized
-from l2a_compress.evaluation.statistics import check_frontier, paired, wilson
+from l2a_compress.evaluation.statistics import check_frontier, clustered, paired, wilson
 from l2a_compress.evaluation.values import Point
 
 
@@ -127,6 +127,24 @@ def test_an_inversion_beyond_the_interval_is_not() -> None:
 
 def test_a_single_point_is_monotone() -> None:
     assert check_frontier(frontier((1.0, 0.5))).monotone
+
+
+def test_one_trial_a_cluster_is_wilson() -> None:
+    assert clustered([1, 0, 1, 1], [1] * 4) == wilson(3, 4)
+
+
+@pytest.mark.parametrize("hits", [[0, 3, 3, 3], [3, 3, 3, 3], [0, 0, 0, 0]])
+def test_trials_that_repeat_each_other_tell_no_more_than_one(hits: list[int]) -> None:
+    low, high = clustered(hits, [3] * 4)
+    once = wilson(sum(hits) // 3, 4)
+    assert (low, high) == pytest.approx(once, abs=0.05)  # of 4 clusters Kish's effect is 3 times 11 / 9
+    assert low <= once[0] + 1e-9
+    assert high >= once[1] - 1e-9
+
+
+def test_independent_trials_count_in_full() -> None:
+    hits = [2, 1, 2, 1, 2, 1]  # spread no wider than chance
+    assert clustered(hits, [3] * 6) == pytest.approx(wilson(9, 18))
 
 
 def test_a_paired_difference_and_its_interval() -> None:

@@ -52,6 +52,12 @@ def new_model(artifact: Path, **options: Any) -> Any:
     return L2AModel(str(artifact), **options)
 
 
+def lm_eval_adapter() -> Any:
+    from l2a_compress.evaluation import lm_eval_adapter
+
+    return lm_eval_adapter
+
+
 def requests(*arguments: tuple[object, ...]) -> list[SimpleNamespace]:
     return [SimpleNamespace(args=args) for args in arguments]
 
@@ -80,6 +86,28 @@ def test_options_of_a_request_are_kept_to(artifact: Path) -> None:
     assert len(short.split("\n####")[0].split()) <= 2
 
 
+def test_one_question_asked_often_is_drawn_anew_each_time(artifact: Path) -> None:
+    model = new_model(artifact, reply="trace", batch_size=1)
+    options = {"until": [], "do_sample": True, "temperature": 5.0}
+    replies = model.generate_until(requests(*[(QUESTIONS[0], options)] * 4))
+    assert len(set(replies)) == 4
+    assert replies == new_model(artifact, reply="trace", batch_size=1).generate_until(
+        requests(*[(QUESTIONS[0], options)] * 4)
+    )
+    with pytest.raises(ConfigError, match="top_p"):
+        model.generate_until(requests((QUESTIONS[0], {**options, "top_p": 0.9})))
+
+
+def test_what_has_no_context_begins_as_in_training(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = new_model(artifact)
+    assert model.prefix_token_id == model.eot_token_id
+    monkeypatch.setattr(lm_eval_adapter(), "begin_ids", lambda tokenizer: [7])
+    assert model.prefix_token_id == 7
+    (score,) = model.loglikelihood_rolling(requests((QUESTIONS[0],)))
+    ids = model.tok_encode(QUESTIONS[0], add_special_tokens=False)
+    assert score == pytest.approx(model._score([([7], ids)])[0][0])
+
+
 @torch.no_grad()
 def test_loglikelihood_is_the_sum_over_the_continuation(artifact: Path) -> None:
     model = new_model(artifact, dense=True, batch_size=2)
@@ -100,7 +128,7 @@ def test_rolling_counts_every_token_once(artifact: Path) -> None:
     model = new_model(artifact, dense=True)
     text = " ".join(QUESTIONS)
     (whole,) = model.loglikelihood_rolling(requests((text,)))
-    ids = model.tok_encode(text)
+    ids = model.tok_encode(text, add_special_tokens=False)
     (expected, _), *_ = model._score([([model.prefix_token_id], ids)])
     assert whole == pytest.approx(expected, rel=1e-5)
     windows = new_model(artifact, dense=True, max_length=6).loglikelihood_rolling(requests((text,)))

@@ -156,6 +156,17 @@ def test_the_dense_run_is_the_frozen_model_with_its_style(bench: Bench) -> None:
                 parameter.sub_(1.0)
 
 
+def test_styles_are_asked_for_where_a_problem_names_them(bench: Bench) -> None:
+    mixed = [
+        dataclasses.replace(problem, example=dataclasses.replace(problem.example, names_style=at % 3 > 0), drafts={})
+        for at, problem in enumerate(bench.problems)
+    ]
+    bench = dataclasses.replace(bench, problems=mixed)
+    run = dense_run(bench)
+    assert run.style == "long"
+    assert measure(bench, run).rows == measure(dataclasses.replace(bench, batch_size=1), run).rows
+
+
 @pytest.mark.parametrize("contract", ["cap", "mean"])
 def test_the_gates_allocate_per_problem(bench: Bench, contract: str) -> None:
     run = allocate(bench, Budget(compute=0.6), contract)  # type: ignore[arg-type]

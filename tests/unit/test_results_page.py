@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from frontier_summary import mixture
+from frontier_summary import compared, mixture
 from frontier_tables import fill, page_tables
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,14 @@ def test_a_model_of_one_allocation_a_budget_reaches_costs_between_them_by_drawin
     assert found is not None
     assert found["outcomes"] == pytest.approx(outcomes)
     assert found["cost"] == pytest.approx(max(cost, 0.4))
+
+
+def test_seeds_on_the_same_problems_are_not_more_problems() -> None:
+    pairs = [(_point(0.5, "1110"), _point(0.6, "0110")) for _ in range(2)]
+    once, twice = compared(pairs[:1]), compared(pairs)
+    assert (once["low"], once["delta"], once["high"]) == (twice["low"], twice["delta"], twice["high"])
+    assert twice["n"] == 4
+    assert twice["by_seed"] == [0.25, 0.25]
 
 
 @pytest.mark.parametrize("cost", [0.39, 0.81])
