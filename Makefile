@@ -1,4 +1,5 @@
-# Everything a new machine needs beyond python3.11 with pip, make and a C compiler is installed by these targets.
+# A new machine needs python3 (3.11 or newer, with venv) and make; what else these targets need they install into .venv. The C++ runtime alone needs
+# a C++ compiler, CMake and what cpp/prepare installs besides; without them its tests say that they are skipped.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP_FLAGS ?=

@@ -95,7 +95,7 @@ def machine(threads: int) -> dict[str, Any]:
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": [round(value, 2) for value in os.getloadavg()],
         "threads": threads,
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",  # the kernel's name would be that of a host
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in _PACKAGES},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

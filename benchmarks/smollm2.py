@@ -1,5 +1,6 @@
 """A real checkpoint on a CPU: SmolLM2-135M-Instruct on GSM8K. One command, which can be stopped and started again.
 
+    export L2A_DATA=DATA                               # or --data DATA: the folder with gsm8k/train.jsonl
     python benchmarks/smollm2.py                       # decode, logits, training, memory, resume: some ten minutes
     python benchmarks/smollm2.py train                 # the recipe's run and its evaluation: about an hour on two cores
     python benchmarks/smollm2.py decode training --again
@@ -12,9 +13,8 @@
     resume     losses of a run that is killed with -9 and resumed, against one that is not     bar: equal
     train      held-out NLL, KL to dense and agreement with dense at five budgets, against block influence
 
-The checkpoint is fetched as fetch_models.py says. GSM8K's train.jsonl is expected in DATA/gsm8k (docs/data.md says
-where to get it). Figures go to benchmarks/results/smollm2.json; a section that is there under the same settings is not
-measured again.
+The checkpoint is fetched as fetch_models.py says; docs/data.md says where to get GSM8K's train.jsonl. Figures go to
+benchmarks/results/smollm2.json; a section that is there under the same settings is not measured again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from fetch_models import DEFAULT_CACHE
 from measure import RESULTS, Results
 from smollm2_setup import Setup
 
-HERE = Path(__file__).resolve().parent
 SPEED = {
     "decode": smollm2_speed.decode,
     "logits": smollm2_speed.logits,
@@ -71,8 +70,8 @@ def _options() -> argparse.Namespace:
     sections = [*SPEED, "train"]
     parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(sections)}; all but train")
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="cache of checkpoints (%(default)s)")
-    data = os.environ.get("L2A_DATA", HERE.parents[1] / "shared" / "data")
-    parser.add_argument("--data", type=Path, default=Path(data), help="folder with gsm8k/train.jsonl (%(default)s)")
+    data = os.environ.get("L2A_DATA") or None
+    parser.add_argument("--data", type=Path, default=data, help="folder with gsm8k/train.jsonl; default: L2A_DATA")
     parser.add_argument("--runs", type=Path, default=DEFAULT_CACHE.parent / "runs", help="training runs (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "smollm2.json", help="figures (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
@@ -83,6 +82,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure what has been measured already")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value", help="recipe of train")
     options = parser.parse_args()
+    if options.data is None:
+        parser.error("give a folder with gsm8k/train.jsonl by --data or L2A_DATA (see docs/data.md)")
     unknown = [name for name in options.sections if name not in sections]
     if unknown:
         parser.error(f"unknown section {unknown[0]!r}; there are {', '.join(sections)}")

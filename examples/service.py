@@ -1,7 +1,7 @@
 """A text service over HTTP that keeps within what its machine has left.
 
     python examples/service.py BUNDLE [PORT]
-    curl -N localhost:8000 -d '{"prompt": "how many does Ann have ?", "budget": 0.7}'
+    curl -N localhost:8000 -d '{"prompt": "count of Ann : 3 4 . how many does Ann have ?", "budget": 0.7}'
 
 Without a budget the selector picks it, and changes it while the text is written. The body of the answer is the text,
 piece by piece, and a last line with what ran.

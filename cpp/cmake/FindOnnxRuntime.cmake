@@ -1,8 +1,9 @@
 # Finds ONNX Runtime: OnnxRuntime::OnnxRuntime.
 #
-# Hints, as cache variables or in the environment:
-#   ONNXRUNTIME_INCLUDE_DIR   folder of onnxruntime_c_api.h (a release's include, or what cpp/prepare fetched)
-#   ONNXRUNTIME_LIBRARY       libonnxruntime.so of any newer version
+# Hints, else what cpp/prepare fetched is taken:
+#   ONNXRUNTIME_INCLUDE_DIR   folder of onnxruntime_c_api.h (a release's include); a cache variable, or in the environment
+#   ONNXRUNTIME_LIBRARY       libonnxruntime.so of any newer version; a cache variable
+#   ONNXRUNTIME_LIBRARY_DIR   its folder; in the environment
 set(deps ${CMAKE_CURRENT_LIST_DIR}/../.deps)
 find_path(ONNXRUNTIME_INCLUDE_DIR onnxruntime_c_api.h
   HINTS $ENV{ONNXRUNTIME_INCLUDE_DIR} ${deps}/include PATH_SUFFIXES onnxruntime onnxruntime/core/session)

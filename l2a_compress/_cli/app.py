@@ -21,7 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Language models whose layers, heads and thinking follow the input and a compute budget.",
 )
-compress = typer.Typer(no_args_is_help=True, help="Train a model for every budget, and measure it.")
+compress = typer.Typer(
+    no_args_is_help=True,
+    help="Train a model for every budget, measure and export it, build engines, verify, estimate, inspect.",
+)
 app.add_typer(compress, name="compress")
 compress.command()(train)
 compress.command()(evaluate)

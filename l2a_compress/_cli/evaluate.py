@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,11 +66,16 @@ def evaluate(
         ),
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="How the rows of --data are read: gsm8k, reasoning, chat, text, or embedded.")
-    ] = "reasoning",
+        str | None,
+        typer.Option(
+            help="How the rows of --data are read: gsm8k, reasoning, chat, text, or embedded. Default: reasoning.",
+            show_default=False,
+        ),
+    ] = None,
     columns: Annotated[
-        str, typer.Option(help="Our column name=that of --data, e.g. prompt=question,answer=solution.")
-    ] = "",
+        str | None,
+        typer.Option(help="Our column name=that of --data, e.g. prompt=question,answer=solution.", show_default=False),
+    ] = None,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +85,10 @@ def evaluate(
         ),
     ] = None,
     think_shares: Annotated[
-        str, typer.Option(help="Caps on think tokens to measure at full compute, as shares of the reference length.")
+        str,
+        typer.Option(
+            help="Caps on think tokens to measure at full compute, as shares of the reference length; not with nll."
+        ),
     ] = "0.5,0.25",
     work: Annotated[
         str,
@@ -118,8 +127,8 @@ def evaluate(
     from l2a_compress.evaluation.report import REPORT_FILE
     from l2a_compress.training.store import load_artifact
 
+    source = _source(data, kind, columns)
     options = {
-        "data": _source(data, kind, columns),
         "metric": metric,
         "seed": seed,
         "think_shares": _numbers(think_shares, "--think-shares"),
@@ -129,12 +138,14 @@ def evaluate(
     if threads:
         torch.set_num_threads(threads)
     loaded = load_artifact(artifact, base=base)
+    if source is not None:  # as long as those that the model was trained on
+        source = replace(source, max_length=loaded.recipe.data.max_length)
     settings = _settings(loaded.recipe.evaluation, budgets, contract, problems, baselines)
     _move(loaded.gated, device)
     folder = out or artifact.parent / "evaluation"
     if (folder / REPORT_FILE).exists():  # said before the work is done, while it can still be stopped
         typer.echo(f"{folder}: the evaluation that is there will be replaced; --out takes another folder", err=True)
-    _measure(loaded, folder, settings, quiet=quiet, **options)
+    _measure(loaded, folder, settings, quiet=quiet, data=source, **options)
 
 
 def split(
@@ -209,8 +220,6 @@ def _measure(loaded: LoadedArtifact, out: Path, settings: EvalConfig, *, quiet: 
 def _settings(
     recipe: EvalConfig, budgets: str | None, contract: str | None, problems: int | None, baselines: str | None
 ) -> EvalConfig:
-    from dataclasses import replace
-
     if budgets is not None:
         recipe = replace(recipe, budgets=_numbers(budgets, "--budgets"))
     if contract is not None:
@@ -222,16 +231,21 @@ def _settings(
     return recipe
 
 
-def _source(data: str | None, kind: str, columns: str) -> DataConfig | None:
+def _source(data: str | None, kind: str | None, columns: str | None) -> DataConfig | None:
     from l2a_compress.training.data_config import DataConfig, parse_columns
 
     if data is None:
+        for option, value in (("--kind", kind), ("--columns", columns)):
+            if value is not None:
+                raise ConfigError(
+                    f"{option} {value!r} says how the rows of --data are read; give --data, or leave it out"
+                )
         return None
     # All of the file is evaluated: nothing of it was held back from this model by a split of ours.
     return DataConfig(
         source=data,
-        kind=kind,  # type: ignore[arg-type]
-        columns=parse_columns(columns),
+        kind="reasoning" if kind is None else kind,  # type: ignore[arg-type]
+        columns=parse_columns(columns or ""),
         heldout_share=1.0,
         calibration_share=0.0,
     )

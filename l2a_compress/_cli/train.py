@@ -32,8 +32,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Data: 'embedded', a local file or folder, or a hub name, in the place of all of the recipe's [data]; "
-            "more of it by --set data.KEY=VALUE. Default: the recipe's."
+            help="Data: 'embedded', a local file or folder, or a hub name, in the place of all of the recipe's data "
+            "table; more of it by --set data.KEY=VALUE. Default: the recipe's."
         ),
     ] = None,
     kind: Annotated[

@@ -19,7 +19,8 @@ from toy_models import new_gated, save_base, tiny_recipe
 def saved_artifact(folder: Path) -> Path:
     """A tiny artifact with random gates beside its base model."""
     base = save_base(folder / "base")
-    recipe: Recipe = tiny_recipe(base, evaluation={"problems": 5, "max_think_tokens": 6, "budgets": [1.0, 0.6]})
+    evaluation = {"problems": 5, "max_think_tokens": 6, "budgets": [1.0, 0.6]}
+    recipe: Recipe = tiny_recipe(base, data={"subset": "easy", "max_length": 200}, evaluation=evaluation)
     model, tokenizer = load_base(str(base), attention="eager")
     digest = digest_of(model)
     gated = new_gated(model=model, rank=2, think_reference=96)
@@ -86,7 +87,9 @@ def test_a_file_of_ones_own(artifact: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["dense"]["n"] == 4  # all of the file
     assert report["dense_short"] is None
-    assert DataConfig.from_json(report["data"]).source == str(path)
+    asked = DataConfig.from_json(report["data"])
+    assert (asked.source, asked.heldout_share) == (str(path), 1.0)
+    assert asked.max_length == 200  # the recipe's
 
 
 def test_nll(artifact: Path, tmp_path: Path) -> None:
@@ -106,6 +109,8 @@ def test_nll(artifact: Path, tmp_path: Path) -> None:
         (["--baselines", "early_exit", "--metric", "nll"], "'early_exit' is about generated tokens"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--kind", "poem", "--data", "x.jsonl"], "poem"),
+        (["--kind", "gsm8k"], "--kind 'gsm8k' says how the rows of --data are read; give --data"),
+        (["--columns", "prompt=q"], "--columns 'prompt=q' says how"),
         (["--metric", "speed"], "speed"),
         (["--device", "abacus"], "--device 'abacus'"),
     ],

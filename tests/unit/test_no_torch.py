@@ -88,6 +88,27 @@ def test_serving_without_onnxruntime_names_both_of_its_extras(command: list[str]
     assert "[gpu]" in line
 
 
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("sys.modules['lm_eval'] = None", "lm-eval is not installed: pip install 'l2a-compress[train,lm-eval]'"),
+        ("import importlib.util; importlib.util.find_spec = bool", "the package torch is not installed"),
+    ],
+)
+def test_the_harness_without_its_packages_is_one_line(before: str, said: str) -> None:
+    done = run(f"{before}\nfrom l2a_compress._cli.lm_eval import main\nsys.exit(main())", check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def test_the_commands_that_are_installed_are_there() -> None:
+    """Each is light: it can be looked up where no framework is."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    places = [place.split(":") for place in scripts.values()]
+    run(f"import importlib\nfor module, name in {places!r}: getattr(importlib.import_module(module), name)")
+
+
 def test_a_module_that_no_extra_installs_is_a_fault() -> None:
     with pytest.raises(ModuleNotFoundError, match="nowhere"), optional_packages():
         raise ModuleNotFoundError("nowhere", name="nowhere")

@@ -63,8 +63,9 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 def gsm8k_file() -> Path:
     """The real GSM8K training problems; skips the test with a reason where they are absent."""
-    folder = Path(os.environ.get("L2A_DATA", REPOSITORY.parent / "shared" / "data"))
-    path = folder / "gsm8k" / "train.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is absent: set L2A_DATA to a folder with gsm8k/train.jsonl (see docs/data.md)")
+    folder = os.environ.get("L2A_DATA")
+    path = Path(folder or "") / "gsm8k" / "train.jsonl"
+    if not folder or not path.exists():
+        absent = f"{path} is absent" if folder else "L2A_DATA is not set"
+        pytest.skip(f"{absent}: set L2A_DATA to a folder with gsm8k/train.jsonl (see docs/data.md)")
     return path
