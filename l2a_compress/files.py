@@ -39,6 +39,7 @@ _HINTS = {
 _FULL_DISK_WORDS = ("No space left on device", "StorageFull", "os error 28")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_made = set[str]()  # temporary names of this process: in a container the next one may have the same id
 
 
 def sha256_of(path: str | Path) -> str:
@@ -144,7 +145,9 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _beside(path: Path, kind: str) -> Path:
     """Return a fresh hidden name beside ``path`` that says which process made it."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
+    name = f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
+    _made.add(name)
+    return path.with_name(name)
 
 
 def _clean_up(final: Path) -> None:
@@ -152,7 +155,7 @@ def _clean_up(final: Path) -> None:
     prefix = f".{final.name}.{socket.gethostname()}."
     for left in sorted(final.parent.iterdir()):
         pid, _, rest = left.name.removeprefix(prefix).partition(".")
-        if not left.name.startswith(prefix) or not pid.isdecimal() or _is_running(int(pid)):
+        if not left.name.startswith(prefix) or not pid.isdecimal() or _is_in_use(left.name, int(pid)):
             continue
         if rest.endswith(".old") and not final.exists():
             os.rename(left, final)
@@ -162,7 +165,10 @@ def _clean_up(final: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def _is_in_use(name: str, pid: int) -> bool:
+    """Whether the process that made a temporary name is still there."""
+    if pid == os.getpid():
+        return name in _made
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
