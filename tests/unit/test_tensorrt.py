@@ -305,6 +305,16 @@ def test_a_build_that_dies_leaves_a_whole_bundle(bundle: Path) -> None:
     assert all(each.built for each in engines(bundle, Bundle.load(bundle)))
 
 
+def test_processes_that_build_at_a_time_keep_each_others_engines(bundle: Path) -> None:
+    def meanwhile() -> builders.TensorRT:
+        build_engines(bundle, only="b0.6", builders=fake())  # type: ignore[arg-type]
+        return builders.TensorRT(FakeTensorRT())
+
+    build_engines(bundle, only="b1", builders={"trt": meanwhile})
+    built = {each.recipe.graph for each in engines(bundle, Bundle.load(bundle)) if each.built}
+    assert built == {"b1", "b0.6"}
+
+
 def test_engines_are_built_where_there_is_neither_torch_nor_onnx(bundle: Path) -> None:
     program = """
 import sys
