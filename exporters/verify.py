@@ -149,7 +149,7 @@ def parity(
     """
     bundle = Bundle.load(folder)
     loaded = load_artifact(artifact, base=base)
-    gated = loaded.gated
+    gated = loaded.gated.float()
     if loaded.config.base["digest"] != bundle.base["digest"]:
         raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
     batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)

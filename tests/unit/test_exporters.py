@@ -759,6 +759,14 @@ def test_a_block_that_there_is_not_is_refused(precision: str, block: int) -> Non
         dataclasses.replace(OPTIONS, precision=precision, block=block)
 
 
+def test_adapters_of_a_base_in_16_bits_are_merged_in_32(tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, dtype="bfloat16")
+    export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, budgets=(1.0, 0.6)))
+    for row in parity(tmp_path / "bundle", artifact, prompts=6, tokens=4, budgets=(1.0, 0.6)):
+        assert (row.equal, row.allocations) == (row.tokens, True)
+        assert row.difference < 1e-3
+
+
 def test_rows_are_within_their_tensor() -> None:
     stored = Stored(4096, (8, 3), "float32")
     assert (stored.length, stored.rows(0, 2)) == (96, Stored(4096, (2, 3), "float32"))

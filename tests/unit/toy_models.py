@@ -148,13 +148,18 @@ def tiny_recipe(base: Path, **changes: Any) -> Recipe:
 
 
 def new_artifact(
-    folder: Path, family: str = "qwen3", *, model: dict[str, object] | None = None, **gates: object
+    folder: Path,
+    family: str = "qwen3",
+    *,
+    model: dict[str, object] | None = None,
+    dtype: str = "float32",
+    **gates: object,
 ) -> Path:
     """An artifact with random gates and adapters, whose groups are in a random order."""
     sizes = {"head_dim": 16, "intermediate_size": 64}  # what onnxruntime's attention and blocks of 32 need
-    recipe = tiny_recipe(save_base(folder / "base", family, **sizes | (model or {})))
+    recipe = tiny_recipe(save_base(folder / "base", family, **sizes | (model or {})), model={"dtype": dtype})
     recipe = dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, **gates))
-    model, tokenizer = load_base(recipe.model.name, attention=recipe.model.attention)
+    model, tokenizer = load_base(recipe.model.name, dtype=dtype, attention=recipe.model.attention)
     digest = digest_of(model)
     gated = GatedModel.wrap(model, recipe.gates, recipe.adapter)
     scramble(gated)
