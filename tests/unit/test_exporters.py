@@ -634,6 +634,16 @@ def run_fixed(
     return np.stack(logits, axis=1)
 
 
+def test_prompts_are_compared_within_the_positions(
+    made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), if_graph=False, positions=36)
+    export(made[0], tmp_path / "bundle", options)
+    (row,) = parity(tmp_path / "bundle", made[0], prompts=16, tokens=6)
+    assert row.equal == row.tokens
+    assert f"{16 - row.tokens // 6} prompts of more than 30 tokens have no room" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["", "batch=1", "seq=8", "batch=0 seq=8", "batch=1,x seq=8", "batch=1 seq=8 more=1"])
 def test_shapes_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="static shapes"):
