@@ -587,6 +587,21 @@ def test_graphs_of_fixed_shapes_say_what_pytorch_says(
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_a_window_counts_tokens_and_no_free_slots(dialect: str, tmp_path: Path) -> None:
+    """Between the tokens of a prompt, with padding behind it, and those that follow there are slots without any."""
+    artifact = new_artifact(tmp_path, "mistral", model={"sliding_window": 5})
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), dialect=dialect, static_shapes=((2, 24),))
+    static = {entry.name: entry for entry in export(artifact, tmp_path / "bundle", options).graphs}
+    ids, mask = prompts(2, 10, seed=3)
+    gated = load_artifact(artifact).gated
+    told = batch_budgets([Budget()] * 2, gated.cost, gated.gate_config)
+    expected = torch_logits(gated, ids, mask, [Allocation.dense(LAYERS, GROUPS)] * 2, told, 5)
+    prefill, decode = (static[f"b1.{phase}.batch2.seq24"] for phase in ("prefill", "decode"))
+    found = run_fixed(tmp_path / "bundle", prefill, decode, ids, mask, expected.argmax(-1), dialect)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 def run_fixed(
     folder: Path,
     prefill: GraphEntry,
