@@ -52,6 +52,7 @@ from l2a_compress.exporters.weights import (
     round_gates,
 )
 from l2a_compress.files import atomic_dir, sha256_of
+from l2a_compress.modeling.families import family_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.tags import read_tags
 from l2a_compress.training.calibration import calibration_prompts
@@ -288,14 +289,23 @@ def _block(options: ExportOptions, shape: ModelShape) -> int:
 
 def _refuse(gated: GatedModel, options: ExportOptions) -> None:
     """What has no graph, before anything is written."""
+    config = gated.model.config
+    if config.hidden_act not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act {config.hidden_act!r}: the graphs know silu alone; export a model that has it")
     if options.dialect == "ort" and gated.shape.head_dim % 16:
         raise ConfigError(
             f"head_dim {gated.shape.head_dim}: onnxruntime's attention needs a multiple of 16; use --dialect standard"
         )
     if gated.gate_config.mode != "stem":
         raise ConfigError("inline gates decide layer by layer and have no graph; train with --gates stem to export")
-    _window(gated.model.config)
-    most = _positions(gated, options)
+    _window(config)
+    _block(options, gated.shape)
+    most, rope = _positions(gated, options), config.rope_parameters
+    if rope.get("rope_type") == "longrope" and most > rope["original_max_position_embeddings"]:
+        raise ConfigError(
+            f"positions = {most}: longrope has other frequencies beyond {rope['original_max_position_embeddings']} "
+            "tokens, and a graph has one set of them; give no more --positions than these"
+        )
     for batch, sequence in options.static_shapes:
         if sequence > most:
             raise ConfigError(f"static shape batch={batch} seq={sequence}: longer than the bundle's {most} positions")
@@ -354,12 +364,16 @@ def _measured(
 
 
 def _window(config: PretrainedConfig) -> int | None:
-    """The sliding window of all layers, None for none."""
-    if not getattr(config, "use_sliding_window", True):
-        return None
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+    """The sliding window of all layers, None for none, as Transformers decides it.
+
+    Mistral has it in all layers, Qwen where ``layer_types`` says so, Llama nowhere, whatever else stands in the config.
+    """
+    family = family_of(config)
+    kinds = set(config.layer_types) if family.startswith("qwen") else set()
+    if len(kinds) > 1:
         raise ConfigError("layers with and without a sliding window are mixed, which the graphs do not know")
-    window: int | None = getattr(config, "sliding_window", None)
+    has = family == "mistral" or kinds == {"sliding_attention"}
+    window: int | None = config.sliding_window if has else None
     return window
 
 

@@ -170,9 +170,12 @@ def narrowed(name: str, value: Array, dtype: str) -> Array:
 
 
 def rotary_of(gated: GatedModel) -> tuple[Array, float]:
-    """Inverse frequencies [head_dim / 2] and the scale of the model's own rotary embedding."""
+    """Inverse frequencies [head_dim / 2] and the scale of the model's own rotary embedding.
+
+    They are those that it begins with: where they change with the length (longrope), ``inv_freq`` is what ran last.
+    """
     rotary = cast(Any, gated.model.base_model).rotary_emb
-    return _array(rotary.inv_freq), float(rotary.attention_scaling)
+    return _array(rotary.original_inv_freq), float(rotary.attention_scaling)
 
 
 def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:

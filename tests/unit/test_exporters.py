@@ -27,8 +27,8 @@ from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageEr
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.facts import branches, initializers, nodes
 from l2a_compress.exporters.ladder import mine
-from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.exporters.quantize import BITS, BLOCKS, dequantize, quantize
+from l2a_compress.exporters.onnx import ExportOptions, _window, export
+from l2a_compress.exporters.quantize import BITS, BLOCKS, quantize
 from l2a_compress.exporters.shapes import parse_shapes
 from l2a_compress.exporters.verify import (
     graph_inputs,
@@ -39,7 +39,7 @@ from l2a_compress.exporters.verify import (
     right_padded,
     torch_logits,
 )
-from l2a_compress.exporters.weights import Stored, narrowed
+from l2a_compress.exporters.weights import Stored, narrowed, rotary_of
 from l2a_compress.modeling.budgets import batch_budgets
 from l2a_compress.modeling.families import decoder_layers
 from l2a_compress.modeling.gated import GatedModel
@@ -49,7 +49,7 @@ from l2a_compress.runtime.decoder import GraphDecoder
 from l2a_compress.training.store import load_artifact, save_artifact
 from test_artifact import schema
 from test_training_trainer import largest_file
-from toy_models import FAMILIES, GROUPS, LAYERS, new_artifact, prompts
+from toy_models import FAMILIES, GROUPS, LAYERS, kept_groups, new_artifact, new_model, prompts
 
 BUDGETS = (1.0, 0.8, 0.6, 0.45)
 OPTIONS = ExportOptions(budgets=BUDGETS, calibration=16, head_widths=True)
@@ -684,6 +684,71 @@ def test_inline_gates_have_no_graph(tmp_path: Path) -> None:
     artifact = new_artifact(tmp_path, mode="inline")
     with pytest.raises(ConfigError, match="inline"):
         export(artifact, tmp_path / "bundle", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "window"),
+    [
+        ("mistral", {"sliding_window": 7}, 7),
+        ("mistral", {"sliding_window": None}, None),
+        ("llama", {"sliding_window": 7}, None),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, 7),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": LAYERS}, None),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}, None),
+    ],
+)
+def test_the_window_is_where_transformers_has_it(family: str, model: dict[str, object], window: int | None) -> None:
+    assert _window(new_model(family, **model).config) == window
+
+
+def test_mixed_windows_are_refused() -> None:
+    model = new_model("qwen3", use_sliding_window=True, sliding_window=7, max_window_layers=2)
+    with pytest.raises(ConfigError, match="mixed"):
+        _window(model.config)
+
+
+def longrope(original: int) -> dict[str, object]:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": original}
+    return {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, **factors}}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [({"hidden_act": "gelu"}, "hidden_act 'gelu'"), (longrope(128), "positions = 512: longrope .* beyond 128")],
+)
+def test_models_that_the_graphs_do_not_compute_are_refused(
+    model: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    artifact = new_artifact(tmp_path, "llama", model=model)
+    with pytest.raises(ConfigError, match=words):
+        export(artifact, tmp_path / "bundle", OPTIONS)
+
+
+def test_longrope_has_its_short_frequencies_whatever_ran_last(tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, "llama", model=longrope(64))
+    gated = load_artifact(artifact).gated
+    with torch.no_grad():
+        gated.model(torch.ones(1, 80, dtype=torch.int64))  # beyond the original length
+    expected = 1 / 10_000.0 ** (np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(rotary_of(gated)[0], expected, rtol=1e-5)
+    export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, budgets=(1.0,), positions=64))
+    for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=4, budgets=(1.0,)):
+        assert row.equal == row.tokens
+        assert row.difference < 1e-3
+
+
+@pytest.mark.parametrize("place", [".", "base", "artifact"])
+def test_what_is_exported_is_not_replaced_by_the_bundle(place: str, tmp_path: Path) -> None:
+    """Not by force either, and not where a bundle was put around or into it."""
+    artifact = new_artifact(tmp_path / "run")
+    out, before = tmp_path / "run" / place, sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(StorageError, match=r"holds no manifest\.json"):
+        export(artifact, out, OPTIONS, force=True)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="which is exported; choose another folder"):
+        export(artifact, out, OPTIONS, force=True)
+    assert (out / "manifest.json").is_file()
 
 
 def test_a_bundle_that_is_there_is_not_replaced(made: tuple[Path, Path], copy: Path) -> None:
