@@ -22,7 +22,16 @@ from transformers import PretrainedConfig
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ARTIFACT_FILE, ArtifactConfig
-from l2a_compress.bundle import DIALECTS, PRECISIONS, SCHEMA_VERSION, Bundle, GraphEntry, Ladder, describe_bundle
+from l2a_compress.bundle import (
+    DIALECTS,
+    MANIFEST_FILE,
+    PRECISIONS,
+    SCHEMA_VERSION,
+    Bundle,
+    GraphEntry,
+    Ladder,
+    describe_bundle,
+)
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters import ladder as ladders
@@ -156,21 +165,22 @@ def export(
         out: the bundle's folder.
         options: what to export.
         base: the base model, where it is not at the place the artifact remembers.
-        force: replace a folder that is there.
+        force: replace a bundle that is there.
         progress: told the name of each part before it is written.
 
     Raises:
         ArtifactError: the artifact is not whole, or the base model not its own.
         BudgetError: a ladder's budget is below what the always-on layers cost.
         ConfigError: the model has a form that the graphs do not know.
-        StorageError: the folder exists, or the disk is full or not writable.
+        StorageError: the folder exists and is no bundle to be replaced, or the disk is full or not writable.
     """
     options, artifact = options or ExportOptions(), Path(artifact)
-    tell = progress or (lambda _: None)
-    with atomic_dir(out, force=force) as folder:
+    tell, versions = progress or (lambda _: None), _versions()
+    with atomic_dir(out, force=force, holding=MANIFEST_FILE) as folder:
         tell("artifact")
         loaded = load_artifact(artifact, base=base)
         gated = loaded.gated
+        _refuse_place(Path(out), artifact, base, loaded)
         _refuse(gated, options)
         if options.precision != "fp32":  # first, so that the ladder is what the graphs' own gates choose
             round_gates(gated, rounded_columns if _bits(options) else lambda value: value.astype(np.float16))
@@ -285,6 +295,13 @@ def _block(options: ExportOptions, shape: ModelShape) -> int:
         if not any(size % block for size in inputs):
             return block
     raise ConfigError(f"block = {options.block}: int4 of matrices with {inputs} inputs has no whole blocks; use int8")
+
+
+def _refuse_place(out: Path, artifact: Path, base: str | None, loaded: LoadedArtifact) -> None:
+    """A folder that holds what is exported must not be replaced by the bundle."""
+    for place in (artifact, base, loaded.config.base.get("path"), loaded.recipe.model.name):
+        if place and Path(place).is_dir() and Path(place).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"{out}: holds {place}, which is exported; choose another folder (--out)")
 
 
 def _refuse(gated: GatedModel, options: ExportOptions) -> None:

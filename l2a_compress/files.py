@@ -74,7 +74,7 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
 
 
 @contextmanager
-def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_dir(final: str | Path, *, force: bool = False, holding: str | None = None) -> Iterator[Path]:
     """Make a folder at once: yields a temporary sibling to fill, which takes the final name when the block ends well.
 
     Where the system can exchange two names in one step (Linux), a reader finds the old folder or the new one at every
@@ -83,6 +83,7 @@ def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
     Args:
         final: The folder to make; its parents are made too.
         force: Replace a folder that is there and not empty.
+        holding: A file without which such a folder is nothing that may be replaced; None: whatever it holds.
 
     Raises:
         StorageError: The folder is taken (without ``force``), the disk is full or not writable. What was there stays.
@@ -91,7 +92,7 @@ def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
     with _storage_errors(final, "cannot write"):
         final.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(final)
-        _check_free(final, force=force)
+        _check_free(final, force=force, holding=holding)
         temporary = _beside(final, "tmp")
         temporary.mkdir()
     try:
@@ -99,20 +100,24 @@ def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
             yield temporary
         with _storage_errors(final, "cannot write"):
             fsync_tree(temporary)
-            _check_free(final, force=force)
+            _check_free(final, force=force, holding=holding)
             _put(temporary, final)
             fsync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(final: Path, *, force: bool) -> None:
+def _check_free(final: Path, *, force: bool, holding: str | None = None) -> None:
     if not os.path.lexists(final):
         return
     if not final.is_dir() or final.is_symlink():
         raise StorageError(f"{final}: a file or link has this name: choose another one")
     if not force and any(final.iterdir()):
         raise StorageError(f"{final}: the folder exists and is not empty: choose another name or pass force (--force)")
+    if holding is not None and not (final / holding).is_file():
+        raise StorageError(
+            f"{final}: the folder holds no {holding}, so --force does not replace it: choose another name"
+        )
 
 
 def _put(temporary: Path, final: Path) -> None:

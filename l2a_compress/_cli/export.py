@@ -83,7 +83,7 @@ def export(
     positions: Annotated[
         int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own, at most 8192.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Turn an artifact into ONNX graphs for every budget, all over one weight file, and into TensorRT engines."""

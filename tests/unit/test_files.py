@@ -84,6 +84,18 @@ def test_atomic_dir_keeps_what_is_there_unless_forced(tmp_path: Path) -> None:
     assert read(tmp_path) == {f"out/{name}": data for name, data in CONTENT.items()}
 
 
+def test_atomic_dir_replaces_by_force_what_holds_a_certain_file(tmp_path: Path) -> None:
+    fill(tmp_path / "out", {"old": b""})
+    with (
+        pytest.raises(StorageError, match="holds no about"),
+        files.atomic_dir(tmp_path / "out", force=True, holding="about"),
+    ):
+        pytest.fail("the block must not run")
+    with files.atomic_dir(tmp_path / "out", force=True, holding="old") as folder:
+        fill(folder)
+    assert read(tmp_path) == {f"out/{name}": data for name, data in CONTENT.items()}
+
+
 def test_atomic_dir_refuses_the_name_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(StorageError, match="choose another"), files.atomic_dir(tmp_path / "out", force=True):
