@@ -36,7 +36,7 @@ from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
-from l2a_compress.exporters.engine_recipes import EngineOptions, write_recipes
+from l2a_compress.exporters.engine_recipes import EngineOptions, check_engines, write_recipes
 from l2a_compress.exporters.graph import if_graph, router_graph, static_graph, told_graph
 from l2a_compress.exporters.peers import write_configs
 from l2a_compress.exporters.quantize import (
@@ -104,7 +104,7 @@ class ExportOptions:
         engines: engines of TensorRT that the bundle is to have; None for none. Brings ``told``, the ``If`` graph whose
             predicates the host gives.
         calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
-            is then left out.
+            is then left out. Not at bf16, which onnxruntime has not on a CPU, and not for engines.
     """
 
     budgets: tuple[float, ...] = (1.0, 0.85, 0.7, 0.55, 0.4)
@@ -147,6 +147,20 @@ class ExportOptions:
             raise ConfigError("static shapes and a router are of variants; leave --variants on")
         if not self.budgets and not self.if_graph:
             raise ConfigError("nothing to export: neither variants nor the If graph; leave one of them on")
+        if self.calibrate:
+            self._check_calibrate()
+        if self.engines is not None:
+            made = {"if": self.if_graph, "told": self.if_graph, "static": bool(self.static_shapes)}
+            made["variants"] = bool(self.budgets or self.allocations)
+            check_engines(self.engines, self.precision, [kind for kind, there in made.items() if there])
+
+    def _check_calibrate(self) -> None:
+        if self.precision == "bf16":
+            raise ConfigError("precision bf16: onnxruntime cannot run it on a CPU to measure it; leave out --calibrate")
+        if self.engines is not None:
+            raise ConfigError("calibrate: a CPU cannot say how fast engines are; leave out --calibrate")
+        if self.positions is not None and self.positions < 2:
+            raise ConfigError("calibrate: measures a token behind a prompt; give 2 positions at least")
 
 
 def export(
@@ -201,7 +215,7 @@ def export(
             graphs.append(_save(graph, folder, name, budget, allocation, gated.cost.fraction(allocation)))
         if options.calibrate:
             tell("calibration")
-            graphs = _measured(folder, graphs, gated.shape, options)
+            graphs = _measured(folder, graphs, gated.shape, _positions(gated, options), options)
         if options.static_shapes:
             tell("static shapes")
             graphs += _static(gated, spec, folder, graphs, options)
@@ -362,11 +376,12 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, widths: tuple[int, ...], 
 
 
 def _measured(
-    folder: Path, graphs: Sequence[GraphEntry], shape: ModelShape, options: ExportOptions
+    folder: Path, graphs: Sequence[GraphEntry], shape: ModelShape, positions: int, options: ExportOptions
 ) -> list[GraphEntry]:
     """Measures what runs by itself; removes the variants that gain nothing, and those that were part of such alone."""
     alone = [graph for graph in graphs if graph.kind in (IF_NAME, "variant")]
-    slow = not_faster(alone, calibrate(folder, alone, shape, in_place=options.dialect == "ort"))
+    costs = calibrate(folder, alone, shape, in_place=options.dialect == "ort", positions=positions)
+    slow = not_faster(alone, costs)
     stays, ladder = list[GraphEntry](), Ladder()
     for graph in graphs:
         why = "is not faster than the next larger variant on this machine" if graph in slow else ""

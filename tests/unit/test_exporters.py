@@ -883,6 +883,22 @@ def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
     assert all(name in caplog.text and not (tmp_path / "bundle" / f"{name}.onnx").exists() for name in dropped)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"precision": "bf16"}, "bf16"), ({"positions": 1}, "2 positions at least")]
+)
+def test_what_cannot_be_measured_is_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(OPTIONS, calibrate=True, **changes)
+
+
+def test_calibration_keeps_to_the_positions(made: tuple[Path, Path], tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), positions=20, calibrate=True)
+    export(made[0], tmp_path / "bundle", options)
+    costs = json.loads((tmp_path / "bundle" / "costs.json").read_text())
+    assert costs["prompt"] == 4
+    assert costs["graphs"]["b1"]["peak_bytes"]
+
+
 def test_a_variant_that_is_not_faster_than_the_last_that_stays_is_dropped(made: tuple[Path, Path]) -> None:
     graphs = Bundle.load(made[1]).decoders
     seconds = dict(zip((graph.name for graph in graphs), (9.0, 4.0, 4.5, 4.0, 3.0), strict=True))

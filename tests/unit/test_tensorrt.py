@@ -95,11 +95,10 @@ def test_verify_names_node_rule_and_fix(bundle: Path, capsys: pytest.CaptureFixt
 
 def test_told_of_a_model_without_token_gates_takes_no_budget(tmp_path: Path) -> None:
     artifact = new_artifact(tmp_path, tokens=False)
-    export(artifact, tmp_path / "bundle", dataclasses.replace(TRT, calibrate=True))
+    export(artifact, tmp_path / "bundle", TRT)
     rows = [row for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=3) if row.graph == "told"]
     assert rows
     assert all(row.equal == row.tokens for row in rows)
-    assert "told" not in json.loads((tmp_path / "bundle" / "costs.json").read_text())["graphs"]
 
 
 @pytest.mark.parametrize("head_widths", [False, True])
@@ -224,12 +223,31 @@ def test_recipes_round_trip_and_refuse_what_is_wrong() -> None:
         ({"target": "onnx"}, "target"),
         ({"kinds": ("all",)}, "choose some of"),
         ({"context": 1}, "at least 2"),
+        ({"context": 256}, "prompt = 512: more than context = 256"),
         ({"target": "trt-rtx", "capabilities": ("9.0",)}, "use --target trt"),
     ],
 )
 def test_wrong_engine_options(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         EngineOptions(**({"target": "trt"} | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "words"),
+    [
+        ({"kinds": ("static",)}, {}, "no such graphs"),
+        ({"kinds": ("told",)}, {"if_graph": False, "per_budget": 2}, "no such graphs"),
+        ({"kinds": ("variants",)}, {"budgets": ()}, "no such graphs"),
+        ({"capabilities": ("8.0",)}, {"precision": "fp8"}, "8.0 do not know it; use int8 or int4"),
+        ({"capabilities": ("8.9", "7.5")}, {"precision": "bf16"}, "7.5 do not know it; use fp16"),
+        ({}, {"calibrate": True}, "leave out --calibrate"),
+    ],
+)
+def test_what_no_engine_comes_of_is_refused_before_the_export(
+    engine: dict[str, object], changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(TRT, engines=EngineOptions(target="trt", **engine), **changes)  # type: ignore[arg-type]
 
 
 # what is in the bundle
@@ -369,6 +387,9 @@ def test_without_tensorrt_the_bundle_is_whole_and_the_exit_code_says_so(
         (["--target", "trt-rtx", "--device", "a100-80gb", "--precision", "fp8"], "do not know it"),
         (["--precision", "fp8"], "standard dialect"),
         (["--target", "trt", "--engines", "static"], "the export has no such graphs"),
+        (["--max-batch", "2"], "--target onnx has none; give --target trt or trt-rtx"),
+        (["--device", "t4"], "are of engines"),
+        (["--defer-build"], "are of engines"),
     ],
 )
 def test_mistakes_of_the_export_are_one_line(
