@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
 from transformers import PretrainedConfig
 
@@ -69,7 +70,7 @@ from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 log = logging.getLogger(__name__)
 IF_NAME, ROUTER_NAME, TOLD_NAME = "if", "router", "told"
-_PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+_PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "torch", "transformers")
 _MOST_POSITIONS = 8192
 WIDTHS_PAY = 0.05  # share of an allocation's cost; less than half of it shows in the time (docs/speed.md)
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -82,7 +83,7 @@ class ExportOptions:
     Attributes:
         budgets: of the static variants, falling; none for no variant.
         allocations: of the static variants, with their budgets, instead of what is mined for ``budgets``; each one a
-            part of the one before it.
+            part of the one before it, with the whole stem and, of a gated layer, the first groups of its order.
         dialect: ``ort`` (onnxruntime's own operators) or ``standard`` (opset 23 alone).
         if_graph: whether the ``If`` graph is exported.
         calibration: prompts that the ladder is mined from.
@@ -229,8 +230,9 @@ def export(
         tell("manifest")
         loaded.tokenizer.save_pretrained(str(folder))
         tags = read_tags(loaded.tokenizer)
-        dense = next((graph for graph in graphs if graph.kind == "variant" and graph.budget == 1.0), None)
-        if dense is not None:
+        whole = Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)
+        dense = next((graph for graph in graphs if graph.kind == "variant" and graph.allocation == whole), None)
+        if dense is not None and options.dialect == "ort":  # whose caches are buffers that they share
             write_configs(
                 folder,
                 dense,
@@ -255,11 +257,17 @@ def export(
             prices=tuple((float(budget), float(price)) for budget, price in gated.prices),
             graphs=tuple(graphs),
             quality=_quality(artifact, loaded.config),
-            versions={name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+            versions=versions,
             files=describe_bundle(folder),
         )
         bundle.write(folder)
     return bundle
+
+
+def _versions() -> dict[str, str]:
+    """Of what makes a bundle. onnxruntime says its own, since several packages bring it."""
+    found = {name: metadata.version(name) for name in _PACKAGES}
+    return found | {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
 
 
 def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> WeightFile:
@@ -340,6 +348,26 @@ def _refuse(gated: GatedModel, options: ExportOptions) -> None:
     for batch, sequence in options.static_shapes:
         if sequence > most:
             raise ConfigError(f"static shape batch={batch} seq={sequence}: longer than the bundle's {most} positions")
+    for budget, allocation in options.allocations:
+        _refuse_allocation(gated, budget, allocation)
+
+
+def _refuse_allocation(gated: GatedModel, budget: float, allocation: Allocation) -> None:
+    """Graphs hold groups as a prefix of each layer's order, and the layers before the gates whole."""
+    shape, stem = gated.shape, gated.gate_config.stem_layers
+    if (allocation.num_layers, allocation.num_groups) != (shape.num_layers, shape.num_groups):
+        raise ConfigError(
+            f"allocation of budget {budget:g}: is of another model shape; this one has {shape.num_layers} layers of "
+            f"{shape.num_groups} groups"
+        )
+    order = [list(range(shape.num_groups))] * stem + gated.allocator.group_order.tolist()
+    for layer, kept in enumerate(allocation.groups):
+        count = shape.num_groups if layer < stem else len(kept)
+        if list(kept) != sorted(order[layer][:count]):
+            raise ConfigError(
+                f"allocation of budget {budget:g}: layer {layer} keeps the groups {kept}, and may keep the first of "
+                f"{order[layer]}{', all of them' if layer < stem else ''}; give another allocation"
+            )
 
 
 def _widths(gated: GatedModel, ladder: Sequence[tuple[float, Allocation]], options: ExportOptions) -> tuple[int, ...]:

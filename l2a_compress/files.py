@@ -112,7 +112,9 @@ def _check_free(final: Path, *, force: bool, holding: str | None = None) -> None
         return
     if not final.is_dir() or final.is_symlink():
         raise StorageError(f"{final}: a file or link has this name: choose another one")
-    if not force and any(final.iterdir()):
+    if not any(final.iterdir()):
+        return
+    if not force:
         raise StorageError(f"{final}: the folder exists and is not empty: choose another name or pass force (--force)")
     if holding is not None and not (final / holding).is_file():
         raise StorageError(

@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -125,12 +126,12 @@ def test_narrowed_layers_are_masked_where_the_graph_computes_them_whole(dialect:
 def test_layers_have_widths_where_narrowing_them_pays(
     narrowed: int, precision: str, widths: tuple[int, ...], tmp_path: Path
 ) -> None:
-    whole, narrow = tuple(range(GROUPS)), (0,)
-    kept = tuple(narrow if LAYERS - narrowed <= at else whole for at in range(LAYERS))
-    kept = (whole, *kept[1:])  # the stem is never narrowed
-    allocation = Allocation(groups=kept, num_groups=GROUPS)
+    artifact = new_artifact(tmp_path)
+    kept = [1 if LAYERS - narrowed <= at else GROUPS for at in range(LAYERS)]
+    kept[0] = GROUPS  # the stem is never narrowed
+    allocation = kept_groups(load_artifact(artifact).gated, kept)
     options = ExportOptions(allocations=((0.9, allocation),), precision=precision)
-    assert export(new_artifact(tmp_path), tmp_path / "bundle", options).widths == widths
+    assert export(artifact, tmp_path / "bundle", options).widths == widths
 
 
 @pytest.mark.parametrize("gates", [{"summary": "none"}, {"summary": "mean"}, {"heads": False}, {"tokens": False}])
@@ -160,6 +161,14 @@ def test_gates_that_no_input_moves_are_constants(dialect: str, demand: bool, tmp
     assert told_alone == (["cap"] if demand else ["cap", "mean"])
     for row in parity(tmp_path / "bundle", same, prompts=6, tokens=4, budgets=BUDGETS):
         assert (row.equal, row.allocations) == (row.tokens, True)
+
+
+def dequantize(values: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The inverse of ``quantize``, up to rounding: [out, columns], float32."""
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+    numbers = (values.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
+    return numbers.reshape(len(values), -1)[:, :columns]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -827,9 +836,8 @@ def test_variants_that_are_not_nested_are_refused(copy: Path) -> None:
         Bundle.load(copy)
 
 
-def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], tmp_path: Path) -> None:
-    groups = tuple((0, 1) if layer % 2 == 0 else (0,) for layer in range(LAYERS))
-    half = Allocation(num_groups=2, groups=groups)
+def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], gated: GatedModel, tmp_path: Path) -> None:
+    half = kept_groups(gated, [2 - layer % 2 for layer in range(LAYERS)])
     options = dataclasses.replace(
         OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, 2)), (0.8, half)), if_graph=False
     )
@@ -841,6 +849,48 @@ def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], tmp
     with pytest.raises(BundleError, match="nested"):
         export(made[0], tmp_path / "other", dataclasses.replace(options, allocations=options.allocations[::-1]))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("wrong", ["order", "stem", "shape"])
+def test_allocations_that_the_graphs_cannot_hold_are_refused(
+    wrong: str, made: tuple[Path, Path], gated: GatedModel, tmp_path: Path
+) -> None:
+    last = gated.allocator.group_order[-1].tolist()
+    groups = [[0, 1]] * (LAYERS - 1) + [[last[1]]]
+    if wrong != "order":
+        groups = [[0], *groups[1:-1], [0, 1]] if wrong == "stem" else groups[1:]
+    allocation = Allocation(num_groups=2, groups=tuple(map(tuple, groups)))
+    options = dataclasses.replace(OPTIONS, allocations=((0.8, allocation),))
+    words = {"order": rf"layer 5 .* the first of \[{last[0]}, {last[1]}\]", "stem": "layer 0 .* all of them"}
+    with pytest.raises(ConfigError, match=words.get(wrong, "another model shape")):
+        export(made[0], tmp_path / "bundle", options)
+
+
+def test_the_dense_variant_is_open_to_others_at_any_budget(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """It is the one whose allocation is whole; in the dialect standard others cannot share a buffer with it."""
+    whole, less = Allocation.dense(LAYERS, GROUPS), Allocation.of_layers(range(LAYERS - 1), LAYERS, GROUPS)
+    options = dataclasses.replace(OPTIONS, if_graph=False)
+    for budget, allocation, dialect in ((0.9, whole, "ort"), (1.0, less, "ort"), (1.0, whole, "standard")):
+        out = tmp_path / f"{budget}-{dialect}"
+        export(made[0], out, dataclasses.replace(options, allocations=((budget, allocation),), dialect=dialect))
+        opened = allocation == whole and dialect == "ort"
+        assert [(out / name).is_file() for name in ("config.json", "genai_config.json")] == [opened, opened]
+
+
+def test_the_package_of_onnxruntime_may_be_another(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu brings the same module."""
+    found = metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    options = dataclasses.replace(OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, GROUPS)),), if_graph=False)
+    assert export(made[0], tmp_path / "bundle", options).versions["onnxruntime"] == onnxruntime.__version__
 
 
 @pytest.mark.parametrize(("precision", "block"), [("fp32", 32), ("int4", 48)])

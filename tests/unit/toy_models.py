@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,13 @@ def random_allocations(count: int, *, seed: int = 0, stem: int = 1) -> list[Allo
         groups = tuple(tuple(row.nonzero().flatten().tolist()) for row in kept)
         found.append(Allocation(num_groups=GROUPS, groups=groups))
     return found
+
+
+def kept_groups(gated: GatedModel, widths: Sequence[int]) -> Allocation:
+    """That many groups of each layer, the first of its order."""
+    order = [list(range(gated.shape.num_groups))] * gated.gate_config.stem_layers + gated.allocator.group_order.tolist()
+    groups = (tuple(sorted(ranked[:width])) for ranked, width in zip(order, widths, strict=True))
+    return Allocation(num_groups=gated.shape.num_groups, groups=tuple(groups))
 
 
 def save_base(folder: Path, family: str = "qwen3", *, seed: int = 0, **changes: Any) -> Path:
