@@ -113,6 +113,11 @@ def test_told_and_specialised_graphs_are_the_if_graph(head_widths: bool, tmp_pat
     assert specialized(tmp_path / "bundle", made) == {"b1": 0.0, "b0.6": 0.0}
 
 
+def test_a_bundle_of_few_positions_is_specialised_within_them(made: tuple[Path, Path], tmp_path: Path) -> None:
+    options = ExportOptions(budgets=(1.0,), calibration=4, dialect="standard", head_widths=False, positions=24)
+    assert specialized(tmp_path / "bundle", export(made[0], tmp_path / "bundle", options)) == {"b1": 0.0}
+
+
 @pytest.mark.parametrize("precision", LINEAR)
 def test_weight_only_precisions_keep_to_half_a_step(precision: str) -> None:
     matrix = np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32)
