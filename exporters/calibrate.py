@@ -21,7 +21,8 @@ from l2a_compress.cost import ModelShape
 from l2a_compress.files import write_atomic
 from l2a_compress.runtime.decoder import Array, GraphDecoder
 
-PROMPT, TOKENS = 128, 16
+PROMPT, TOKENS = 128, 16  # fewer where a bundle has fewer positions
+_ROUNDS = 7
 
 
 def calibrate(
@@ -30,31 +31,29 @@ def calibrate(
     shape: ModelShape,
     *,
     in_place: bool,
-    threads: int | None = None,
-    rounds: int = 7,
+    positions: int,
 ) -> dict[str, Any]:
-    """Measures all graphs, one sequence at a time, and writes ``costs.json``.
+    """Measures all graphs, one sequence at a time, as many threads as onnxruntime takes, and writes ``costs.json``.
 
     Returns:
-        ``device``, ``threads``, ``prompt`` and ``graphs``: by name ``prefill_seconds`` of that prompt,
-        ``decode_seconds`` of one token after it, ``peak_bytes`` and ``graph_bytes``.
+        ``device``, ``prompt`` and ``graphs``: by name ``prefill_seconds`` of that prompt, ``decode_seconds`` of one
+        token after it, ``peak_bytes`` and ``graph_bytes``.
     """
-    decoders = {graph.name: GraphDecoder(folder / graph.file, in_place=in_place, threads=threads) for graph in graphs}
+    decoders = {graph.name: GraphDecoder(folder / graph.file, in_place=in_place) for graph in graphs}
     spent: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
-    for number in range(rounds + 1):
+    for number in range(_ROUNDS + 1):
         for name, decoder in decoders.items():
-            seconds = _run(decoder, shape)
+            seconds = _run(decoder, shape, positions)
             if number:  # the first round warms up
                 spent[name].append(seconds)
     found = {
         "device": processor(),
-        "threads": threads,
-        "prompt": PROMPT,
+        "prompt": _sizes(positions)[0],
         "graphs": {
             graph.name: {
                 "prefill_seconds": statistics.median(first for first, _ in spent[graph.name]),
                 "decode_seconds": statistics.median(second for _, second in spent[graph.name]),
-                "peak_bytes": _peak(folder / graph.file, shape, in_place=in_place),
+                "peak_bytes": _peak(folder / graph.file, shape, positions, in_place=in_place),
                 "graph_bytes": (folder / graph.file).stat().st_size,
             }
             for graph in graphs
@@ -78,9 +77,16 @@ def not_faster(graphs: Sequence[GraphEntry], costs: Mapping[str, Any]) -> list[G
     return slow
 
 
-def _run(decoder: GraphDecoder, shape: ModelShape) -> tuple[float, float]:
+def _sizes(positions: int) -> tuple[int, int]:
+    """Tokens of the prompt, and those behind it."""
+    tokens = min(TOKENS, positions - 1)
+    return min(PROMPT, positions - tokens), tokens
+
+
+def _run(decoder: GraphDecoder, shape: ModelShape, positions: int) -> tuple[float, float]:
     """Seconds of a prefill, and of one decode step after it, of the dense allocation where the graph can choose."""
-    tokens = np.arange(PROMPT, dtype=np.int64)[None] % shape.vocab_size
+    prompt, steps = _sizes(positions)
+    tokens = np.arange(max(prompt, steps), dtype=np.int64)[None] % shape.vocab_size
     inputs: dict[str, Array] = {}
     if "allocation" in decoder.inputs:
         inputs = {
@@ -89,20 +95,21 @@ def _run(decoder: GraphDecoder, shape: ModelShape) -> tuple[float, float]:
             "price": np.zeros(1, dtype=np.float32),
             "allocation": np.full((1, shape.num_layers), shape.num_groups, dtype=np.int64),
         }
-    decoder.start(1, PROMPT + TOKENS)
+    decoder.start(1, prompt + steps)
     began = time.perf_counter()
-    decoder.step(tokens, np.ones((1, PROMPT), dtype=np.int64), **inputs)
+    decoder.step(tokens[:, :prompt], np.ones((1, prompt), dtype=np.int64), **inputs)
     middle = time.perf_counter()
-    for step in range(TOKENS):
-        decoder.step(tokens[:, step : step + 1], np.ones((1, PROMPT + step + 1), dtype=np.int64), **inputs)
-    return middle - began, (time.perf_counter() - middle) / TOKENS
+    for step in range(steps):
+        decoder.step(tokens[:, step : step + 1], np.ones((1, prompt + step + 1), dtype=np.int64), **inputs)
+    return middle - began, (time.perf_counter() - middle) / steps
 
 
-def _peak(path: Path, shape: ModelShape, *, in_place: bool) -> int | None:
+def _peak(path: Path, shape: ModelShape, positions: int, *, in_place: bool) -> int | None:
     """Bytes; None where the system does not tell."""
-    return peak_of(f"from {__name__} import run_once; run_once({str(path)!r}, {shape.to_json()!r}, {in_place!r})")
+    given = f"{str(path)!r}, {shape.to_json()!r}, {positions!r}, {in_place!r}"
+    return peak_of(f"from {__name__} import run_once; run_once({given})")
 
 
-def run_once(path: str, shape: Mapping[str, Any], in_place: bool) -> None:
+def run_once(path: str, shape: Mapping[str, Any], positions: int, in_place: bool) -> None:
     """Opens one graph and runs it."""
-    _run(GraphDecoder(Path(path), in_place=in_place, threads=1), ModelShape.from_json(shape))
+    _run(GraphDecoder(Path(path), in_place=in_place, threads=1), ModelShape.from_json(shape), positions)

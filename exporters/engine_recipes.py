@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from l2a_compress.files import sha256_of, write_atomic
 KINDS = ("if", "told", "variants", "static")
 # What TensorRT-RTX builds for by itself: GPUs of the Ampere, Ada and Blackwell generations.
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
-_FP8 = 8.9  # the least compute capability that knows 8-bit floats
+_LEAST = {"fp8": (8.9, "int8 or int4"), "bf16": (8.0, "fp16")}  # compute capability, and what the lesser ones know
 _RTX_KNOWN = ("7.5", *RTX_CAPABILITIES, "12.1")
 
 
@@ -58,11 +58,36 @@ class EngineOptions:
         for name, least in (("batch", 1), ("prompt", 1), ("context", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least {least}")
+        if self.context < self.prompt:
+            raise ConfigError(
+                f"prompt = {self.prompt}: more than context = {self.context}; lower --max-prompt or raise --max-context"
+            )
         strange = sorted(set(self.capabilities) - set(_RTX_KNOWN))
         if self.target == "trt-rtx" and strange:
             raise ConfigError(
                 f"compute capability {strange[0]}: TensorRT-RTX builds for {', '.join(_RTX_KNOWN)}; use --target trt"
             )
+
+
+def check_engines(options: EngineOptions, precision: str, graphs: Collection[str]) -> None:
+    """Refuses, before any work, what no engine comes of.
+
+    Args:
+        options: which engines are wanted.
+        precision: of the bundle.
+        graphs: those of ``KINDS`` that the bundle will have.
+
+    Raises:
+        ConfigError: a GPU does not know the precision, or none of the graphs becomes an engine.
+    """
+    if set(options.kinds).isdisjoint(graphs):
+        raise ConfigError(
+            f"engines {', '.join(options.kinds)}: the export has no such graphs; export them, or choose others"
+        )
+    least, instead = _LEAST.get(precision, (0.0, ""))
+    for each in options.capabilities:
+        if float(each) < least:
+            raise ConfigError(f"precision {precision}: GPUs of compute capability {each} do not know it; use {instead}")
 
 
 def write_recipes(
@@ -73,24 +98,20 @@ def write_recipes(
     Args:
         folder: of graphs and weights.
         graphs: all of them.
-        options: which become engines.
+        options: which become engines, as :func:`check_engines` has passed them.
         precision: of the bundle. 32 bits are computed in 32 bits, not in TF32.
         positions: most tokens of a sequence that the graphs know.
 
     Raises:
-        ConfigError: a GPU does not know the precision, or none of the graphs becomes an engine.
         EngineError: a graph breaks a rule; says which node and what to do.
     """
-    wanted = [entry for entry in graphs if _wanted(entry, options.kinds)]
-    if not wanted:
-        raise ConfigError(
-            f"engines {', '.join(options.kinds)}: the export has no such graphs; export them, or choose others"
-        )
     options = replace(options, prompt=min(options.prompt, positions), context=min(options.context, positions))
     weights = sha256_of(folder / WEIGHT_FILE)
     flags = {STRONGLY_TYPED: True} | ({"TF32": False} if precision == "fp32" else {})
     capabilities = _capabilities(options, precision)
-    for entry in wanted:
+    for entry in graphs:
+        if not _wanted(entry, options.kinds):
+            continue
         model = onnx.load(str(folder / entry.file), load_external_data=False)
         broken = rules.check(model)
         if broken:
@@ -108,11 +129,9 @@ def write_recipes(
 
 
 def _capabilities(options: EngineOptions, precision: str) -> tuple[str, ...]:
-    able = [each for each in RTX_CAPABILITIES if precision != "fp8" or float(each) >= _FP8]
-    for each in options.capabilities:
-        if precision == "fp8" and float(each) < _FP8:
-            raise ConfigError(f"precision fp8: GPUs of compute capability {each} do not know it; use int8 or int4")
-    return options.capabilities or (tuple(able) if options.target == "trt-rtx" else ())
+    least, _ = _LEAST.get(precision, (0.0, ""))
+    able = tuple(each for each in RTX_CAPABILITIES if float(each) >= least)
+    return options.capabilities or (able if options.target == "trt-rtx" else ())
 
 
 def _wanted(entry: GraphEntry, kinds: Sequence[str]) -> bool:

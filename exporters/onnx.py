@@ -17,17 +17,27 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import torch
 from transformers import PretrainedConfig
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ARTIFACT_FILE, ArtifactConfig
-from l2a_compress.bundle import DIALECTS, PRECISIONS, SCHEMA_VERSION, Bundle, GraphEntry, Ladder, describe_bundle
+from l2a_compress.bundle import (
+    DIALECTS,
+    MANIFEST_FILE,
+    PRECISIONS,
+    SCHEMA_VERSION,
+    Bundle,
+    GraphEntry,
+    Ladder,
+    describe_bundle,
+)
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
-from l2a_compress.exporters.engine_recipes import EngineOptions, write_recipes
+from l2a_compress.exporters.engine_recipes import EngineOptions, check_engines, write_recipes
 from l2a_compress.exporters.graph import if_graph, router_graph, static_graph, told_graph
 from l2a_compress.exporters.peers import write_configs
 from l2a_compress.exporters.quantize import (
@@ -52,6 +62,7 @@ from l2a_compress.exporters.weights import (
     round_gates,
 )
 from l2a_compress.files import atomic_dir, sha256_of
+from l2a_compress.modeling.families import family_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.tags import read_tags
 from l2a_compress.training.calibration import calibration_prompts
@@ -59,7 +70,7 @@ from l2a_compress.training.store import LoadedArtifact, load_artifact
 
 log = logging.getLogger(__name__)
 IF_NAME, ROUTER_NAME, TOLD_NAME = "if", "router", "told"
-_PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "onnxruntime", "torch", "transformers")
+_PACKAGES = ("l2a-compress", "onnx", "onnx-ir", "torch", "transformers")
 _MOST_POSITIONS = 8192
 WIDTHS_PAY = 0.05  # share of an allocation's cost; less than half of it shows in the time (docs/speed.md)
 FLOATS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -72,7 +83,7 @@ class ExportOptions:
     Attributes:
         budgets: of the static variants, falling; none for no variant.
         allocations: of the static variants, with their budgets, instead of what is mined for ``budgets``; each one a
-            part of the one before it.
+            part of the one before it, with the whole stem and, of a gated layer, the first groups of its order.
         dialect: ``ort`` (onnxruntime's own operators) or ``standard`` (opset 23 alone).
         if_graph: whether the ``If`` graph is exported.
         calibration: prompts that the ladder is mined from.
@@ -94,7 +105,7 @@ class ExportOptions:
         engines: engines of TensorRT that the bundle is to have; None for none. Brings ``told``, the ``If`` graph whose
             predicates the host gives.
         calibrate: whether every graph is measured on this machine; a variant no faster than the next larger one
-            is then left out.
+            is then left out. Not at bf16, which onnxruntime has not on a CPU, and not for engines.
     """
 
     budgets: tuple[float, ...] = (1.0, 0.85, 0.7, 0.55, 0.4)
@@ -137,6 +148,20 @@ class ExportOptions:
             raise ConfigError("static shapes and a router are of variants; leave --variants on")
         if not self.budgets and not self.if_graph:
             raise ConfigError("nothing to export: neither variants nor the If graph; leave one of them on")
+        if self.calibrate:
+            self._check_calibrate()
+        if self.engines is not None:
+            made = {"if": self.if_graph, "told": self.if_graph, "static": bool(self.static_shapes)}
+            made["variants"] = bool(self.budgets or self.allocations)
+            check_engines(self.engines, self.precision, [kind for kind, there in made.items() if there])
+
+    def _check_calibrate(self) -> None:
+        if self.precision == "bf16":
+            raise ConfigError("precision bf16: onnxruntime cannot run it on a CPU to measure it; leave out --calibrate")
+        if self.engines is not None:
+            raise ConfigError("calibrate: a CPU cannot say how fast engines are; leave out --calibrate")
+        if self.positions is not None and self.positions < 2:
+            raise ConfigError("calibrate: measures a token behind a prompt; give 2 positions at least")
 
 
 def export(
@@ -155,21 +180,22 @@ def export(
         out: the bundle's folder.
         options: what to export.
         base: the base model, where it is not at the place the artifact remembers.
-        force: replace a folder that is there.
+        force: replace a bundle that is there.
         progress: told the name of each part before it is written.
 
     Raises:
         ArtifactError: the artifact is not whole, or the base model not its own.
         BudgetError: a ladder's budget is below what the always-on layers cost.
         ConfigError: the model has a form that the graphs do not know.
-        StorageError: the folder exists, or the disk is full or not writable.
+        StorageError: the folder exists and is no bundle to be replaced, or the disk is full or not writable.
     """
     options, artifact = options or ExportOptions(), Path(artifact)
-    tell = progress or (lambda _: None)
-    with atomic_dir(out, force=force) as folder:
+    tell, versions = progress or (lambda _: None), _versions()
+    with atomic_dir(out, force=force, holding=MANIFEST_FILE) as folder:
         tell("artifact")
         loaded = load_artifact(artifact, base=base)
         gated = loaded.gated
+        _refuse_place(Path(out), artifact, base, loaded)
         _refuse(gated, options)
         if options.precision != "fp32":  # first, so that the ladder is what the graphs' own gates choose
             round_gates(gated, rounded_columns if _bits(options) else lambda value: value.astype(np.float16))
@@ -190,7 +216,7 @@ def export(
             graphs.append(_save(graph, folder, name, budget, allocation, gated.cost.fraction(allocation)))
         if options.calibrate:
             tell("calibration")
-            graphs = _measured(folder, graphs, gated.shape, options)
+            graphs = _measured(folder, graphs, gated.shape, _positions(gated, options), options)
         if options.static_shapes:
             tell("static shapes")
             graphs += _static(gated, spec, folder, graphs, options)
@@ -204,8 +230,9 @@ def export(
         tell("manifest")
         loaded.tokenizer.save_pretrained(str(folder))
         tags = read_tags(loaded.tokenizer)
-        dense = next((graph for graph in graphs if graph.kind == "variant" and graph.budget == 1.0), None)
-        if dense is not None:
+        whole = Allocation.dense(gated.shape.num_layers, gated.shape.num_groups)
+        dense = next((graph for graph in graphs if graph.kind == "variant" and graph.allocation == whole), None)
+        if dense is not None and options.dialect == "ort":  # whose caches are buffers that they share
             write_configs(
                 folder,
                 dense,
@@ -230,11 +257,17 @@ def export(
             prices=tuple((float(budget), float(price)) for budget, price in gated.prices),
             graphs=tuple(graphs),
             quality=_quality(artifact, loaded.config),
-            versions={name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()},
+            versions=versions,
             files=describe_bundle(folder),
         )
         bundle.write(folder)
     return bundle
+
+
+def _versions() -> dict[str, str]:
+    """Of what makes a bundle. onnxruntime says its own, since several packages bring it."""
+    found = {name: metadata.version(name) for name in _PACKAGES}
+    return found | {"onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
 
 
 def _write_weights(gated: GatedModel, folder: Path, options: ExportOptions) -> WeightFile:
@@ -286,19 +319,55 @@ def _block(options: ExportOptions, shape: ModelShape) -> int:
     raise ConfigError(f"block = {options.block}: int4 of matrices with {inputs} inputs has no whole blocks; use int8")
 
 
+def _refuse_place(out: Path, artifact: Path, base: str | None, loaded: LoadedArtifact) -> None:
+    """A folder that holds what is exported must not be replaced by the bundle."""
+    for place in (artifact, base, loaded.config.base.get("path"), loaded.recipe.model.name):
+        if place and Path(place).is_dir() and Path(place).resolve().is_relative_to(out.resolve()):
+            raise ConfigError(f"{out}: holds {place}, which is exported; choose another folder (--out)")
+
+
 def _refuse(gated: GatedModel, options: ExportOptions) -> None:
     """What has no graph, before anything is written."""
+    config = gated.model.config
+    if config.hidden_act not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act {config.hidden_act!r}: the graphs know silu alone; export a model that has it")
     if options.dialect == "ort" and gated.shape.head_dim % 16:
         raise ConfigError(
             f"head_dim {gated.shape.head_dim}: onnxruntime's attention needs a multiple of 16; use --dialect standard"
         )
     if gated.gate_config.mode != "stem":
         raise ConfigError("inline gates decide layer by layer and have no graph; train with --gates stem to export")
-    _window(gated.model.config)
-    most = _positions(gated, options)
+    _window(config)
+    _block(options, gated.shape)
+    most, rope = _positions(gated, options), config.rope_parameters
+    if rope.get("rope_type") == "longrope" and most > rope["original_max_position_embeddings"]:
+        raise ConfigError(
+            f"positions = {most}: longrope has other frequencies beyond {rope['original_max_position_embeddings']} "
+            "tokens, and a graph has one set of them; give no more --positions than these"
+        )
     for batch, sequence in options.static_shapes:
         if sequence > most:
             raise ConfigError(f"static shape batch={batch} seq={sequence}: longer than the bundle's {most} positions")
+    for budget, allocation in options.allocations:
+        _refuse_allocation(gated, budget, allocation)
+
+
+def _refuse_allocation(gated: GatedModel, budget: float, allocation: Allocation) -> None:
+    """Graphs hold groups as a prefix of each layer's order, and the layers before the gates whole."""
+    shape, stem = gated.shape, gated.gate_config.stem_layers
+    if (allocation.num_layers, allocation.num_groups) != (shape.num_layers, shape.num_groups):
+        raise ConfigError(
+            f"allocation of budget {budget:g}: is of another model shape; this one has {shape.num_layers} layers of "
+            f"{shape.num_groups} groups"
+        )
+    order = [list(range(shape.num_groups))] * stem + gated.allocator.group_order.tolist()
+    for layer, kept in enumerate(allocation.groups):
+        count = shape.num_groups if layer < stem else len(kept)
+        if list(kept) != sorted(order[layer][:count]):
+            raise ConfigError(
+                f"allocation of budget {budget:g}: layer {layer} keeps the groups {kept}, and may keep the first of "
+                f"{order[layer]}{', all of them' if layer < stem else ''}; give another allocation"
+            )
 
 
 def _widths(gated: GatedModel, ladder: Sequence[tuple[float, Allocation]], options: ExportOptions) -> tuple[int, ...]:
@@ -335,11 +404,12 @@ def _spec(loaded: LoadedArtifact, weights: WeightFile, widths: tuple[int, ...], 
 
 
 def _measured(
-    folder: Path, graphs: Sequence[GraphEntry], shape: ModelShape, options: ExportOptions
+    folder: Path, graphs: Sequence[GraphEntry], shape: ModelShape, positions: int, options: ExportOptions
 ) -> list[GraphEntry]:
     """Measures what runs by itself; removes the variants that gain nothing, and those that were part of such alone."""
     alone = [graph for graph in graphs if graph.kind in (IF_NAME, "variant")]
-    slow = not_faster(alone, calibrate(folder, alone, shape, in_place=options.dialect == "ort"))
+    costs = calibrate(folder, alone, shape, in_place=options.dialect == "ort", positions=positions)
+    slow = not_faster(alone, costs)
     stays, ladder = list[GraphEntry](), Ladder()
     for graph in graphs:
         why = "is not faster than the next larger variant on this machine" if graph in slow else ""
@@ -354,12 +424,16 @@ def _measured(
 
 
 def _window(config: PretrainedConfig) -> int | None:
-    """The sliding window of all layers, None for none."""
-    if not getattr(config, "use_sliding_window", True):
-        return None
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+    """The sliding window of all layers, None for none, as Transformers decides it.
+
+    Mistral has it in all layers, Qwen where ``layer_types`` says so, Llama nowhere, whatever else stands in the config.
+    """
+    family = family_of(config)
+    kinds = set(config.layer_types) if family.startswith("qwen") else set()
+    if len(kinds) > 1:
         raise ConfigError("layers with and without a sliding window are mixed, which the graphs do not know")
-    window: int | None = getattr(config, "sliding_window", None)
+    has = family == "mistral" or kinds == {"sliding_attention"}
+    window: int | None = config.sliding_window if has else None
     return window
 
 

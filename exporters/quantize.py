@@ -48,14 +48,6 @@ def _quantize(blocks: Array, bits: int) -> tuple[Array, Array]:
     return values, scales[..., 0]
 
 
-def dequantize(values: Array, scales: Array, bits: int, columns: int) -> Array:
-    """The inverse of :func:`quantize`, up to rounding: [out, columns], float32."""
-    if bits == 4:
-        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
-    numbers = (values.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
-    return numbers.reshape(len(values), -1)[:, :columns]
-
-
 def quantize_linear(
     matrix: Array, precision: str, inputs: int, block: int, scale: str = "float16"
 ) -> tuple[Array, Array]:

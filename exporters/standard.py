@@ -31,18 +31,20 @@ class StandardBlocks(Blocks):
         past = ops.op("Sub", total, fed)
         starts, ends = self.unsqueeze(ops, past, 0), self.unsqueeze(ops, total, 0)
         axis = ops.constant([1], "int64")
-        counted = ops.op("Slice", ops.op("CumSum", mask, one), starts, ends, axis)
-        positions = ops.op("Max", ops.op("Sub", counted, one), ops.constant(0, "int64"))
+        counted = ops.op("CumSum", mask, one)
+        new = ops.op("Slice", counted, starts, ends, axis)
+        positions = ops.op("Max", ops.op("Sub", new, one), ops.constant(0, "int64"))
         real = ops.op("Cast", ops.op("Slice", mask, starts, ends, axis), to=ir.DataType.BOOL)
 
         slots = ops.op("Range", ops.constant(0, "int64"), total, one)
         queries = self.unsqueeze(ops, ops.op("Range", past, total, one), 1)
-        seen = ops.op("LessOrEqual", slots, queries)  # [sequence, total]
-        if self.spec.window is not None:
-            near = ops.op("Less", ops.op("Sub", queries, slots), ops.constant(self.spec.window, "int64"))
+        seen = self.unsqueeze(ops, ops.op("LessOrEqual", slots, queries), 0)  # [1, sequence, total]
+        if self.spec.window is not None:  # of tokens, not of slots: free ones may stand between
+            ends_at = ops.op("Add", counted, ops.constant(self.spec.window - 1, "int64"))
+            near = ops.op("Less", self.unsqueeze(ops, positions, 2), self.unsqueeze(ops, ends_at, 1))
             seen = ops.op("And", seen, near)
         held = self.unsqueeze(ops, ops.op("Cast", mask, to=ir.DataType.BOOL), 1)
-        seen = ops.op("And", held, self.unsqueeze(ops, seen, 0))  # [batch, sequence, total]
+        seen = ops.op("And", held, seen)  # [batch, sequence, total]
         bias = ops.op("Where", seen, self.number(ops, 0.0), self.number(ops, _NEVER))
         bias = ops.op("Unsqueeze", bias, ops.constant([1, 2], "int64"))
 
@@ -62,14 +64,10 @@ class StandardBlocks(Blocks):
 
         TensorRT takes no two tensors of different lengths that begin at one place.
         """
-        if ops.outer is None or rows is None or len(self.spec.widths) == 1:
-            return super().weight(ops, name, rows)
         whole = (0, self.spec.tensors[name].shape[0])
-        return (
-            super().weight(ops, name)
-            if rows == whole
-            else self.part(ops, super().weight(ops, name), rows[0], sum(rows), 0)
-        )
+        if rows is None or rows == whole or ops.outer is None or len(self.spec.widths) == 1:
+            return super().weight(ops, name, rows)
+        return self.part(ops, super().weight(ops, name), rows[0], sum(rows), 0)
 
     def _dequantized(self, ops: Ops, name: str, rows: Rows | None) -> ir.Value:
         block = self.spec.block

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from l2a_compress.bundle import Bundle
+from l2a_compress.bundle import MANIFEST_FILE, Bundle
 from l2a_compress.engines import BuildRecipe, Built, Engine, engines
 from l2a_compress.errors import BundleError
 from l2a_compress.exporters.builders import BUILDERS, EngineBuilder
@@ -26,7 +29,7 @@ def build_engines(
     """Builds what a bundle's recipes describe and is not built, or was built by another version.
 
     A process that dies leaves a whole bundle: the engines that were finished are listed in the manifest, and a file
-    that is not listed is no part of it.
+    that is not listed is no part of it. Several processes may build engines of one bundle at a time.
 
     Args:
         folder: the bundle's.
@@ -54,20 +57,18 @@ def build_engines(
         builder = made[each.recipe.target]
         if force or each.built is None or each.built.version != builder.version:
             tell(each.recipe.engine)
-            bundle, each = _build(folder, bundle, each.recipe, builder)
+            each = _build(folder, bundle, each.recipe, builder)
         found.append(each)
     return found
 
 
-def _build(folder: Path, bundle: Bundle, recipe: BuildRecipe, builder: EngineBuilder) -> tuple[Bundle, Engine]:
+def _build(folder: Path, bundle: Bundle, recipe: BuildRecipe, builder: EngineBuilder) -> Engine:
     graph = next(entry for entry in bundle.graphs if entry.name == recipe.graph)
     began = time.perf_counter()
     engine, capabilities = builder.build(folder / graph.file, recipe)
     seconds = time.perf_counter() - began
     names = (recipe.engine, recipe.record)
-    files = {name: entry for name, entry in bundle.files.items() if name not in names}
-    if len(files) < len(bundle.files):  # until the new one is whole the bundle has none
-        replace(bundle, files=files).write(folder)
+    _list(folder, names, listed=False)  # until the new one is whole the bundle has none
     write_atomic(folder / recipe.engine, engine)
     built = Built(
         version=builder.version,
@@ -76,8 +77,20 @@ def _build(folder: Path, bundle: Bundle, recipe: BuildRecipe, builder: EngineBui
         seconds=seconds,
     )
     write_atomic(folder / recipe.record, built.text())
-    for name in names:
-        files[name] = {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
-    bundle = replace(bundle, files=files)
-    bundle.write(folder)
-    return bundle, Engine(recipe=recipe, built=built)
+    _list(folder, names, listed=True)
+    return Engine(recipe=recipe, built=built)
+
+
+def _list(folder: Path, names: Sequence[str], *, listed: bool) -> None:
+    """Puts files into the manifest as it is by now, or takes them out; one process at a time."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        bundle = Bundle.from_json(json.loads((folder / MANIFEST_FILE).read_bytes()))
+        files = {name: entry for name, entry in bundle.files.items() if name not in names}
+        for name in names if listed else ():
+            files[name] = {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
+        if files != bundle.files:
+            replace(bundle, files=files).write(folder)
+    finally:
+        os.close(held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,8 @@ from transformers import DynamicCache
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import WEIGHT_FILE, Bundle, GraphEntry
-from l2a_compress.engines import engines
-from l2a_compress.errors import BundleError
+from l2a_compress.engines import BuildRecipe, engines
+from l2a_compress.errors import BundleError, ConfigError
 from l2a_compress.exporters import rules
 from l2a_compress.exporters.facts import initializers
 from l2a_compress.exporters.specialize import specialize
@@ -28,6 +29,9 @@ from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.runtime.decoder import CACHE_TYPES, PAST, Array, GraphDecoder, predicates
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
+
+log = logging.getLogger(__name__)
+_ROWS = 16  # that are compared at a time
 
 
 class Decoder(Protocol):
@@ -94,6 +98,7 @@ def specialized(folder: Path, bundle: Bundle, *, rows: int = 3, tokens: int = 40
     entry, found = bundle.if_graph, {}
     if entry is None:
         return {}
+    tokens = min(tokens, bundle.positions)
     graph = onnx.load(str(folder / entry.file), load_external_data=False)
     ids = np.random.default_rng(0).choice(
         sorted({*range(bundle.shape.vocab_size)} - {bundle.tags["think"]}), (rows, tokens)
@@ -139,25 +144,31 @@ def parity(
     threads: int = 1,
     open_decoder: Callable[[GraphEntry], Decoder] | None = None,
 ) -> Iterator[Parity]:
-    """Compares greedy tokens of every graph with PyTorch's hard-gated model, on prompts of the calibration split.
+    """Compares greedy tokens of ``If`` graphs and variants with PyTorch's hard-gated model, on calibration prompts.
 
-    PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it. What runs a
-    graph is onnxruntime on the processor, or what ``open_decoder`` makes of it.
+    PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it. It computes in
+    32 bits, whatever the base model has. What runs a graph is onnxruntime on the processor, or what ``open_decoder``
+    makes of it; then graphs that have an engine are compared. Prompts that leave no room for ``tokens`` are left out.
 
     Raises:
-        BundleError: the bundle was not made of this artifact.
+        BundleError: the bundle was made of another base model than the artifact. Whether it was made of the same
+            training is what the tokens say.
+        ConfigError: no prompt leaves room for so many tokens.
     """
     bundle = Bundle.load(folder)
     loaded = load_artifact(artifact, base=base)
-    gated = loaded.gated
+    gated = loaded.gated.float()
     if loaded.config.base["digest"] != bundle.base["digest"]:
         raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
-    batches = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=16)
-    told = [entry for entry in bundle.graphs if entry.kind == "told"]
-    known = {each.recipe.graph for each in engines(folder, bundle)} if open_decoder is not None else None
-    for entry in [*bundle.decoders, *told]:
-        if known is not None and entry.name not in known:
-            continue
+    entries = [*bundle.decoders, *(entry for entry in bundle.graphs if entry.kind == "told")]
+    recipes: list[BuildRecipe] = []
+    if open_decoder is not None:
+        names = {entry.name for entry in entries}
+        recipes = [each.recipe for each in engines(folder, bundle) if each.recipe.graph in names]
+        entries = [entry for entry in entries if entry.name in {recipe.graph for recipe in recipes}]
+    rows, room = _room(recipes, bundle.positions, tokens)
+    batches = _fitting(calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=rows), room)
+    for entry in entries:
         if open_decoder is not None:
             decoder = open_decoder(entry)
         else:
@@ -170,6 +181,36 @@ def parity(
             wanted.append(("mixed", list(budgets)))
         for name, cycle in wanted:
             yield _compare(gated, entry, decoder, batches, name, cycle, tokens, bundle.widths)
+
+
+def _room(recipes: Sequence[BuildRecipe], positions: int, tokens: int) -> tuple[int, int]:
+    """Most rows, and most tokens of a prompt with ``tokens`` behind it, that all graphs and engines take."""
+    rows, room = _ROWS, positions - tokens
+    for profile in (profile for recipe in recipes for profile in recipe.profiles):
+        batch, fed = profile.shapes["input_ids"][2]
+        total = profile.shapes["attention_mask"][2][1]
+        rows, room = min(rows, batch), min(room, fed if profile.name == "prefill" else total - tokens)
+    return rows, room
+
+
+def _fitting(batches: Sequence[tuple[Tensor, Tensor]], most: int) -> list[tuple[Tensor, Tensor]]:
+    """The rows of at most ``most`` tokens, left-padded as before."""
+    fitting, count = [], 0
+    for ids, mask in batches:
+        lengths = mask.sum(1)
+        fits = lengths <= most
+        if fits.any():
+            longest = int(lengths[fits].max())
+            fitting.append((ids[fits, -longest:], mask[fits, -longest:]))
+        count += int((~fits).sum())
+    if not fitting:
+        raise ConfigError(
+            f"none of {count} prompts has at most {most} tokens, which is the room beside those that are written: "
+            "compare fewer tokens (--tokens), or export with more positions (engines: --max-prompt, --max-context)"
+        )
+    if count:
+        log.warning("%d prompts of more than %d tokens have no room and are not compared", count, most)
+    return fitting
 
 
 def _compare(

@@ -122,8 +122,7 @@ def _layer_tensors(layer: nn.Module, order: Tensor, gated: GatedModel) -> Iterat
     queries = (order[:, None] * width + torch.arange(width)).flatten()
     yield "input_norm", _array(cast(Any, layer.input_layernorm).weight)
     inputs = [
-        (sliced_linear(getattr(attention, f"{name}_proj"), None, None), rows)
-        for name, rows in (("q", queries), ("k", keys), ("v", keys))
+        (_merged(getattr(attention, f"{name}_proj")), rows) for name, rows in (("q", queries), ("k", keys), ("v", keys))
     ]
     yield "qkv", _array(torch.cat([linear.weight[rows] for linear, rows in inputs]))
     if any(_has_bias(linear) for linear, _ in inputs):
@@ -134,16 +133,21 @@ def _layer_tensors(layer: nn.Module, order: Tensor, gated: GatedModel) -> Iterat
     for name in ("q_norm", "k_norm"):
         if hasattr(attention, name):
             yield name, _array(getattr(attention, name).weight)
-    output = sliced_linear(attention.o_proj, None, None)  # type: ignore[arg-type]
+    output = _merged(attention.o_proj)
     yield "o", _array(output.weight[:, queries].t())
     if _has_bias(output):
         yield "o_bias", _array(output.bias)
     yield "post_norm", _array(cast(Any, layer.post_attention_layernorm).weight)
     for name in ("gate", "up", "down"):
-        linear = sliced_linear(getattr(mlp, f"{name}_proj"), None, None)
+        linear = _merged(getattr(mlp, f"{name}_proj"))
         if _has_bias(linear):
             raise ConfigError(f"{name}_proj has a bias, which the exporter does not know; export without it")
         yield name, _array(linear.weight.t())
+
+
+def _merged(module: Any) -> nn.Linear:
+    """A projection with its adapter, not rounded to the base's type."""
+    return sliced_linear(module, None, None, torch.float32)
 
 
 def _has_bias(linear: nn.Linear) -> bool:
@@ -166,9 +170,12 @@ def narrowed(name: str, value: Array, dtype: str) -> Array:
 
 
 def rotary_of(gated: GatedModel) -> tuple[Array, float]:
-    """Inverse frequencies [head_dim / 2] and the scale of the model's own rotary embedding."""
+    """Inverse frequencies [head_dim / 2] and the scale of the model's own rotary embedding.
+
+    They are those that it begins with: where they change with the length (longrope), ``inv_freq`` is what ran last.
+    """
     rotary = cast(Any, gated.model.base_model).rotary_emb
-    return _array(rotary.inv_freq), float(rotary.attention_scaling)
+    return _array(rotary.original_inv_freq), float(rotary.attention_scaling)
 
 
 def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:

@@ -20,28 +20,31 @@ _FLOAT_NOISE = Fraction(1, 10**12)
 
 
 class Precision(NamedTuple):
-    """Bytes of a stored weight, and of a number in the key and value cache, of what export writes."""
+    """Bytes of a layer's stored weight, of a number in the key and value cache, and of a weight of the embedding."""
 
     weight_bytes: float
     cache_bytes: int
+    embedding_bytes: float
 
 
 # Quantized weights have a scale of 32 bits for each block of export's usual size, and caches of 32 bits beside them.
 PRECISIONS = {
-    "fp32": Precision(4.0, 4),
-    "fp16": Precision(2.0, 2),
-    "bf16": Precision(2.0, 2),
-    "int8": Precision(1.0 + 4 / 128, 4),
-    "fp8": Precision(1.0, 2),  # of engines alone: a scale an output, and caches of 16 bits
-    "int4": Precision(0.5 + 4 / 32, 4),
+    "fp32": Precision(4.0, 4, 4.0),
+    "fp16": Precision(2.0, 2, 2.0),
+    "bf16": Precision(2.0, 2, 2.0),
+    "int8": Precision(1.0 + 4 / 128, 4, 1.0 + 4 / 128),
+    "fp8": Precision(1.0, 2, 2.0),  # of the dialect standard alone
+    "int4": Precision(0.5 + 4 / 32, 4, 0.5 + 4 / 32),
 }
+# In the dialect standard the layers alone are quantized, by a scale of 16 bits for each output, or each block of int4.
+_STANDARD = {"int8": Precision(1.0, 2, 2.0), "int4": Precision(0.5 + 2 / 128, 2, 2.0)}
 
 
-def precision_of(name: str) -> Precision:
+def precision_of(name: str, dialect: str = "ort") -> Precision:
     """Return the sizes of a precision by its name, or a ``ConfigError`` that lists the names."""
     if name not in PRECISIONS:
         raise ConfigError(f"precision must be one of {', '.join(PRECISIONS)}, found {_validate.shown(name)}")
-    return PRECISIONS[name]
+    return _STANDARD.get(name, PRECISIONS[name]) if dialect == "standard" else PRECISIONS[name]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,10 +162,19 @@ class CostModel:
         attention = 2 * 2 * heads * shape.head_dim * _count(context, "context")
         return self.units(allocation) + attention + 2 * shape.hidden_size * shape.vocab_size
 
-    def weight_bytes(self, allocation: Allocation, bytes_per_weight: float) -> int:
-        """Return the bytes of the matrices that an allocation needs, embedding and output head included."""
+    def weight_bytes(
+        self, allocation: Allocation, bytes_per_weight: float, bytes_of_embedding: float | None = None
+    ) -> int:
+        """Return the bytes of the matrices that an allocation needs, embedding and output head included.
+
+        Args:
+            allocation: What runs.
+            bytes_per_weight: Of the layers.
+            bytes_of_embedding: Of a weight of the embedding and the output head; None: as of the layers.
+        """
         embeddings = (1 if self.shape.tied else 2) * self._head_weights
-        return math.ceil((self.units(allocation) // 2 + embeddings) * bytes_per_weight)
+        wide = bytes_per_weight if bytes_of_embedding is None else bytes_of_embedding
+        return math.ceil(self.units(allocation) // 2 * bytes_per_weight + embeddings * wide)
 
     def kv_bytes(self, allocation: Allocation, tokens: int, bytes_per_value: int = 2) -> int:
         """Return the bytes of the key and value cache of one sequence of ``tokens``."""
@@ -171,7 +183,14 @@ class CostModel:
         return values * _count(tokens, "tokens") * bytes_per_value
 
     def latency(
-        self, allocation: Allocation, device: DeviceProfile, *, context: int, batch: int = 1, precision: str = "fp16"
+        self,
+        allocation: Allocation,
+        device: DeviceProfile,
+        *,
+        context: int,
+        batch: int = 1,
+        precision: str = "fp16",
+        dialect: str = "ort",
     ) -> float:
         """Return the seconds of one decode step by the roofline model, a lower bound on what a device can do.
 
@@ -179,10 +198,17 @@ class CostModel:
         every sequence, over bandwidth). Of the embedding only the output head is read.
         """
         flops = _count(batch, "batch") * self.flops(allocation, context)
-        return self._roofline(allocation, device, flops, context, batch, precision)
+        return self._roofline(allocation, device, flops, context * batch, precision, dialect)
 
     def prefill(
-        self, allocation: Allocation, device: DeviceProfile, *, context: int, batch: int = 1, precision: str = "fp16"
+        self,
+        allocation: Allocation,
+        device: DeviceProfile,
+        *,
+        context: int,
+        batch: int = 1,
+        precision: str = "fp16",
+        dialect: str = "ort",
     ) -> float:
         """Return the seconds of reading prompts of ``context`` tokens by the roofline model, a lower bound.
 
@@ -192,14 +218,15 @@ class CostModel:
         tokens, head = _count(context, "context"), self.flops(allocation, 0) - self.units(allocation)
         attention = (self.flops(allocation, 1) - self.flops(allocation, 0)) * (tokens * (tokens + 1) // 2)
         flops = _count(batch, "batch") * (tokens * self.units(allocation) + attention + head)
-        return self._roofline(allocation, device, flops, context, batch, precision)
+        return self._roofline(allocation, device, flops, context * batch, precision, dialect)
 
     def _roofline(
-        self, allocation: Allocation, device: DeviceProfile, flops: int, context: int, batch: int, precision: str
+        self, allocation: Allocation, device: DeviceProfile, flops: int, cached: int, precision: str, dialect: str
     ) -> float:
-        sizes = precision_of(precision)
-        moved = math.ceil((self.units(allocation) // 2 + self._head_weights) * sizes.weight_bytes)
-        moved += batch * self.kv_bytes(allocation, context, sizes.cache_bytes)
+        sizes = precision_of(precision, dialect)
+        layers = self.units(allocation) // 2 * sizes.weight_bytes
+        moved = math.ceil(layers + self._head_weights * sizes.embedding_bytes)
+        moved += self.kv_bytes(allocation, cached, sizes.cache_bytes)
         return max(flops / device.peak_flops[device.computes_in(precision)], moved / device.memory_bandwidth)
 
     @property

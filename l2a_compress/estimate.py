@@ -32,6 +32,7 @@ class Source:
         kind: ``bundle``, ``artifact`` or ``model``.
         shape: Sizes of the decoder.
         precision: Of a bundle's matrices; None where nothing is exported yet.
+        dialect: Of a bundle, or which one is meant to be exported.
         variants: A bundle's variants, ``(budget, allocation)`` from the largest budget to the smallest.
     """
 
@@ -39,6 +40,7 @@ class Source:
     kind: str
     shape: ModelShape
     precision: str | None = None
+    dialect: str = "ort"
     variants: tuple[tuple[float, Allocation], ...] = ()
 
 
@@ -109,7 +111,12 @@ def read_source(path: str | Path) -> Source:
                 best[graph.budget] = max(known, graph.allocation, key=bundle.cost.units)
         variants = tuple(best.items())
         return Source(
-            name=bundle.base["name"], kind="bundle", shape=bundle.shape, precision=bundle.precision, variants=variants
+            name=bundle.base["name"],
+            kind="bundle",
+            shape=bundle.shape,
+            precision=bundle.precision,
+            dialect=bundle.dialect,
+            variants=variants,
         )
     if (path / ARTIFACT_FILE).exists():
         artifact = ArtifactConfig.load(path)
@@ -206,17 +213,18 @@ def estimate(
         BudgetError: A budget is out of range, or below one layer.
         ConfigError: ``precision`` is unknown, or ``context`` or ``batch`` is below 1.
     """
-    sizes = precision_of(precision)
+    sizes = precision_of(precision, source.dialect)
     _validate.integer(context, "context", ConfigError, minimum=1)
     _validate.integer(batch, "batch", ConfigError, minimum=1)
     cost, variants = CostModel(shape=source.shape), dict(source.variants)
+    asked: dict[str, Any] = {"context": context, "batch": batch, "precision": precision, "dialect": source.dialect}
     found = []
     for budget in budgets:
         variant = variants.get(budget)
         allocation = spread(source.shape, budget) if variant is None else variant
-        weights = cost.weight_bytes(allocation, sizes.weight_bytes)
+        weights = cost.weight_bytes(allocation, sizes.weight_bytes, sizes.embedding_bytes)
         caches = batch * cost.kv_bytes(allocation, context, sizes.cache_bytes)
-        decode = cost.latency(allocation, device, context=context, batch=batch, precision=precision)
+        decode = cost.latency(allocation, device, **asked)
         row = Estimate(
             budget=budget,
             allocation=allocation,
@@ -225,7 +233,7 @@ def estimate(
             kv_bytes=caches,
             fits=weights + caches <= device.memory_bytes,
             decode_seconds=decode,
-            prefill_seconds=cost.prefill(allocation, device, context=context, batch=batch, precision=precision),
+            prefill_seconds=cost.prefill(allocation, device, **asked),
             tokens_per_second=batch / decode,
         )
         found.append(row)

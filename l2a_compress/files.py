@@ -39,6 +39,7 @@ _HINTS = {
 _FULL_DISK_WORDS = ("No space left on device", "StorageFull", "os error 28")
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_made = set[str]()  # temporary names of this process: in a container the next one may have the same id
 
 
 def sha256_of(path: str | Path) -> str:
@@ -73,7 +74,7 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
 
 
 @contextmanager
-def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
+def atomic_dir(final: str | Path, *, force: bool = False, holding: str | None = None) -> Iterator[Path]:
     """Make a folder at once: yields a temporary sibling to fill, which takes the final name when the block ends well.
 
     Where the system can exchange two names in one step (Linux), a reader finds the old folder or the new one at every
@@ -82,6 +83,7 @@ def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
     Args:
         final: The folder to make; its parents are made too.
         force: Replace a folder that is there and not empty.
+        holding: A file without which such a folder is nothing that may be replaced; None: whatever it holds.
 
     Raises:
         StorageError: The folder is taken (without ``force``), the disk is full or not writable. What was there stays.
@@ -90,7 +92,7 @@ def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
     with _storage_errors(final, "cannot write"):
         final.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(final)
-        _check_free(final, force=force)
+        _check_free(final, force=force, holding=holding)
         temporary = _beside(final, "tmp")
         temporary.mkdir()
     try:
@@ -98,20 +100,26 @@ def atomic_dir(final: str | Path, *, force: bool = False) -> Iterator[Path]:
             yield temporary
         with _storage_errors(final, "cannot write"):
             fsync_tree(temporary)
-            _check_free(final, force=force)
+            _check_free(final, force=force, holding=holding)
             _put(temporary, final)
             fsync(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_free(final: Path, *, force: bool) -> None:
+def _check_free(final: Path, *, force: bool, holding: str | None = None) -> None:
     if not os.path.lexists(final):
         return
     if not final.is_dir() or final.is_symlink():
         raise StorageError(f"{final}: a file or link has this name: choose another one")
-    if not force and any(final.iterdir()):
+    if not any(final.iterdir()):
+        return
+    if not force:
         raise StorageError(f"{final}: the folder exists and is not empty: choose another name or pass force (--force)")
+    if holding is not None and not (final / holding).is_file():
+        raise StorageError(
+            f"{final}: the folder holds no {holding}, so --force does not replace it: choose another name"
+        )
 
 
 def _put(temporary: Path, final: Path) -> None:
@@ -144,7 +152,9 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def _beside(path: Path, kind: str) -> Path:
     """Return a fresh hidden name beside ``path`` that says which process made it."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}")
+    name = f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.{kind}"
+    _made.add(name)
+    return path.with_name(name)
 
 
 def _clean_up(final: Path) -> None:
@@ -152,7 +162,7 @@ def _clean_up(final: Path) -> None:
     prefix = f".{final.name}.{socket.gethostname()}."
     for left in sorted(final.parent.iterdir()):
         pid, _, rest = left.name.removeprefix(prefix).partition(".")
-        if not left.name.startswith(prefix) or not pid.isdecimal() or _is_running(int(pid)):
+        if not left.name.startswith(prefix) or not pid.isdecimal() or _is_in_use(left.name, int(pid)):
             continue
         if rest.endswith(".old") and not final.exists():
             os.rename(left, final)
@@ -162,7 +172,10 @@ def _clean_up(final: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def _is_in_use(name: str, pid: int) -> bool:
+    """Whether the process that made a temporary name is still there."""
+    if pid == os.getpid():
+        return name in _made
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

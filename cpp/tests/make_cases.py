@@ -28,15 +28,15 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "unit"))
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import describe_bundle
-from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.exporters.onnx import ExportOptions, export
+from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.runtime.chooser import Serve
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Limits, Request
 from l2a_compress.runtime.sampling import Sampling
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
-from toy_models import new_artifact
+from toy_models import kept_groups, new_artifact
 
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 PRECISIONS = {"fp32": "fp32", "int8": "int8"}
@@ -67,7 +67,7 @@ def _make(
     loaded = load_artifact(artifact)
     chunks = calibration_prompts(loaded.recipe, loaded.tokenizer, prompts or options.prompts, batch_size=16)
     texts = [row[mask.bool()].tolist() for ids, masks in chunks for row, mask in zip(ids, masks, strict=True)]
-    ladder = tuple(_ladder(loaded.gated.shape))
+    ladder = tuple(_ladder(loaded.gated))
     found = []
     for name, precision in bundles.items():
         block = 32 if precision == "int8" else None
@@ -113,14 +113,12 @@ def _fragile(whole: Path, folder: Path, cases: list[dict[str, Any]]) -> int:
     return most
 
 
-def _ladder(shape: ModelShape) -> Iterator[tuple[float, Allocation]]:
+def _ladder(gated: GatedModel) -> Iterator[tuple[float, Allocation]]:
     """Nested: all; without a layer; two with other layers; the latter's first with fewer groups; half."""
-    layers, groups = shape.num_layers, shape.num_groups
-    cost = CostModel(shape=shape)
+    layers, groups, cost = gated.shape.num_layers, gated.shape.num_groups, gated.cost
 
     def widths(skipped: set[int], narrow: set[int]) -> Allocation:
-        kept = [0 if at in skipped else 1 if at in narrow else groups for at in range(layers)]
-        return Allocation(num_groups=groups, groups=tuple(tuple(range(count)) for count in kept))
+        return kept_groups(gated, [0 if at in skipped else 1 if at in narrow else groups for at in range(layers)])
 
     levels = [
         [widths(set(), set())],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -65,15 +65,17 @@ def export(
         str | None, typer.Option(help="GPUs that engines are for: device profiles, by comma.", show_default=False)
     ] = None,
     engines: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Graphs that become engines: some of told (l2a run --serve if), variants (--serve variants), static "
-            "and if (for programs of your own)."
+            "and if (for programs of your own). Default: told,variants,static."
         ),
-    ] = "told,variants,static",
-    max_batch: Annotated[int, typer.Option(help="Most rows of an engine.")] = 8,
-    max_prompt: Annotated[int, typer.Option(help="Most tokens of a prompt of an engine.")] = 512,
-    max_context: Annotated[int, typer.Option(help="Most tokens of a sequence of an engine.")] = 1024,
+    ] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Most rows of an engine. Default: 8.")] = None,
+    max_prompt: Annotated[int | None, typer.Option(help="Most tokens of a prompt of an engine. Default: 512.")] = None,
+    max_context: Annotated[
+        int | None, typer.Option(help="Most tokens of a sequence of an engine. Default: 1024.")
+    ] = None,
     defer_build: Annotated[
         bool, typer.Option(help="Build no engine now: `l2a compress build-engines` does it where they will run.")
     ] = False,
@@ -83,7 +85,7 @@ def export(
     positions: Annotated[
         int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own, at most 8192.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace a bundle that is there.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
 ) -> None:
     """Turn an artifact into ONNX graphs for every budget, all over one weight file, and into TensorRT engines."""
@@ -98,16 +100,20 @@ def export(
     onnx, rungs = target == "onnx", load_ladder(ladder)
     budgets = budgets_of(rungs) if variants else ()
     static_shapes = static_shapes or (rungs.get("static_shapes") if variants else None)
-    made = None
-    if not onnx:
-        made = EngineOptions(
-            target=target,
-            capabilities=_capabilities(device),
-            kinds=tuple(engines.split(",")),
-            batch=max_batch,
-            prompt=max_prompt,
-            context=max_context,
+    asked: dict[str, Any] = {
+        "capabilities": _capabilities(device),
+        "kinds": tuple(engines.split(",")) if engines is not None else None,
+        "batch": max_batch,
+        "prompt": max_prompt,
+        "context": max_context,
+    }
+    asked = {name: value for name, value in asked.items() if value not in (None, ())}
+    if onnx and (asked or defer_build):
+        raise ConfigError(
+            "--device, --engines, --max-batch, --max-prompt, --max-context and --defer-build are of engines, and "
+            f"--target onnx has none; give --target {' or '.join(TARGETS)}, or leave them out"
         )
+    made = None if onnx else EngineOptions(target=target, **asked)
     options = ExportOptions(
         budgets=budgets,
         dialect=dialect or ("ort" if onnx else "standard"),

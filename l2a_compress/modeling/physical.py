@@ -83,21 +83,31 @@ def _replace(parent: nn.Module, name: str, rows: Tensor | None, columns: Tensor 
 
 
 @torch.no_grad()
-def sliced_linear(module: nn.Module, rows: Tensor | None, columns: Tensor | None) -> nn.Linear:
-    """The linear layer that ``module`` amounts to on those rows and columns; the base layer where nothing changes."""
+def sliced_linear(
+    module: nn.Module, rows: Tensor | None, columns: Tensor | None, dtype: torch.dtype | None = None
+) -> nn.Linear:
+    """The linear layer that ``module`` amounts to on those rows and columns; the base layer where nothing changes.
+
+    Args:
+        module: a projection, with or without gates and adapters.
+        rows: that are kept; None: all.
+        columns: likewise.
+        dtype: of the result; None: the base's, to which merged adapters are then rounded.
+    """
     if isinstance(module, GatedProjection):
         module = module.projection
     base = module.get_base_layer() if isinstance(module, LoraLayer) else module
     assert isinstance(base, nn.Linear)
+    dtype = dtype or base.weight.dtype
     adapted = None
     if isinstance(module, LoraLayer) and not module.disable_adapters:
         wide = torch.promote_types(base.weight.dtype, torch.float32)
         delta: Tensor = module.get_delta_weight(ADAPTER_NAME)  # type: ignore[operator]
-        adapted = (base.weight.to(wide) + delta.to(wide)).to(base.weight.dtype)
-    if adapted is None and rows is None and columns is None:
+        adapted = (base.weight.to(wide) + delta.to(wide)).to(dtype)
+    if adapted is None and rows is None and columns is None and dtype == base.weight.dtype:
         return base
-    weight = base.weight if adapted is None else adapted
-    bias: Tensor | None = base.bias
+    weight = base.weight.to(dtype) if adapted is None else adapted
+    bias: Tensor | None = None if base.bias is None else base.bias.to(dtype)
     if rows is not None:
         weight = weight[rows.to(weight.device)]
         bias = bias[rows.to(weight.device)] if bias is not None else None

@@ -119,6 +119,23 @@ def test_a_format_that_the_device_lacks_is_computed_in_a_wider_one() -> None:
     assert many.weight_bytes == 0.625 * (4 * LAYER + 2 * HEAD)
 
 
+@pytest.mark.parametrize(("precision", "weight"), [("int8", 1.0), ("fp8", 1.0), ("int4", 0.5 + 2 / 128)])
+def test_the_dialect_standard_quantizes_layers_alone(precision: str, weight: float) -> None:
+    """Embedding, output head and caches have 16 bits there."""
+    source = Source(name="small", kind="bundle", shape=SMALL, dialect="standard")
+    device = dataclasses.replace(TOY, peak_flops={"fp32": 1e9})  # so that only what is read takes time
+    row = estimate(source, device, (1.0,), precision=precision, context=3, batch=2)[0]
+    assert row.weight_bytes == weight * 4 * LAYER + 2 * 2 * HEAD
+    assert row.kv_bytes == 4 * 2 * 2 * 2 * 2 * 3 * 2
+    assert row.decode_seconds == pytest.approx((weight * 4 * LAYER + 2 * HEAD + row.kv_bytes) / 1000)
+
+
+def test_a_bundle_brings_its_dialect(tmp_path: Path) -> None:
+    manifest = write_bundle(tmp_path)
+    (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest | {"dialect": "standard"}))
+    assert read_source(tmp_path).dialect == "standard"
+
+
 def test_memory_that_is_just_enough_fits() -> None:
     needed = small((1.0,), context=1)[0].total_bytes
     source = Source(name="small", kind="model", shape=SMALL)

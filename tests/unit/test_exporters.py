@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageEr
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.facts import branches, initializers, nodes
 from l2a_compress.exporters.ladder import mine
-from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.exporters.quantize import BITS, BLOCKS, dequantize, quantize
+from l2a_compress.exporters.onnx import ExportOptions, _window, export
+from l2a_compress.exporters.quantize import BITS, BLOCKS, quantize
 from l2a_compress.exporters.shapes import parse_shapes
 from l2a_compress.exporters.verify import (
     graph_inputs,
@@ -39,7 +40,7 @@ from l2a_compress.exporters.verify import (
     right_padded,
     torch_logits,
 )
-from l2a_compress.exporters.weights import Stored, narrowed
+from l2a_compress.exporters.weights import Stored, narrowed, rotary_of
 from l2a_compress.modeling.budgets import batch_budgets
 from l2a_compress.modeling.families import decoder_layers
 from l2a_compress.modeling.gated import GatedModel
@@ -49,7 +50,7 @@ from l2a_compress.runtime.decoder import GraphDecoder
 from l2a_compress.training.store import load_artifact, save_artifact
 from test_artifact import schema
 from test_training_trainer import largest_file
-from toy_models import FAMILIES, GROUPS, LAYERS, new_artifact, prompts
+from toy_models import FAMILIES, GROUPS, LAYERS, kept_groups, new_artifact, new_model, prompts
 
 BUDGETS = (1.0, 0.8, 0.6, 0.45)
 OPTIONS = ExportOptions(budgets=BUDGETS, calibration=16, head_widths=True)
@@ -125,12 +126,12 @@ def test_narrowed_layers_are_masked_where_the_graph_computes_them_whole(dialect:
 def test_layers_have_widths_where_narrowing_them_pays(
     narrowed: int, precision: str, widths: tuple[int, ...], tmp_path: Path
 ) -> None:
-    whole, narrow = tuple(range(GROUPS)), (0,)
-    kept = tuple(narrow if LAYERS - narrowed <= at else whole for at in range(LAYERS))
-    kept = (whole, *kept[1:])  # the stem is never narrowed
-    allocation = Allocation(groups=kept, num_groups=GROUPS)
+    artifact = new_artifact(tmp_path)
+    kept = [1 if LAYERS - narrowed <= at else GROUPS for at in range(LAYERS)]
+    kept[0] = GROUPS  # the stem is never narrowed
+    allocation = kept_groups(load_artifact(artifact).gated, kept)
     options = ExportOptions(allocations=((0.9, allocation),), precision=precision)
-    assert export(new_artifact(tmp_path), tmp_path / "bundle", options).widths == widths
+    assert export(artifact, tmp_path / "bundle", options).widths == widths
 
 
 @pytest.mark.parametrize("gates", [{"summary": "none"}, {"summary": "mean"}, {"heads": False}, {"tokens": False}])
@@ -160,6 +161,14 @@ def test_gates_that_no_input_moves_are_constants(dialect: str, demand: bool, tmp
     assert told_alone == (["cap"] if demand else ["cap", "mean"])
     for row in parity(tmp_path / "bundle", same, prompts=6, tokens=4, budgets=BUDGETS):
         assert (row.equal, row.allocations) == (row.tokens, True)
+
+
+def dequantize(values: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The inverse of ``quantize``, up to rounding: [out, columns], float32."""
+    if bits == 4:
+        values = np.stack([values & 15, values >> 4], axis=-1).reshape(*values.shape[:-1], -1)
+    numbers = (values.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
+    return numbers.reshape(len(values), -1)[:, :columns]
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -587,6 +596,21 @@ def test_graphs_of_fixed_shapes_say_what_pytorch_says(
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_a_window_counts_tokens_and_no_free_slots(dialect: str, tmp_path: Path) -> None:
+    """Between the tokens of a prompt, with padding behind it, and those that follow there are slots without any."""
+    artifact = new_artifact(tmp_path, "mistral", model={"sliding_window": 5})
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), dialect=dialect, static_shapes=((2, 24),))
+    static = {entry.name: entry for entry in export(artifact, tmp_path / "bundle", options).graphs}
+    ids, mask = prompts(2, 10, seed=3)
+    gated = load_artifact(artifact).gated
+    told = batch_budgets([Budget()] * 2, gated.cost, gated.gate_config)
+    expected = torch_logits(gated, ids, mask, [Allocation.dense(LAYERS, GROUPS)] * 2, told, 5)
+    prefill, decode = (static[f"b1.{phase}.batch2.seq24"] for phase in ("prefill", "decode"))
+    found = run_fixed(tmp_path / "bundle", prefill, decode, ids, mask, expected.argmax(-1), dialect)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 def run_fixed(
     folder: Path,
     prefill: GraphEntry,
@@ -634,6 +658,16 @@ def run_fixed(
     return np.stack(logits, axis=1)
 
 
+def test_prompts_are_compared_within_the_positions(
+    made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), if_graph=False, positions=36)
+    export(made[0], tmp_path / "bundle", options)
+    (row,) = parity(tmp_path / "bundle", made[0], prompts=16, tokens=6)
+    assert row.equal == row.tokens
+    assert f"{16 - row.tokens // 6} prompts of more than 30 tokens have no room" in caplog.text
+
+
 @pytest.mark.parametrize("text", ["", "batch=1", "seq=8", "batch=0 seq=8", "batch=1,x seq=8", "batch=1 seq=8 more=1"])
 def test_shapes_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="static shapes"):
@@ -659,6 +693,71 @@ def test_inline_gates_have_no_graph(tmp_path: Path) -> None:
     artifact = new_artifact(tmp_path, mode="inline")
     with pytest.raises(ConfigError, match="inline"):
         export(artifact, tmp_path / "bundle", OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("family", "model", "window"),
+    [
+        ("mistral", {"sliding_window": 7}, 7),
+        ("mistral", {"sliding_window": None}, None),
+        ("llama", {"sliding_window": 7}, None),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}, 7),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": LAYERS}, None),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 7, "max_window_layers": 0}, None),
+    ],
+)
+def test_the_window_is_where_transformers_has_it(family: str, model: dict[str, object], window: int | None) -> None:
+    assert _window(new_model(family, **model).config) == window
+
+
+def test_mixed_windows_are_refused() -> None:
+    model = new_model("qwen3", use_sliding_window=True, sliding_window=7, max_window_layers=2)
+    with pytest.raises(ConfigError, match="mixed"):
+        _window(model.config)
+
+
+def longrope(original: int) -> dict[str, object]:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": original}
+    return {"rope_parameters": {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, **factors}}
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [({"hidden_act": "gelu"}, "hidden_act 'gelu'"), (longrope(128), "positions = 512: longrope .* beyond 128")],
+)
+def test_models_that_the_graphs_do_not_compute_are_refused(
+    model: dict[str, object], words: str, tmp_path: Path
+) -> None:
+    artifact = new_artifact(tmp_path, "llama", model=model)
+    with pytest.raises(ConfigError, match=words):
+        export(artifact, tmp_path / "bundle", OPTIONS)
+
+
+def test_longrope_has_its_short_frequencies_whatever_ran_last(tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, "llama", model=longrope(64))
+    gated = load_artifact(artifact).gated
+    with torch.no_grad():
+        gated.model(torch.ones(1, 80, dtype=torch.int64))  # beyond the original length
+    expected = 1 / 10_000.0 ** (np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(rotary_of(gated)[0], expected, rtol=1e-5)
+    export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, budgets=(1.0,), positions=64))
+    for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=4, budgets=(1.0,)):
+        assert row.equal == row.tokens
+        assert row.difference < 1e-3
+
+
+@pytest.mark.parametrize("place", [".", "base", "artifact"])
+def test_what_is_exported_is_not_replaced_by_the_bundle(place: str, tmp_path: Path) -> None:
+    """Not by force either, and not where a bundle was put around or into it."""
+    artifact = new_artifact(tmp_path / "run")
+    out, before = tmp_path / "run" / place, sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(StorageError, match=r"holds no manifest\.json"):
+        export(artifact, out, OPTIONS, force=True)
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="which is exported; choose another folder"):
+        export(artifact, out, OPTIONS, force=True)
+    assert (out / "manifest.json").is_file()
 
 
 def test_a_bundle_that_is_there_is_not_replaced(made: tuple[Path, Path], copy: Path) -> None:
@@ -737,9 +836,8 @@ def test_variants_that_are_not_nested_are_refused(copy: Path) -> None:
         Bundle.load(copy)
 
 
-def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], tmp_path: Path) -> None:
-    groups = tuple((0, 1) if layer % 2 == 0 else (0,) for layer in range(LAYERS))
-    half = Allocation(num_groups=2, groups=groups)
+def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], gated: GatedModel, tmp_path: Path) -> None:
+    half = kept_groups(gated, [2 - layer % 2 for layer in range(LAYERS)])
     options = dataclasses.replace(
         OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, 2)), (0.8, half)), if_graph=False
     )
@@ -753,10 +851,60 @@ def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], tmp
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+@pytest.mark.parametrize("wrong", ["order", "stem", "shape"])
+def test_allocations_that_the_graphs_cannot_hold_are_refused(
+    wrong: str, made: tuple[Path, Path], gated: GatedModel, tmp_path: Path
+) -> None:
+    last = gated.allocator.group_order[-1].tolist()
+    groups = [[0, 1]] * (LAYERS - 1) + [[last[1]]]
+    if wrong != "order":
+        groups = [[0], *groups[1:-1], [0, 1]] if wrong == "stem" else groups[1:]
+    allocation = Allocation(num_groups=2, groups=tuple(map(tuple, groups)))
+    options = dataclasses.replace(OPTIONS, allocations=((0.8, allocation),))
+    words = {"order": rf"layer 5 .* the first of \[{last[0]}, {last[1]}\]", "stem": "layer 0 .* all of them"}
+    with pytest.raises(ConfigError, match=words.get(wrong, "another model shape")):
+        export(made[0], tmp_path / "bundle", options)
+
+
+def test_the_dense_variant_is_open_to_others_at_any_budget(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """It is the one whose allocation is whole; in the dialect standard others cannot share a buffer with it."""
+    whole, less = Allocation.dense(LAYERS, GROUPS), Allocation.of_layers(range(LAYERS - 1), LAYERS, GROUPS)
+    options = dataclasses.replace(OPTIONS, if_graph=False)
+    for budget, allocation, dialect in ((0.9, whole, "ort"), (1.0, less, "ort"), (1.0, whole, "standard")):
+        out = tmp_path / f"{budget}-{dialect}"
+        export(made[0], out, dataclasses.replace(options, allocations=((budget, allocation),), dialect=dialect))
+        opened = allocation == whole and dialect == "ort"
+        assert [(out / name).is_file() for name in ("config.json", "genai_config.json")] == [opened, opened]
+
+
+def test_the_package_of_onnxruntime_may_be_another(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu brings the same module."""
+    found = metadata.version
+
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    options = dataclasses.replace(OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, GROUPS)),), if_graph=False)
+    assert export(made[0], tmp_path / "bundle", options).versions["onnxruntime"] == onnxruntime.__version__
+
+
 @pytest.mark.parametrize(("precision", "block"), [("fp32", 32), ("int4", 48)])
 def test_a_block_that_there_is_not_is_refused(precision: str, block: int) -> None:
     with pytest.raises(ConfigError, match="32, 64, 128"):
         dataclasses.replace(OPTIONS, precision=precision, block=block)
+
+
+def test_adapters_of_a_base_in_16_bits_are_merged_in_32(tmp_path: Path) -> None:
+    artifact = new_artifact(tmp_path, dtype="bfloat16")
+    export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, budgets=(1.0, 0.6)))
+    for row in parity(tmp_path / "bundle", artifact, prompts=6, tokens=4, budgets=(1.0, 0.6)):
+        assert (row.equal, row.allocations) == (row.tokens, True)
+        assert row.difference < 1e-3
 
 
 def test_rows_are_within_their_tensor() -> None:
@@ -783,6 +931,22 @@ def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
     assert kept == sorted(kept, reverse=True)
     dropped = set(costs["graphs"]) - {graph.name for graph in bundle.graphs}
     assert all(name in caplog.text and not (tmp_path / "bundle" / f"{name}.onnx").exists() for name in dropped)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"precision": "bf16"}, "bf16"), ({"positions": 1}, "2 positions at least")]
+)
+def test_what_cannot_be_measured_is_refused(changes: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(OPTIONS, calibrate=True, **changes)
+
+
+def test_calibration_keeps_to_the_positions(made: tuple[Path, Path], tmp_path: Path) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), positions=20, calibrate=True)
+    export(made[0], tmp_path / "bundle", options)
+    costs = json.loads((tmp_path / "bundle" / "costs.json").read_text())
+    assert costs["prompt"] == 4
+    assert costs["graphs"]["b1"]["peak_bytes"]
 
 
 def test_a_variant_that_is_not_faster_than_the_last_that_stays_is_dropped(made: tuple[Path, Path]) -> None:

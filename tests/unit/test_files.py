@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -79,6 +80,18 @@ def test_atomic_dir_keeps_what_is_there_unless_forced(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="--force"), files.atomic_dir(tmp_path / "out"):
         pytest.fail("the block must not run")
     with files.atomic_dir(tmp_path / "out", force=True) as folder:
+        fill(folder)
+    assert read(tmp_path) == {f"out/{name}": data for name, data in CONTENT.items()}
+
+
+def test_atomic_dir_replaces_by_force_what_holds_a_certain_file(tmp_path: Path) -> None:
+    fill(tmp_path / "out", {"old": b""})
+    with (
+        pytest.raises(StorageError, match="holds no about"),
+        files.atomic_dir(tmp_path / "out", force=True, holding="about"),
+    ):
+        pytest.fail("the block must not run")
+    with files.atomic_dir(tmp_path / "out", force=True, holding="old") as folder:
         fill(folder)
     assert read(tmp_path) == {f"out/{name}": data for name, data in CONTENT.items()}
 
@@ -199,6 +212,18 @@ def test_a_folder_that_was_aside_when_the_process_died_comes_back(tmp_path: Path
     with pytest.raises(StorageError, match="--force"), files.atomic_dir(tmp_path / "out"):
         pytest.fail("the block must not run")
     assert read(tmp_path) == {"out/old": b"1"}
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_dead_process_of_the_same_id_left_is_removed(tmp_path: Path, kind: str) -> None:
+    """In a container the first process has the same id at every start."""
+    left = tmp_path / f".out.{socket.gethostname()}.{os.getpid()}.0badcafe.tmp"
+    left.write_text("half") if kind == "file" else fill(left)
+    with files.atomic_dir(tmp_path / "out") as folder:
+        fill(folder)
+        files.write_atomic(tmp_path / "out2", "x")
+        assert folder.is_dir()
+    assert sorted(os.listdir(tmp_path)) == ["out", "out2"]
 
 
 def test_files_of_living_writers_are_left_alone(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from mutations import mutate, write_bundle
 
-from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import Bundle
 from l2a_compress.errors import BundleError, ConfigError, L2AError
@@ -19,7 +18,8 @@ from l2a_compress.runtime import Limits, Runtime, Sampling
 from l2a_compress.runtime.chooser import Serve
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.native import Native, library
-from toy_models import new_artifact, prompts
+from l2a_compress.training.store import load_artifact
+from toy_models import kept_groups, new_artifact, prompts
 
 BUILT = Path(__file__).parents[2] / "build" / "cpp" / "libl2a.so"
 BUDGETS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.45)
@@ -39,10 +39,10 @@ def _library(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
-    groups = ((0, 1),) * 6
-    narrow = ((0, 1), (0, 1), (), (0,), (0, 1), (0,))
-    ladder = ((1.0, Allocation(num_groups=2, groups=groups)), (0.8, Allocation(num_groups=2, groups=narrow)))
-    export(new_artifact(folder), folder / "bundle", ExportOptions(allocations=ladder))
+    artifact = new_artifact(folder)
+    gated = load_artifact(artifact).gated
+    ladder = ((1.0, kept_groups(gated, (2,) * 6)), (0.8, kept_groups(gated, (2, 2, 0, 1, 2, 1))))
+    export(artifact, folder / "bundle", ExportOptions(allocations=ladder))
     return folder / "bundle"
 
 

@@ -95,11 +95,10 @@ def test_verify_names_node_rule_and_fix(bundle: Path, capsys: pytest.CaptureFixt
 
 def test_told_of_a_model_without_token_gates_takes_no_budget(tmp_path: Path) -> None:
     artifact = new_artifact(tmp_path, tokens=False)
-    export(artifact, tmp_path / "bundle", dataclasses.replace(TRT, calibrate=True))
+    export(artifact, tmp_path / "bundle", TRT)
     rows = [row for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=3) if row.graph == "told"]
     assert rows
     assert all(row.equal == row.tokens for row in rows)
-    assert "told" not in json.loads((tmp_path / "bundle" / "costs.json").read_text())["graphs"]
 
 
 @pytest.mark.parametrize("head_widths", [False, True])
@@ -112,6 +111,11 @@ def test_told_and_specialised_graphs_are_the_if_graph(head_widths: bool, tmp_pat
     assert len(rows) == 7
     assert all(row.equal == row.tokens and row.allocations for row in rows)
     assert specialized(tmp_path / "bundle", made) == {"b1": 0.0, "b0.6": 0.0}
+
+
+def test_a_bundle_of_few_positions_is_specialised_within_them(made: tuple[Path, Path], tmp_path: Path) -> None:
+    options = ExportOptions(budgets=(1.0,), calibration=4, dialect="standard", head_widths=False, positions=24)
+    assert specialized(tmp_path / "bundle", export(made[0], tmp_path / "bundle", options)) == {"b1": 0.0}
 
 
 @pytest.mark.parametrize("precision", LINEAR)
@@ -224,12 +228,31 @@ def test_recipes_round_trip_and_refuse_what_is_wrong() -> None:
         ({"target": "onnx"}, "target"),
         ({"kinds": ("all",)}, "choose some of"),
         ({"context": 1}, "at least 2"),
+        ({"context": 256}, "prompt = 512: more than context = 256"),
         ({"target": "trt-rtx", "capabilities": ("9.0",)}, "use --target trt"),
     ],
 )
 def test_wrong_engine_options(changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         EngineOptions(**({"target": "trt"} | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("engine", "changes", "words"),
+    [
+        ({"kinds": ("static",)}, {}, "no such graphs"),
+        ({"kinds": ("told",)}, {"if_graph": False, "per_budget": 2}, "no such graphs"),
+        ({"kinds": ("variants",)}, {"budgets": ()}, "no such graphs"),
+        ({"capabilities": ("8.0",)}, {"precision": "fp8"}, "8.0 do not know it; use int8 or int4"),
+        ({"capabilities": ("8.9", "7.5")}, {"precision": "bf16"}, "7.5 do not know it; use fp16"),
+        ({}, {"calibrate": True}, "leave out --calibrate"),
+    ],
+)
+def test_what_no_engine_comes_of_is_refused_before_the_export(
+    engine: dict[str, object], changes: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(TRT, engines=EngineOptions(target="trt", **engine), **changes)  # type: ignore[arg-type]
 
 
 # what is in the bundle
@@ -305,6 +328,16 @@ def test_a_build_that_dies_leaves_a_whole_bundle(bundle: Path) -> None:
     assert all(each.built for each in engines(bundle, Bundle.load(bundle)))
 
 
+def test_processes_that_build_at_a_time_keep_each_others_engines(bundle: Path) -> None:
+    def meanwhile() -> builders.TensorRT:
+        build_engines(bundle, only="b0.6", builders=fake())  # type: ignore[arg-type]
+        return builders.TensorRT(FakeTensorRT())
+
+    build_engines(bundle, only="b1", builders={"trt": meanwhile})
+    built = {each.recipe.graph for each in engines(bundle, Bundle.load(bundle)) if each.built}
+    assert built == {"b1", "b0.6"}
+
+
 def test_engines_are_built_where_there_is_neither_torch_nor_onnx(bundle: Path) -> None:
     program = """
 import sys
@@ -359,6 +392,9 @@ def test_without_tensorrt_the_bundle_is_whole_and_the_exit_code_says_so(
         (["--target", "trt-rtx", "--device", "a100-80gb", "--precision", "fp8"], "do not know it"),
         (["--precision", "fp8"], "standard dialect"),
         (["--target", "trt", "--engines", "static"], "the export has no such graphs"),
+        (["--max-batch", "2"], "--target onnx has none; give --target trt or trt-rtx"),
+        (["--device", "t4"], "are of engines"),
+        (["--defer-build"], "are of engines"),
     ],
 )
 def test_mistakes_of_the_export_are_one_line(

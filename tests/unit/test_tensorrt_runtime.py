@@ -76,6 +76,28 @@ def test_engines_say_what_pytorch_says(made: tuple[Path, Path]) -> None:
     assert all(row.equal == row.tokens and row.allocations for row in rows)
 
 
+def test_engines_are_compared_within_their_profiles(
+    made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = EngineOptions(target="trt", kinds=("variants",), batch=3, prompt=30, context=40)
+    settings = {"budgets": (1.0,), "if_graph": False, "calibration": 4, "dialect": "standard", "engines": options}
+    export(made[0], tmp_path / "bundle", ExportOptions(**settings))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builders, "capability", lambda: "9.0")
+        build_engines(tmp_path / "bundle", builders={"trt": lambda: builders.TensorRT(FakeTensorRT(engine="graph"))})
+
+    def compared(tokens: int) -> int:
+        given = {"open_decoder": lambda entry: opened(tmp_path / "bundle", entry.name)[0]}
+        (row,) = parity(tmp_path / "bundle", made[0], prompts=16, tokens=tokens, **given)
+        assert row.equal == row.tokens
+        return row.tokens // tokens
+
+    assert 0 < compared(6) < 16
+    assert f"{16 - compared(6)} prompts of more than 30 tokens have no room" in caplog.text
+    with pytest.raises(ConfigError, match="none of 16 prompts has at most 0 tokens"):
+        compared(40)
+
+
 @pytest.mark.parametrize("host", [(), ("input_ids", "attention_mask")])
 def test_profiles_switch_and_memory_is_freed(made: tuple[Path, Path], host: tuple[str, ...]) -> None:
     cuda = FakeCuda()

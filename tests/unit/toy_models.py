@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,13 @@ def random_allocations(count: int, *, seed: int = 0, stem: int = 1) -> list[Allo
     return found
 
 
+def kept_groups(gated: GatedModel, widths: Sequence[int]) -> Allocation:
+    """That many groups of each layer, the first of its order."""
+    order = [list(range(gated.shape.num_groups))] * gated.gate_config.stem_layers + gated.allocator.group_order.tolist()
+    groups = (tuple(sorted(ranked[:width])) for ranked, width in zip(order, widths, strict=True))
+    return Allocation(num_groups=gated.shape.num_groups, groups=tuple(groups))
+
+
 def save_base(folder: Path, family: str = "qwen3", *, seed: int = 0, **changes: Any) -> Path:
     """A model folder with tokenizer, as ``from_pretrained`` reads it."""
     new_model(family, seed=seed, **changes).save_pretrained(folder)
@@ -148,13 +155,18 @@ def tiny_recipe(base: Path, **changes: Any) -> Recipe:
 
 
 def new_artifact(
-    folder: Path, family: str = "qwen3", *, model: dict[str, object] | None = None, **gates: object
+    folder: Path,
+    family: str = "qwen3",
+    *,
+    model: dict[str, object] | None = None,
+    dtype: str = "float32",
+    **gates: object,
 ) -> Path:
     """An artifact with random gates and adapters, whose groups are in a random order."""
     sizes = {"head_dim": 16, "intermediate_size": 64}  # what onnxruntime's attention and blocks of 32 need
-    recipe = tiny_recipe(save_base(folder / "base", family, **sizes | (model or {})))
+    recipe = tiny_recipe(save_base(folder / "base", family, **sizes | (model or {})), model={"dtype": dtype})
     recipe = dataclasses.replace(recipe, gates=dataclasses.replace(recipe.gates, **gates))
-    model, tokenizer = load_base(recipe.model.name, attention=recipe.model.attention)
+    model, tokenizer = load_base(recipe.model.name, dtype=dtype, attention=recipe.model.attention)
     digest = digest_of(model)
     gated = GatedModel.wrap(model, recipe.gates, recipe.adapter)
     scramble(gated)
