@@ -28,6 +28,7 @@ WEIGHT_FILE = "weights.bin"
 COSTS_FILE = "costs.json"  # what was measured at export, where it was
 SCHEMA_VERSION = 1
 MOST_VARIANTS = 256
+MOST_POSITIONS = 2**31 - 1  # which runtimes in C++ add and multiply in 64 bits
 KINDS = ("if", "told", "variant", "static", "router")
 SIZES = ("batch", "sequence", "total", "past", "present")
 DIALECTS = ("ort", "standard")
@@ -158,7 +159,7 @@ class Bundle:
                 found = _validate.shown(getattr(self, name))
                 raise BundleError(f"{name} must be one of {', '.join(known)}, found {found}")
         _validate.sha256(self.artifact, "artifact", BundleError)
-        _validate.integer(self.positions, "positions", BundleError, minimum=1)
+        _validate.integer(self.positions, "positions", BundleError, minimum=1, maximum=MOST_POSITIONS)
         _validate.flag(self.whole_cache, "whole_cache", BundleError)
         object.__setattr__(self, "base", check.texts(self.base, "base", _BASE))
         object.__setattr__(self, "versions", check.texts(self.versions, "versions"))

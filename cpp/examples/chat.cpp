@@ -24,7 +24,12 @@ std::vector<int64_t> ids_of(const std::string& line, int64_t think) {
 
 void answer(l2a::Engine& engine, const std::vector<int64_t>& prompt, l2a::RequestOptions options, Steering* steering) {
     if (steering != nullptr) {
-        options.budget = steering->decide(engine.statistics(), static_cast<int64_t>(prompt.size())).budget;
+        const l2a_decision now = steering->decide(engine.statistics(), static_cast<int64_t>(prompt.size()));
+        if (now.admit == 0) {
+            std::cout << "# there is no memory for another step; ask again later\n";
+            return;
+        }
+        options.budget = now.budget;
     }
     const l2a::Request request = engine.submit(prompt, options);
     std::size_t told = 0;

@@ -27,6 +27,12 @@ namespace {
 
 using Json = nlohmann::json;
 
+// There is no memory for even the smallest step.
+class Refused : public std::runtime_error {
+  public:
+    Refused() : std::runtime_error("there is no memory for another request; try again later") {}
+};
+
 // An engine in a thread of its own; callers come from any thread and wait for their answer.
 class Service {
   public:
@@ -88,7 +94,9 @@ class Service {
                 engine_.step();
             } catch (...) {  // a fault of the library: nobody waits for it for ever
                 const std::exception_ptr fault = std::current_exception();
-                for (Job& job : jobs_) attempt(job, [&] { std::rethrow_exception(fault); });
+                for (Job& job : jobs_) {
+                    if (job.request) attempt(job, [&] { std::rethrow_exception(fault); });
+                }
             }
             for (Job& job : jobs_) attempt(job, [&] { finish(job); });
             jobs_.erase(std::remove_if(jobs_.begin(), jobs_.end(), [](const Job& job) { return !job.request; }),
@@ -138,7 +146,9 @@ class Service {
         const auto prompt = asked.at("prompt").get<std::vector<int64_t>>();
         if (job.steered()) {
             if (!steering_) throw std::invalid_argument("budget auto needs a cost table; give one at the start");
-            options.budget = steering_->decide(engine_.statistics(), static_cast<int64_t>(prompt.size())).budget;
+            const l2a_decision now = steering_->decide(engine_.statistics(), static_cast<int64_t>(prompt.size()));
+            if (now.admit == 0) throw Refused();
+            options.budget = now.budget;
         } else if (asked.contains("budget")) {
             options.budget = l2a::budget(asked["budget"].get<double>());
         }
@@ -154,7 +164,7 @@ class Service {
     }
 
     void finish(Job& job) {
-        if (!job.request->done()) return;
+        if (!job.request || !job.request->done()) return;  // a job that failed has been answered
         const l2a_request_info info = job.request->info();
         Json answer = {{"think", job.request->tokens(l2a::Part::think)},
                        {"answer", job.request->tokens(l2a::Part::answer)},
@@ -181,6 +191,9 @@ int run(int count, char** arguments) {
         } catch (const l2a::Error& error) {
             const bool asked = error.code() == L2A_ERROR_BUDGET || error.code() == L2A_ERROR_CONFIG;
             response.status = asked ? 400 : error.code() == L2A_ERROR_OUT_OF_MEMORY ? 503 : 500;
+            response.set_content(Json{{"error", error.what()}}.dump(), "application/json");
+        } catch (const Refused& error) {
+            response.status = 503;
             response.set_content(Json{{"error", error.what()}}.dump(), "application/json");
         } catch (const std::exception& error) {  // of the JSON
             response.status = 400;

@@ -3,7 +3,6 @@
 
 #include <map>
 #include <memory>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,7 +24,6 @@ struct GraphEntry {
     Kind kind = Kind::any;
     double budget = 1.0;  // of variants
     Widths widths;        // of variants: kept groups of each layer
-    double cost = 1.0;
 };
 
 struct Tags {

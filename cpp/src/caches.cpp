@@ -8,6 +8,10 @@ namespace {
 
 constexpr std::size_t kMostViews = 64;
 
+bool is_zero(const std::byte* data, std::size_t bytes) noexcept {
+    return bytes == 0 || (*data == std::byte{0} && std::memcmp(data, data + 1, bytes - 1) == 0);
+}
+
 }  // namespace
 
 Caches::Caches(const std::vector<const Graph*>& graphs) {
@@ -33,7 +37,7 @@ std::byte* Caches::at(const Buffer& buffer, std::int64_t row, std::int64_t group
     return buffer.data + (row * buffer.groups + group) * capacity_ * buffer.token_bytes;
 }
 
-void Caches::reserve(std::int64_t rows, std::int64_t capacity) {
+void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector<std::int64_t>& lengths) {
     if (rows <= rows_ && capacity <= capacity_) return;
     Caches next({});
     next.rows_ = std::max(rows, rows_);
@@ -55,11 +59,15 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity) {
         Buffer& buffer = next.buffers_[place];
         buffer = {old.groups, old.token_bytes, free};
         free += size(old);
-        for (std::int64_t row = 0; row < rows_; ++row) {
+        std::int64_t row = 0;
+        for (const std::int64_t length : lengths) {
+            const auto bytes = static_cast<std::size_t>(length * old.token_bytes);
             for (std::int64_t group = 0; group < old.groups; ++group) {
-                std::memcpy(next.at(buffer, row, group), at(old, row, group),
-                            static_cast<std::size_t>(capacity_ * old.token_bytes));
+                const std::byte* written = at(old, row, group);
+                // A layer that is skipped is not written: its new pages stay untouched too.
+                if (!is_zero(written, bytes)) std::memcpy(next.at(buffer, row, group), written, bytes);
             }
+            ++row;
         }
     }
     views_.clear();

@@ -23,8 +23,9 @@ class Caches {
     [[nodiscard]] std::int64_t bytes() const noexcept { return rows_ * capacity_ * token_bytes_; }
     // Bytes of all buffers once there is room for so many rows of so many tokens.
     [[nodiscard]] std::int64_t bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept;
-    // Makes room; what is there stays. Throws Error (out of memory), and all is as it was.
-    void reserve(std::int64_t rows, std::int64_t capacity);
+    // Makes room. Of the first rows, whose lengths are given, the tokens stay; what else is there does not. Throws
+    // Error (out of memory), and all is as it was.
+    void reserve(std::int64_t rows, std::int64_t capacity, const std::vector<std::int64_t>& lengths);
     // Rows [start, start + count) as a graph reads them; ends with the next reserve. A graph with fewer groups than the
     // buffers can read one row at a time: its groups are the first ones of each row.
     const OrtValues& view(const Graph& graph, std::int64_t start, std::int64_t count);

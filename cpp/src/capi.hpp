@@ -77,6 +77,8 @@ void write_struct(const T& from, T* to) {
     const std::uint32_t size = given(to, "the structure").struct_size;
     if (size < sizeof(std::uint32_t)) config_error("struct_size is not set; set it to the structure's size");
     __builtin_memcpy(to, &from, size < sizeof(T) ? size : sizeof(T));
+    // What a newer caller knows besides is 0, and not what stood there.
+    if (size > sizeof(T)) __builtin_memset(reinterpret_cast<char*>(to) + sizeof(T), 0, size - sizeof(T));
     to->struct_size = size;
 }
 

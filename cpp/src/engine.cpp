@@ -47,7 +47,7 @@ std::uint64_t Engine::submit(std::vector<std::int64_t> prompt, const Budget& bud
     auto made = std::make_unique<Request>(id, std::move(prompt), budget, limits, what, manifest.tags, sampling);
     made->asks_gate = limits.tau_threshold >= 0 && manifest.tokens;
     made->submitted = now();
-    made->reserve();
+    made->reserve(limits.cap(budget));
     Request* request = (requests_[id] = std::move(made)).get();
     try {
         waiting_.push_back(request);
@@ -65,17 +65,17 @@ void Engine::set_budget(Request& request, const Budget& budget) {
     check(request.prompt, cap, request.limits.max_answer_tokens);
     Widths kept;
     if (!request.kept.empty()) kept = choose(request, budget, what);
-    request.budget = budget;
-    request.told = what;
-    request.reasoning.cap = cap;
-    request.reserve();
-    if (kept.empty() || kept == request.kept) return;
     bool grows = false;
     for (std::size_t layer = 0; layer < kept.size(); ++layer) grows = grows || kept[layer] > request.kept[layer];
-    request.kept = std::move(kept);
-    if (options_.variants) request.graph = graph_of(request.kept);
+    const Graph* graph = options_.variants && !kept.empty() ? graph_of(kept) : request.graph;
+    request.reserve(cap);
     const bool holes = options_.variants || !runtime_->manifest().whole_cache;
     if (grows && holes && request.row >= 0) interrupt(request);
+    request.budget = budget;  // nothing fails from here on
+    request.told = what;
+    request.reasoning.cap = cap;
+    request.graph = graph;
+    if (!kept.empty()) request.kept = std::move(kept);
 }
 
 void Engine::cancel(Request& request) {
@@ -109,12 +109,12 @@ double Engine::oldest_seconds() const {
 }
 
 Told Engine::told(const Budget& budget) const {
-    budget.check();
+    const Told found = runtime_->told(budget);
     if (options_.variants && fitting(budget).empty()) {
         budget_error("no variant of the bundle keeps to the budget " + std::to_string(budget.compute) +
                      " and its caps; export one with --ladder");
     }
-    return runtime_->told(budget);
+    return found;
 }
 
 void Engine::check(const std::vector<std::int64_t>& prompt, std::int64_t think, std::int64_t answer) const {

@@ -62,7 +62,6 @@ class Engine {
     std::uint64_t next_ = 0;
     std::int64_t copied_ = 0;
     std::int64_t recomputed_ = 0;
-    std::unordered_map<const Graph*, int> stumbles_;  // runs of each that failed, one after another
 
     // Inputs and outputs of one run.
     struct Arrays {
@@ -88,6 +87,7 @@ class Engine {
     void admit_all();
     bool admit(Request& request);
     [[nodiscard]] bool beyond(std::int64_t rows, std::int64_t tokens) const;
+    void make_room(std::int64_t rows, std::int64_t tokens);
     void prefill(Request& request);
     void failed(Request& request, const Error& error);
     void interrupt(Request& request);
@@ -95,12 +95,14 @@ class Engine {
     void remove(std::int64_t row);
     void arrange();
     void decode();
-    void decode_rows(const Graph& graph, std::size_t start, std::size_t count);
+    bool grow();
+    bool decode_rows(std::size_t start, std::size_t count);
+    void run_rows(std::size_t start, std::size_t count);
     bool stumbled(std::size_t start, std::size_t count, const Error& error);
     void fill(const std::vector<Request*>& requests);
     Run run_of(std::int64_t batch, std::int64_t sequence, std::int64_t total);
     void take(Request& request, std::size_t row);
-    void end(Request& request, l2a_code error = L2A_OK, const std::string& message = {});
+    void end(Request& request, l2a_code error = L2A_OK, const char* message = "") noexcept;
 };
 
 }  // namespace l2a::core

@@ -37,16 +37,16 @@ void Engine::admit_all() {
            (full_ < 0 || static_cast<std::int64_t>(rows_.size()) < full_)) {
         full_ = -1;
         Request& request = *waiting_.front();
-        waiting_.pop_front();
         try {
-            if (with_memory([&] { return admit(request); })) continue;
-            waiting_.push_front(&request);
-            full_ = static_cast<std::int64_t>(rows_.size());
-            break;
+            if (!with_memory([&] { return admit(request); })) {
+                full_ = static_cast<std::int64_t>(rows_.size());
+                break;
+            }
         } catch (const Error& error) {
             failed(request, error);
-            if (!request.done()) waiting_.push_front(&request);
+            if (!request.done()) continue;
         }
+        waiting_.pop_front();  // behind all that may fail, so that no request is lost
     }
 }
 
@@ -67,13 +67,20 @@ bool Engine::admit(Request& request) {
                                                  " bytes of keys and values are more than max_cache_bytes, " +
                                                  std::to_string(options_.max_cache_bytes) + "; lower its limits");
     }
-    caches_.reserve(rows, tokens);
+    make_room(rows, tokens);
     prefill(request);
     return true;
 }
 
 bool Engine::beyond(std::int64_t rows, std::int64_t tokens) const {
     return options_.max_cache_bytes > 0 && caches_.bytes_for(rows, tokens) > options_.max_cache_bytes;
+}
+
+// Makes room in the caches for so many rows of so many tokens; the rows keep what they have written.
+void Engine::make_room(std::int64_t rows, std::int64_t tokens) {
+    std::vector<std::int64_t> lengths;
+    for (const Request* request : rows_) lengths.push_back(request->length);
+    caches_.reserve(rows, tokens, lengths);
 }
 
 // Computes all tokens of a request into the row behind those that run, and lets it run.
@@ -89,10 +96,11 @@ void Engine::prefill(Request& request) {
     request.graph->run(run);
     if (request.kept.empty()) request.kept = arrays_.kept;
     remember(request, request.told, request.kept);
+    take(request, 0);  // before it has a row: there it must have a token to go on from
     request.length = size;
     request.row = row;
+    request.failures = 0;
     rows_.push_back(&request);  // there is room: nothing fails from here on
-    take(request, 0);
 }
 
 // What becomes of the first that waits when it cannot run: it waits, is tried again, or ends.
@@ -106,8 +114,8 @@ void Engine::failed(Request& request, const Error& error) {
 
 // Takes a request out of its row to the head of the queue: it is computed again from its tokens.
 void Engine::interrupt(Request& request) {
+    waiting_.push_front(&request);  // first, as it may fail: then all is as it was
     remove(request.row);
-    waiting_.push_front(&request);
     ++recomputed_;
 }
 
@@ -147,36 +155,50 @@ void Engine::arrange() {
 }
 
 void Engine::decode() {
-    std::int64_t longest = 0;  // a cap may have been raised since a request came
-    for (const Request* request : rows_) longest = std::max(longest, request->length + 1);
-    const auto rows = static_cast<std::int64_t>(rows_.size());
-    try {
-        if (longest > caches_.capacity() && beyond(rows, longest)) {
-            throw Error(L2A_ERROR_OUT_OF_MEMORY, "keys and values would be more than max_cache_bytes, " +
-                                                     std::to_string(options_.max_cache_bytes) + "; lower the limits");
-        }
-        caches_.reserve(rows, longest);
-    } catch (const Error& error) {
-        stumbled(0, rows_.size(), error);
-        return;
-    }
+    if (!grow()) return;
     if (options_.variants) arrange();
     for (std::size_t start = 0; start < rows_.size();) {
         const Graph& graph = *rows_[start]->graph;
         std::size_t count = 1;
         while (!graph.is_narrow() && start + count < rows_.size() && rows_[start + count]->graph == &graph) ++count;
-        try {
-            with_memory([&] { decode_rows(graph, start, count); });
-            stumbles_.erase(&graph);
-        } catch (const Error& error) {
-            if (stumbled(start, count, error)) return;  // rows have moved: the others wait for the next step
-        }
+        if (!decode_rows(start, count)) return;  // rows have moved: the others wait for the next step
         start += count;
     }
 }
 
-// One token of some rows of one graph.
-void Engine::decode_rows(const Graph& graph, std::size_t start, std::size_t count) {
+// Makes room for a token more of every row: a cap may have been raised since a request came. Where there is none the
+// longest leaves its row, and false is returned. It gets a row again where all that it may write fits, in new caches
+// once it is alone, or its error.
+bool Engine::grow() {
+    const auto longest = std::max_element(rows_.begin(), rows_.end(), [](const Request* one, const Request* other) {
+        return one->length < other->length;
+    });
+    const std::int64_t tokens = (*longest)->length + 1;
+    const auto rows = static_cast<std::int64_t>(rows_.size());
+    if (tokens <= caches_.capacity()) return true;
+    try {
+        if (!beyond(rows, tokens)) {
+            with_memory([&] { make_room(rows, tokens); });
+            return true;
+        }
+    } catch (const Error&) {  // the system has no more
+    }
+    interrupt(**longest);
+    full_ = static_cast<std::int64_t>(rows_.size());
+    return false;
+}
+
+// One token of some rows of one graph. False where rows have moved.
+bool Engine::decode_rows(std::size_t start, std::size_t count) {
+    try {
+        with_memory([&] { run_rows(start, count); });
+        return true;
+    } catch (const Error& error) {
+        return stumbled(start, count, error);
+    }
+}
+
+void Engine::run_rows(std::size_t start, std::size_t count) {
     const std::vector<Request*> requests(rows_.begin() + static_cast<std::ptrdiff_t>(start),
                                          rows_.begin() + static_cast<std::ptrdiff_t>(start + count));
     fill(requests);
@@ -188,36 +210,41 @@ void Engine::decode_rows(const Graph& graph, std::size_t start, std::size_t coun
         arrays_.ids.push_back(request->written.back());
         for (std::int64_t place = 0; place < total; ++place) arrays_.mask.push_back(place <= request->length ? 1 : 0);
     }
+    const Graph& graph = *requests.front()->graph;
     Run run = run_of(static_cast<std::int64_t>(count), 1, total);
     run.caches = &caches_.view(graph, static_cast<std::int64_t>(start), static_cast<std::int64_t>(count));
     graph.run(run);
     for (std::size_t row = 0; row < count; ++row) {
-        if (!requests[row]->done()) take(*requests[row], row);
+        take(*requests[row], row);
         ++requests[row]->length;
+        requests[row]->failures = 0;
     }
 }
 
-// A step of some rows of one graph that failed is run again: with a row less where memory was short. Says whether rows
-// have moved.
+// What becomes of rows whose step failed: it is run again, with a row less where memory was short. In the end each is
+// run alone, and those that fail so end. False where rows have moved.
 bool Engine::stumbled(std::size_t start, std::size_t count, const Error& error) {
-    const Graph* graph = rows_[start]->graph;
     if (error.code() == L2A_ERROR_OUT_OF_MEMORY && rows_.size() > 1) {
-        Request* newest = nullptr;
-        for (std::size_t row = start; row < start + count; ++row) {
+        Request* newest = rows_[start];
+        for (std::size_t row = start + 1; row < start + count; ++row) {  // some may have got their last token
             Request* one = rows_[row];
-            if (!one->done() && (newest == nullptr || one->id > newest->id)) newest = one;
+            if (!one->done() && (newest->done() || one->id > newest->id)) newest = one;
         }
-        if (newest == nullptr) return false;
         interrupt(*newest);
         full_ = static_cast<std::int64_t>(rows_.size());
+        return false;
+    }
+    bool last = error.code() != L2A_ERROR_SESSION;
+    for (std::size_t row = start; row < start + count; ++row) last = ++rows_[row]->failures >= kTries || last;
+    if (!last) return true;
+    if (count == 1) {
+        end(*rows_[start], error.code(), error.what());
         return true;
     }
-    if (error.code() == L2A_ERROR_SESSION && ++stumbles_[graph] < kTries) return false;
-    stumbles_.erase(graph);
     for (std::size_t row = start; row < start + count; ++row) {
-        if (!rows_[row]->done()) end(*rows_[row], error.code(), error.what());
+        if (!decode_rows(row, 1)) return false;
     }
-    return false;
+    return true;
 }
 
 }  // namespace l2a::core

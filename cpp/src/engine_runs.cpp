@@ -64,10 +64,13 @@ void Engine::take(Request& request, std::size_t row) {
     }
 }
 
-void Engine::end(Request& request, l2a_code error, const std::string& message) {
+void Engine::end(Request& request, l2a_code error, const char* message) noexcept {
     request.reasoning.stage = Reasoning::Stage::done;
     request.error = error;
-    request.message = message;
+    try {
+        request.message = message;
+    } catch (const std::bad_alloc&) {  // the code alone must do
+    }
 }
 
 }  // namespace l2a::core

@@ -1,5 +1,5 @@
-#include <algorithm>
 #include <set>
+#include <utility>
 
 #include "manifest_fields.hpp"
 
@@ -8,6 +8,7 @@ namespace {
 
 constexpr std::int64_t kSchemaVersion = 1;
 constexpr std::int64_t kMostLayers = 1024;
+constexpr std::int64_t kMostPositions = INT32_MAX;  // sums of lengths and tensors' sizes stay far from overflow
 
 }  // namespace
 
@@ -151,7 +152,7 @@ Manifest Manifest::parse(std::string_view text) {
     found.dialect = one_of(data["dialect"], "dialect", {"ort", "standard"});
     one_of(data["precision"], "precision", {"fp32", "fp16", "bf16", "int8", "fp8", "int4"});
     manifest_check.sha256(data["artifact"], "artifact");
-    found.positions = manifest_check.integer(data["positions"], "positions", 1);
+    found.positions = manifest_check.integer(data["positions"], "positions", 1, kMostPositions);
     found.whole_cache = manifest_check.flag(data["whole_cache"], "whole_cache");
     const std::vector<std::string> base{"name", "family", "digest"};
     check_texts(data["base"], "base", &base);

@@ -80,7 +80,7 @@ Parsed graph_of(const Json& data, std::size_t place) {
         bundle_error(what + ": a static graph has sizes, other graphs none");
     }
     if (entry.kind == Kind::fixed) check_sizes(data["sizes"], what);
-    entry.cost = manifest_check.share(data["cost"], what + ": cost");
+    manifest_check.share(data["cost"], what + ": cost");
     if (fixed) {
         entry.budget = manifest_check.share(data["budget"], what + ": budget");
         found.allocation = allocation_of(data["allocation"], what + ": allocation");

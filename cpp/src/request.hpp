@@ -52,21 +52,22 @@ struct Request {
     std::vector<std::int64_t> written;  // all tokens, tags included
     std::int64_t length = 0;            // tokens in the caches
     std::int64_t row = -1;              // of the caches; -1 where it has none
-    int failures = 0;
+    int failures = 0;                   // runs that failed, one after another
     l2a_code error = L2A_OK;
     std::string message;
     std::vector<std::pair<Told, Widths>> chosen;  // by the gates or the ladder, by what was told
 
-    // Makes room for all that it may write, so that no step of many fails for want of it.
-    void reserve() {
-        reasoning.think.reserve(static_cast<std::size_t>(reasoning.cap));
+    // Makes room for all that it may write under a cap, so that no step of many fails for want of it.
+    void reserve(std::int64_t cap) {
+        reasoning.think.reserve(static_cast<std::size_t>(cap));
         reasoning.answer.reserve(static_cast<std::size_t>(reasoning.max_answer));
-        written.reserve(static_cast<std::size_t>(most_tokens()) - prompt.size());
+        written.reserve(static_cast<std::size_t>(most_tokens(cap)) - prompt.size());
     }
     [[nodiscard]] bool done() const noexcept { return reasoning.stage == Reasoning::Stage::done; }
     // How long prompt and text can become under the budget of now, whose cap may be below what is written.
-    [[nodiscard]] std::int64_t most_tokens() const noexcept {
-        const auto think = std::max(reasoning.cap, static_cast<std::int64_t>(reasoning.think.size()));
+    [[nodiscard]] std::int64_t most_tokens() const noexcept { return most_tokens(reasoning.cap); }
+    [[nodiscard]] std::int64_t most_tokens(std::int64_t cap) const noexcept {
+        const auto think = std::max(cap, static_cast<std::int64_t>(reasoning.think.size()));
         return static_cast<std::int64_t>(prompt.size()) + think + reasoning.max_answer + kWrittenTags;
     }
 };

@@ -32,8 +32,9 @@ class Source {
 
 // Memory and load of the whole host, from `root`/proc.
 std::unique_ptr<Source> host_source(const std::string& root);
-// Shares of about the last second in which tasks waited, from `root`/proc/pressure.
-std::unique_ptr<Source> pressure_source(const std::string& root);
+// Shares of about the last second in which tasks waited, from `root`/proc/pressure. `clock` is in seconds; steady by
+// default.
+std::unique_ptr<Source> pressure_source(const std::string& root, std::function<double()> clock = {});
 // The control group, version 1 or 2, of this process; the tightest of nested groups.
 std::unique_ptr<Source> cgroup_source(const std::string& root);
 // An NVIDIA device by index or UUID, through NVML where its library is installed.

@@ -14,6 +14,11 @@
 namespace l2a::core {
 namespace {
 
+double steady_seconds() {
+    const auto since = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(since).count();
+}
+
 double cores() {
     return static_cast<double>(std::max(1L, sysconf(_SC_NPROCESSORS_ONLN)));
 }
@@ -45,7 +50,8 @@ class Host : public Source {
 // From the kernel's running totals between two readings: a squeeze must be seen sooner than its averages show it.
 class Pressure : public Source {
   public:
-    explicit Pressure(const std::string& root) : folder_(root + "/proc/pressure/") {}
+    Pressure(const std::string& root, std::function<double()> clock)
+        : folder_(root + "/proc/pressure/"), clock_(std::move(clock)) {}
     void read(std::vector<Reading>& into) override {
         for (Line& line : lines_) add(into, line.name, "share", [&] { return share(line); });
     }
@@ -62,8 +68,10 @@ class Pressure : public Source {
         std::deque<Total> totals;
     };
     static constexpr double kSeconds = 1.0;
+    static constexpr double kAverage = 10.0;  // seconds of avg10, which is newer than what a longer pause shows
 
     std::string folder_;
+    std::function<double()> clock_;
     std::vector<Line> lines_{{"pressure.cpu_some", "cpu", "some", {}},
                              {"pressure.memory_some", "memory", "some", {}},
                              {"pressure.memory_full", "memory", "full", {}},
@@ -79,9 +87,9 @@ class Pressure : public Source {
     double share(Line& line) const {
         for (const std::string& text : lines_of(folder_ + line.resource)) {
             if (text.rfind(line.kind, 0) != 0) continue;
-            const auto since = std::chrono::steady_clock::now().time_since_epoch();
-            const double now = std::chrono::duration<double>(since).count();
+            const double now = clock_();
             auto& totals = line.totals;
+            if (!totals.empty() && totals.back().at < now - kAverage) totals.clear();
             totals.push_back({now, field(text, "total") / 1e6});
             while (totals.size() > 2 && totals[1].at <= now - kSeconds) totals.pop_front();
             const double passed = now - totals.front().at;
@@ -105,8 +113,8 @@ void Source::add(std::vector<Reading>& into, const char* name, const char* unit,
 std::unique_ptr<Source> host_source(const std::string& root) {
     return std::make_unique<Host>(root);
 }
-std::unique_ptr<Source> pressure_source(const std::string& root) {
-    return std::make_unique<Pressure>(root);
+std::unique_ptr<Source> pressure_source(const std::string& root, std::function<double()> clock) {
+    return std::make_unique<Pressure>(root, clock ? std::move(clock) : steady_seconds);
 }
 
 std::vector<std::string> lines_of(const std::string& path) {

@@ -6,7 +6,7 @@
 OUT gets a bundle of each precision, with two head levels and two variants of one budget, and cases.json: 64 prompts at
 6 budgets by the If graph and by variants, alone; the same with budgets that change in the middle; sampled text. And
 16 prompts with a bundle of a tiny model whose gates do not read them (``blind``), and the first bundle with an If graph
-that fails on the longer half of its texts (``fragile``).
+and variants that fail on the longer half of its texts (``fragile``).
 """
 
 from __future__ import annotations
@@ -84,33 +84,40 @@ def _make(
 
 
 def _fragile(whole: Path, folder: Path, cases: list[dict[str, Any]]) -> int:
-    """A bundle whose If graph looks its tokens' number up in a table that is too short for half of the cases.
+    """A bundle whose graphs look their tokens' number up in a table that is too short for half of the cases.
 
-    Returns how many tokens it can read.
+    Returns how many tokens they can read.
     """
-    import onnx
-    from onnx import TensorProto, helper
-
     most = int(statistics.median(len(case["prompt"]) + len(case["expect"]["written"]) for case in cases))
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(whole, folder)
-    model = onnx.load(folder / "if.onnx", load_external_data=False)
-    graph = model.graph
-    last = next(node for node in graph.node if "tau" in node.output)
-    last.output[list(last.output).index("tau")] = "tau_alone"
-    graph.initializer.append(helper.make_tensor("table", TensorProto.FLOAT, [most + 1], [0.0] * (most + 1)))
-    graph.node.extend(
-        [
-            helper.make_node("Shape", ["attention_mask"], ["total"], start=1, end=2),
-            helper.make_node("Gather", ["table", "total"], ["nothing"]),
-            helper.make_node("Add", ["tau_alone", "nothing"], ["tau"]),
-        ]
-    )
-    onnx.save(model, folder / "if.onnx")
     manifest = json.loads((folder / "manifest.json").read_text())
+    for entry in manifest["graphs"]:
+        if entry["kind"] in ("if", "variant"):
+            _break(folder / entry["file"], "tau" if entry["kind"] == "if" else "logits", most)
     manifest["files"] = describe_bundle(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return most
+
+
+def _break(path: Path, output: str, most: int) -> None:
+    """Lets an output of a graph depend on a look-up that fails on more tokens than ``most``."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    last = next(node for node in graph.node if output in node.output)
+    last.output[list(last.output).index(output)] = "alone"
+    graph.initializer.append(helper.make_tensor("table", TensorProto.FLOAT, [most + 1], [0.0] * (most + 1)))
+    graph.node.extend(
+        [
+            helper.make_node("Shape", ["attention_mask"], ["total_tokens"], start=1, end=2),
+            helper.make_node("Gather", ["table", "total_tokens"], ["nothing"]),
+            helper.make_node("Add", ["alone", "nothing"], [output]),
+        ]
+    )
+    onnx.save(model, path)
 
 
 def _ladder(gated: GatedModel) -> Iterator[tuple[float, Allocation]]:

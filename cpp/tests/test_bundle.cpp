@@ -118,6 +118,7 @@ TEST_CASE("manifests that are almost right") {
         {"four different tokens", [](Json& it) { it["tags"]["think"] = it["tags"]["answer"]; }},
         {"tags.think must be at most", [](Json& it) { it["tags"]["think"] = 1000000; }},
         {"must be an integer", [](Json& it) { it["positions"] = 5.0; }},
+        {"positions must be at most 2147483647", [](Json& it) { it["positions"] = 1LL << 31; }},
         {"multiple of num_groups", [](Json& it) { it["shape"]["num_heads"] = 7; }},
         {"64 bits", [](Json& it) { it["shape"]["hidden_size"] = 1LL << 62; }},
         {"end with all", [](Json& it) { it["widths"] = {1}; }},

@@ -7,12 +7,14 @@
 #include <limits>
 #include <vector>
 
+#include "caches.hpp"
 #include "cost.hpp"
 #include "error.hpp"
 #include "files.hpp"
 #include "json.hpp"
 #include "onnx_reader.hpp"
 #include "pages.hpp"
+#include "runtime.hpp"
 #include "sampling.hpp"
 
 namespace core = l2a::core;
@@ -79,6 +81,34 @@ TEST_CASE("zeroed pages take memory only where they are written to") {
     CHECK(std::count_if(present.begin(), present.end(), [](unsigned char one) { return one & 1U; }) == 1);
     CHECK(std::count(data, data + 256 * page, std::byte{0}) == 256 * page - 1);
     CHECK_FALSE(core::zeroed(std::size_t{1} << 62U));
+}
+
+TEST_CASE("caches that grow keep the tokens of rows that run, and touch nothing else") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
+    const core::Graph& graph = *runtime.first(core::Kind::any);
+    const core::CacheInput& input = graph.caches().front();
+    const auto token = static_cast<std::size_t>(input.head_dim) * core::element_bytes(input.type);
+    core::Caches caches({&graph});
+    const core::Ort ort;
+    const auto at = [&](std::int64_t row, std::size_t cache) {
+        void* found = nullptr;
+        ort.check(ort->GetTensorMutableData(caches.view(graph, row, 1)[cache].get(), &found), "a view");
+        return static_cast<std::byte*>(found);
+    };
+    caches.reserve(2, 100, {});
+    std::fill_n(at(0, 0), 5 * token, std::byte{7});  // of which 3 are kept
+    std::fill_n(at(1, 0), 5 * token, std::byte{8});  // a row that has left
+    caches.reserve(3, 200, {3});
+    std::byte* first = at(0, 0);
+    for (std::size_t cache = 0; cache < graph.caches().size(); ++cache) first = std::min(first, at(0, cache));
+    const auto pages = static_cast<std::size_t>(caches.bytes()) / core::kPage;
+    REQUIRE(pages < 512);  // no huge page
+    std::vector<unsigned char> present(pages);
+    REQUIRE(mincore(first, pages * core::kPage, present.data()) == 0);
+    CHECK(std::count_if(present.begin(), present.end(), [](unsigned char one) { return one & 1U; }) == 1);
+    CHECK(std::count(at(0, 0), at(0, 0) + 3 * token, std::byte{7}) == static_cast<std::ptrdiff_t>(3 * token));
+    CHECK(at(0, 0)[3 * token] == std::byte{0});
+    CHECK(*at(1, 0) == std::byte{0});
 }
 
 TEST_CASE("JSON is read strictly") {

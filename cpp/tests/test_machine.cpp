@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "cases.hpp"
+#include "signals.hpp"
 
 namespace {
 
@@ -151,6 +152,23 @@ TEST_CASE("a control group of version 1, seen as the root of the mount") {
     CHECK(std::isinf(found["cgroup.cpu_limit"].value));
     CHECK(std::isnan(found["cgroup.oom_kills"].value));  // no such file: that reading alone is missing
     CHECK_FALSE(found["cgroup.oom_kills"].why.empty());
+}
+
+TEST_CASE("behind a pause, pressure is the kernel's average and not that of the pause") {
+    const Tree tree;
+    double now = 0;
+    const auto source = l2a::core::pressure_source(tree.root, [&] { return now; });
+    const auto read = [&](double at, const std::string& total) {
+        now = at;
+        tree.put("proc/pressure/cpu", "some avg10=90.00 avg60=1.00 avg300=0.00 total=" + total + "\n");
+        std::vector<l2a::core::Reading> found;
+        source->read(found);
+        return found.front().value;
+    };
+    CHECK(read(100.0, "0") == doctest::Approx(0.9));
+    CHECK(read(100.5, "100000") == doctest::Approx(0.2));
+    CHECK(read(400.5, "9100000") == doctest::Approx(0.9));  // 9 s of waiting in 300 s would be 0.03
+    CHECK(read(401.0, "9200000") == doctest::Approx(0.2));
 }
 
 TEST_CASE("pressure, and nothing at all") {

@@ -111,6 +111,7 @@ FIELDS: list[tuple[tuple[Any, ...], Any, str]] = [
     (("tags", "answer"), "9", r"tags\.answer must be an integer"),
     (("tags", "answer"), 7, "tags must be four different tokens"),
     (("positions",), 0, "positions must be at least 1"),
+    (("positions",), 2**31, "positions must be at most 2147483647"),
     (("positions",), 10**400, "positions must be an integer of 64 bits"),
     (("positions",), float("inf"), "positions must be finite"),
     (("widths",), "12", "widths must be a list"),

@@ -69,6 +69,20 @@ def test_pressure_is_the_share_of_the_last_ten_seconds(tmp_path: Path) -> None:
     assert "no line 'full'" in readings["pressure.io_full"].why
 
 
+def test_behind_a_pause_pressure_is_not_the_average_of_the_pause(tmp_path: Path) -> None:
+    times = iter([100.0, 100.5, 400.5, 401.0])
+    pressure = Pressure(tmp_path, clock=lambda: next(times))
+
+    def read(total: int) -> float | None:
+        (tmp_path / "cpu").write_text(f"some avg10=90.00 avg60=0.00 avg300=0.00 total={total}\n")
+        return pressure.read()["pressure.cpu_some"].value
+
+    assert read(0) == 0.9
+    assert read(100_000) == pytest.approx(0.2)
+    assert read(9_100_000) == 0.9  # 9 s of waiting in 300 s would be 0.03
+    assert read(9_200_000) == pytest.approx(0.2)
+
+
 V2 = "sys/fs/cgroup/"
 UNIFIED = {
     "proc/self/cgroup": "0::/pod/box",

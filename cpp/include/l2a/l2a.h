@@ -20,8 +20,8 @@
  *
  * Structures that begin with struct_size may grow at the end in later versions: options are made by their _init
  * function, which is told their size, as `l2a_engine_options_init(&options, sizeof options)`, and of structures that
- * are filled the caller sets struct_size. Others stay as they are. Units: memory in bytes, times in seconds, budgets as
- * a share of the dense model's compute.
+ * are filled the caller sets struct_size; what a newer one has besides is filled with 0. Others stay as they are.
+ * Units: memory in bytes, times in seconds, budgets as a share of the dense model's compute.
  */
 #ifndef L2A_L2A_H_
 #define L2A_L2A_H_
@@ -227,7 +227,7 @@ L2A_API void l2a_request_options_init(l2a_request_options* options, size_t size)
  * @param prompt [size] token ids, ending in `<think>`; copied.
  * @param options NULL for the defaults.
  * @param id its number, for the functions below.
- * @return L2A_ERROR_BUDGET or L2A_ERROR_CONFIG; nothing is queued then.
+ * @return L2A_ERROR_BUDGET, L2A_ERROR_CONFIG or L2A_ERROR_OUT_OF_MEMORY; nothing is queued then.
  */
 L2A_API l2a_status* l2a_engine_submit(l2a_engine* engine, const int64_t* prompt, size_t size,
                                       const l2a_request_options* options, uint64_t* id);
@@ -235,7 +235,8 @@ L2A_API l2a_status* l2a_engine_submit(l2a_engine* engine, const int64_t* prompt,
 /**
  * Changes what a request may spend from its next token on; tokens that are written stay. Where the new allocation needs
  * keys and values that the old one did not compute, they are computed again from the tokens, at the next step.
- * @return L2A_ERROR_BUDGET, L2A_ERROR_CONFIG or L2A_ERROR_SESSION; the old budget stays.
+ * @return L2A_ERROR_BUDGET, L2A_ERROR_CONFIG, L2A_ERROR_BUNDLE where no router is open to ask the gates again,
+ * L2A_ERROR_SESSION or L2A_ERROR_OUT_OF_MEMORY; the old budget stays.
  */
 L2A_API l2a_status* l2a_engine_set_budget(l2a_engine* engine, uint64_t id, const l2a_budget* budget);
 /** Writes no more of a request; one that is done stays as it is. */
@@ -245,7 +246,8 @@ L2A_API l2a_status* l2a_engine_cancel(l2a_engine* engine, uint64_t id);
  * Admits what there is room for and writes one token of every row. A request that fails is done and has the error; the
  * others go on.
  * @param busy whether a request still waits or runs; may be NULL.
- * @return L2A_ERROR_INTERNAL at most.
+ * @return L2A_ERROR_OUT_OF_MEMORY where there is not even enough to say so of a request: no request is lost, and the
+ * step may be tried again; else L2A_ERROR_INTERNAL at most.
  */
 L2A_API l2a_status* l2a_engine_step(l2a_engine* engine, int32_t* busy);
 
@@ -273,7 +275,10 @@ L2A_API const char* l2a_engine_error(const l2a_engine* engine, uint64_t id);
 /** Parts of what is written. */
 enum { L2A_TOKENS_WRITTEN = 0 /**< all, tags included */, L2A_TOKENS_THINK = 1, L2A_TOKENS_ANSWER = 2 };
 
-/** Tokens so far, until the next step or the request is forgotten; NULL and size 0 for an unknown request. */
+/**
+ * Tokens so far, until the next step, or until the request's budget changes or it is forgotten; NULL and size 0 for an
+ * unknown request.
+ */
 L2A_API const int64_t* l2a_engine_tokens(const l2a_engine* engine, uint64_t id, int32_t part, size_t* size);
 /** Kept KV groups [num_layers] of a request, NULL before that is decided; until its budget changes. */
 L2A_API const int64_t* l2a_engine_allocation(const l2a_engine* engine, uint64_t id);

@@ -46,9 +46,9 @@ class Pressure(Source):
     """Pressure stall information: the share of about the last second in which some, or all, tasks waited.
 
     Readings, each a share: ``pressure.RESOURCE_some`` for cpu, memory and io, ``pressure.RESOURCE_full`` for memory and
-    io. They come from the kernel's running totals between two readings; the first one is its average of ten seconds,
-    as a squeeze must be seen sooner than that average shows it. Needs Linux 4.20 with PSI switched on. Source:
-    https://docs.kernel.org/accounting/psi.html
+    io. They come from the kernel's running totals between two readings, as a squeeze must be seen sooner than the
+    kernel's average of ten seconds shows it; the first one, and one behind a longer pause, is that average. Needs Linux
+    4.20 with PSI switched on. Source: https://docs.kernel.org/accounting/psi.html
 
     Args:
         folder: where ``cpu``, ``memory`` and ``io`` stand.
@@ -65,6 +65,7 @@ class Pressure(Source):
         }
     )
     _SECONDS = 1.0
+    _AVERAGE = 10.0  # seconds of avg10, which is newer than what a longer pause shows
 
     def __init__(self, folder: str | Path = "/proc/pressure", clock: Callable[[], float] = time.monotonic) -> None:
         self._folder, self._clock = Path(folder), clock
@@ -79,6 +80,8 @@ class Pressure(Source):
             first, *rest = line.split()
             if first == kind:
                 values, now, totals = dict(item.split("=") for item in rest), self._clock(), self._totals[name]
+                if totals and totals[-1][0] < now - self._AVERAGE:
+                    totals.clear()
                 totals.append((now, int(values["total"])))
                 while len(totals) > 2 and totals[1][0] <= now - self._SECONDS:
                     totals.popleft()
