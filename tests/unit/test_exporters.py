@@ -28,8 +28,9 @@ from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageEr
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.facts import branches, initializers, nodes
 from l2a_compress.exporters.ladder import mine
-from l2a_compress.exporters.onnx import ExportOptions, _window, export
+from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import BITS, BLOCKS, quantize
+from l2a_compress.exporters.refusals import window_of
 from l2a_compress.exporters.shapes import parse_shapes
 from l2a_compress.exporters.verify import (
     graph_inputs,
@@ -707,13 +708,13 @@ def test_inline_gates_have_no_graph(tmp_path: Path) -> None:
     ],
 )
 def test_the_window_is_where_transformers_has_it(family: str, model: dict[str, object], window: int | None) -> None:
-    assert _window(new_model(family, **model).config) == window
+    assert window_of(new_model(family, **model).config) == window
 
 
 def test_mixed_windows_are_refused() -> None:
     model = new_model("qwen3", use_sliding_window=True, sliding_window=7, max_window_layers=2)
     with pytest.raises(ConfigError, match="mixed"):
-        _window(model.config)
+        window_of(model.config)
 
 
 def longrope(original: int) -> dict[str, object]:
