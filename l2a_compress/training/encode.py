@@ -72,11 +72,11 @@ def _encode_reasoning(example: Example, tokenizer: PreTrainedTokenizerBase, styl
     tags = read_tags(tokenizer)
     full_styles: list[Style] = ["long"] if "long" in example.traces else list(example.traces)
     thoughts = [part for name in [style, *full_styles] for part in example.thinking(name)]
-    prompt, answer, gap, *parts = token_ids(tokenizer, [example.prompt, example.answer, "\n", *thoughts])
+    prompt, answer, *parts = token_ids(tokenizer, [example.prompt, example.answer, *thoughts])
     _refuse_tags(example, tags, [*prompt, *answer, *parts[0], *parts[1]])
     head = [*begin_ids(tokenizer), *prompt, tags.think]
     think = [*parts[0], *parts[1]]
-    tail = [tags.end_think, *gap, tags.answer, *answer, tags.end_answer]
+    tail = [tags.end_think, tags.answer, *answer, tags.end_answer]
     if tokenizer.eos_token_id not in (None, tags.end_answer):
         tail.append(tokenizer.eos_token_id)
     ids = [*head, *think, *tail]

@@ -40,6 +40,7 @@ def check_spans(encoded: Encoded, example: Example, tokenizer: PreTrainedTokeniz
     assert ids[start - 1] == tags.think
     assert ids[end] == tags.end_think
     assert [ids.count(tag) for tag in (tags.think, tags.end_think, tags.answer, tags.end_answer)] == [1, 1, 1, 1]
+    assert ids[end + 1] == tags.answer  # as a generation goes on
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
     assert ids[: encoded["prompt_length"]] == encode_prompt(example, tokenizer)
@@ -78,9 +79,9 @@ def test_the_text_of_a_language_model_is_as_documented() -> None:
     tokenizer = bpe_tokenizer()
     example = Example(prompt="1+1?", traces={"long": "1+1=2", "none": ""}, answer="2", kind="reasoning")
     text = tokenizer.decode(encode(example, tokenizer, "long")["input_ids"])
-    assert text == "<s>1+1?<think>\n1+1=2\n</think>\n<answer>2</answer></s>"
+    assert text == "<s>1+1?<think>\n1+1=2\n</think><answer>2</answer></s>"
     encoded = encode(example, tokenizer, "none")
-    assert tokenizer.decode(encoded["input_ids"]) == "<s>1+1?<think></think>\n<answer>2</answer></s>"
+    assert tokenizer.decode(encoded["input_ids"]) == "<s>1+1?<think></think><answer>2</answer></s>"
     assert encoded["think_start"] == encoded["think_end"]
     assert encoded["think_full"] == len(tokenizer("\n1+1=2\n", add_special_tokens=False)["input_ids"])
 
