@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers import TrainingArguments
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError, DataError, StorageError, TrainingError
@@ -397,6 +399,26 @@ def test_the_schedule_warms_up_stays_and_falls_to_zero(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="batch_size 8 does not split over 3 processes x 1"):
         training_arguments(OptimConfig(batch_size=8), folder=tmp_path, seed=0, trackers=[], world_size=3, quiet=True)
+
+
+def test_a_process_that_sees_several_gpus_uses_one_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class TwoGpus(TrainingArguments):
+        """As on a machine with two GPUs, where one process was started."""
+
+        @functools.cached_property
+        def _setup_devices(self) -> torch.device:
+            device: torch.device = TrainingArguments._setup_devices.func(self)
+            self._n_gpu = 2
+            return device
+
+    monkeypatch.setattr("l2a_compress.training.trainer.TrainingArguments", TwoGpus)
+    trainer = new_trainer(tmp_path)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 8
+    assert "2 GPUs are visible and this process uses the first" in caplog.text
+    assert "accelerate launch --multi_gpu --num_processes 2" in caplog.text
 
 
 def test_trained_tensors_round_trip() -> None:
