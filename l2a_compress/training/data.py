@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodedExamples", "StyleChoice", "load_encoded", "load_examples", "load_some"]
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 StyleChoice = Callable[[int, Example], Style]
 
@@ -136,11 +138,13 @@ class _RowExamples(MapStyle[Example]):
         self._config = config
         self._columns = resolve_columns(config, rows.columns)
         places: list[tuple[float, int]] = []
+        empty = 0
         for index, row in enumerate(rows):
             try:
                 example = example_of(row, self._columns, config)
             except DataError as error:
                 raise DataError(f"{rows.where(index)}: {error}") from error
+            empty += example is None
             if example is not None and self._split(example) == split:
                 places.append((position(example.prompt), index))
         if not places:
@@ -149,6 +153,8 @@ class _RowExamples(MapStyle[Example]):
                 f"(heldout_share {config.heldout_share}, calibration_share {config.calibration_share}); give more "
                 "rows or another share"
             )
+        if empty and config.kind == "chat":  # blank lines of a text are nothing to tell
+            log.warning("%s: skipped %d of %d rows, whose reply is empty", config.source, empty, len(rows))
         # The limit takes prompts by their hash: a fair sample of a sorted file, and a larger limit keeps all of them.
         taken = [index for _, index in sorted(places)[: config.limit]]
         self._indices = taken if split == "calibration" else sorted(taken)  # whose first ones are a fair sample too
