@@ -181,17 +181,18 @@ class Trials:
     def trial(self, allocation: Allocation) -> list[float]:
         """Cross entropy of each batch of ``held_out`` at an allocation, after the adapters were trained for that."""
         optim = self.recipe.optim
-        with _put_back(list(self.gated.adapter_parameters.values())) as adapters, self._dropout():
+        forced = self.gated.forced([allocation])  # in backward passes too: checkpointed layers run again there
+        with forced, _put_back(list(self.gated.adapter_parameters.values())) as adapters, self._dropout():
             optimizer = torch.optim.AdamW(adapters, lr=optim.lr, betas=BETAS, weight_decay=0.0)
             self.gated.train()
             for part in self.batches:
                 optimizer.zero_grad()
-                self._read(allocation, *part).loss.backward()
+                self._read(*part).loss.backward()
                 torch.nn.utils.clip_grad_norm_(adapters, optim.clip)
                 optimizer.step()
             self.gated.eval()
             with torch.no_grad():
-                return [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
+                return [float(self._read(*part).terms["ce"]) for part in self.held_out]
 
     def order(self, guess: Sequence[int], *, pivot: int, deepest: int, most: int) -> list[int]:
         """The first layers to give up, in that order.
@@ -236,11 +237,9 @@ class Trials:
                 hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
             return where, Teacher(hidden=hidden), _told(gated, batch)
 
-    def _read(
-        self, allocation: Allocation, batch: Batch, where: Supervised, teacher: Teacher, told: Tensor | None
-    ) -> Readout:
+    def _read(self, batch: Batch, where: Supervised, teacher: Teacher, told: Tensor | None) -> Readout:
         gated, weight = self.gated, self.recipe.objective.weight("kl")
-        with gated.forced([allocation]), self._autocast():
+        with self._autocast():
             gated.state.offset = told
             hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
             vocabulary = int(gated.model.config.vocab_size)

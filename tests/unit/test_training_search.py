@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.search import Trials
 from test_training_step import new_batch
-from toy_models import new_gated
+from toy_models import GROUPS, LAYERS, new_gated
 
 LR = 1e-2
 
@@ -44,6 +45,19 @@ def test_equal_trials_give_equal_losses_and_other_layers_another() -> None:
     assert trials.loss([3]) != first
     assert trials.loss([2]) == first
     assert trials.loss([2]) == new_trials(trials.gated, 2).loss([2])
+
+
+def test_a_trial_is_the_same_with_gradient_checkpointing() -> None:
+    groups = tuple((0,) if layer in (2, 4) else () if layer == 3 else tuple(range(GROUPS)) for layer in range(LAYERS))
+    narrow = Allocation(num_groups=GROUPS, groups=groups)
+    plain, checkpointed = new_gated(), new_gated()
+    checkpointed.activation_checkpointing_enable()
+    calls: list[int] = []
+    attention = checkpointed.model.model.layers[2].layer.self_attn
+    attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = new_trials(checkpointed, 3).trial(narrow)
+    assert len(calls) == 4 + 3 * 2 + 1  # teachers of the batches, twice in each step, and the measurement
+    assert found == pytest.approx(new_trials(plain, 3).trial(narrow), abs=1e-5)
 
 
 class Known(Trials):
