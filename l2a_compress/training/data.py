@@ -28,7 +28,9 @@ T = TypeVar("T")
 StyleChoice = Callable[[int, Example], Style]
 
 
-def load_examples(config: DataConfig | MixtureConfig, split: Split = "train", seed: int = 0) -> Sequence[Example]:
+def load_examples(
+    config: DataConfig | MixtureConfig, split: Split = "train", seed: int = 0, *, length: int | None = None
+) -> Sequence[Example]:
     """The examples of a split, as a map-style sequence. Examples are made when they are asked for.
 
     Splits come from a hash of the prompt, so that they never overlap, whatever the seed, the limit or the file's order.
@@ -38,13 +40,14 @@ def load_examples(config: DataConfig | MixtureConfig, split: Split = "train", se
         config: One source, or several.
         split: ``train``, ``heldout`` or ``calibration``.
         seed: Of the interleave and of generated problems, at least 0. Rows of a file do not depend on it.
+        length: Samples of a mixture, where it is interleaved; by default the lengths of its sources added up.
 
     Raises:
         ConfigError: An unknown split or a seed below 0.
         DataError: A source cannot be read, lacks a column, has a bad row, or has no example in that split.
     """
     if isinstance(config, MixtureConfig):
-        return _mix([load_examples(one, split, seed) for one in config.sources], config, split, seed)
+        return _mix([load_examples(one, split, seed) for one in config.sources], config, split, seed, length)
     _check(split, seed)
     if config.kind == "embedded":
         return EmbeddedExamples(split=split, seed=seed, limit=config.limit, subset=config.subset)
@@ -175,10 +178,12 @@ class _RowExamples(MapStyle[Example]):
         return example
 
 
-def _mix(parts: Sequence[Sequence[T]], config: MixtureConfig, split: Split, seed: int) -> Sequence[T]:
+def _mix(
+    parts: Sequence[Sequence[T]], config: MixtureConfig, split: Split, seed: int, length: int | None = None
+) -> Sequence[T]:
     if split == "heldout":
         return Chain(parts)
-    return Mixture(parts, [source.weight for source in config.sources], seed=seed)
+    return Mixture(parts, [source.weight for source in config.sources], seed=seed, length=length)
 
 
 def _check(split: str, seed: int) -> None:

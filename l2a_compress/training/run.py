@@ -200,13 +200,14 @@ def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samp
     draws = recipe.draws
     if not recipe.objective.weight("kl"):  # noised samples would have no loss at all
         draws = dataclasses.replace(draws, noised_share=0.0)
-    examples = load_examples(mixture, "train", recipe.seed)
+    count = recipe.optim.steps * recipe.optim.batch_size
+    examples = load_examples(mixture, "train", recipe.seed, length=count)
     assert isinstance(examples, Mixture)  # of one source, too: it is shuffled
     return Samples(
         examples,
         tokenizer,
         draws,
-        count=recipe.optim.steps * recipe.optim.batch_size,
+        count=count,
         seed=recipe.seed,
         max_length=lambda place: mixture.sources[examples.part_of(place)].max_length,
         think_reference=recipe.gates.think_reference,

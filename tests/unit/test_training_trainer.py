@@ -236,6 +236,21 @@ def test_each_source_has_its_own_longest_example(base: Path) -> None:
     assert all(samples.max_length(place) == (256, 64)[mixture.part_of(place)] for place in range(20))
 
 
+def test_a_run_longer_than_its_data_goes_on_with_rows_that_have_not_come(base: Path, tmp_path: Path) -> None:
+    files = {"large": 90, "small": 10}
+    for name, rows in files.items():
+        lines = [json.dumps({"text": f"{name} {row}"}) for row in range(rows)]
+        tmp_path.joinpath(f"{name}.jsonl").write_text("\n".join(lines))
+    shares = {"heldout_share": 0.0, "calibration_share": 0.0, "kind": "text"}
+    sources = [{"source": str(tmp_path / f"{name}.jsonl"), "weight": 1.0, **shares} for name in files]
+    recipe = tiny_recipe(base, optim={"steps": 25, "batch_size": 10})
+    recipe = Recipe.from_json(recipe.to_json() | {"data": {"sources": sources}})
+    samples = training_samples(recipe, build(recipe)[1])
+    assert len(samples.examples) == len(samples) == 250
+    seen = {example.prompt for example in samples.examples}
+    assert seen == {f"{name} {row}" for name, rows in files.items() for row in range(rows)}
+
+
 def test_a_base_of_16_bits_is_searched_too(base: Path, tmp_path: Path) -> None:
     plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 1, "trial_steps": 1}
     settings = {"dtype": "bfloat16"}, {"precision": "bf16", "steps": 2, "save_steps": 2}
