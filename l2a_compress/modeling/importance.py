@@ -15,6 +15,7 @@ from l2a_compress.modeling.families import decoder_layers
 from l2a_compress.modeling.gated import GatedModel
 
 Batch = Mapping[str, Tensor]
+PART_NUMBERS = 2**26  # vocabulary logits that are in memory together: 256 MB in 32 bits
 
 
 @torch.no_grad()
@@ -75,8 +76,9 @@ def mean_loss(
         hidden = _hidden(gated, batch, state, kept)
         labels = batch["labels"][:, 1:]
         mask = labels != -100
-        logits = gated.logits(hidden[:, :-1][mask]).float()
-        total += float(functional.cross_entropy(logits, labels[mask], reduction="sum"))
+        size = max(1, PART_NUMBERS // int(gated.model.config.vocab_size))
+        for part, targets in zip(hidden[:, :-1][mask].split(size), labels[mask].split(size), strict=True):
+            total += float(functional.cross_entropy(gated.logits(part).float(), targets, reduction="sum"))
         count += int(mask.sum())
     return total / max(count, 1)
 

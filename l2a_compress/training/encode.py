@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["IGNORE", "UnfitError", "encode", "encode_prompt"]
 
 IGNORE = -100
+_LENGTH = 512  # most tokens of an example, where nobody says
 
 
 class UnfitError(DataError):
@@ -28,7 +29,7 @@ class UnfitError(DataError):
 
 
 def encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = 512
+    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = _LENGTH
 ) -> Encoded:
     """Encodes one example for training.
 
@@ -54,18 +55,26 @@ def encode(
 
 
 def encode_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = 512
+    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int | None = None
 ) -> list[int]:
     """What a generation starts from: the first ``prompt_length`` ids of the encoded example.
 
-    With a ``style``, an example whose reasoning names its style also gets that word, the first think token.
+    With a ``style``, an example whose reasoning names its style also gets that word, the first think token. Without
+    ``max_length`` a reasoning prompt may be of any length; others are then cut as :func:`encode` does by default.
+
+    Raises:
+        UnfitError: As for :func:`encode`; a reasoning prompt leaves no room in ``max_length``.
+        TokenizerError: A tag is not in the tokenizer.
     """
     if example.kind != "reasoning":
-        encoded = encode(example, tokenizer, max_length=max_length)
+        encoded = encode(example, tokenizer, max_length=_LENGTH if max_length is None else max_length)
         return encoded["input_ids"][: encoded["prompt_length"]]
     opening = example.opening(style) if style is not None else ""
     prompt, opened = token_ids(tokenizer, [example.prompt, opening])
-    return [*begin_ids(tokenizer), *prompt, read_tags(tokenizer).think, *opened]
+    ids = [*begin_ids(tokenizer), *prompt, read_tags(tokenizer).think, *opened]
+    if max_length is not None and len(ids) >= max_length:
+        raise UnfitError(f"the prompt takes {len(ids)} tokens and max_length is {max_length}")
+    return ids
 
 
 def _encode_reasoning(example: Example, tokenizer: PreTrainedTokenizerBase, style: Style, max_length: int) -> Encoded:

@@ -75,12 +75,8 @@ def train(
         TrainingError: the loss is not finite, or a checkpoint cannot be read.
         StorageError: the disk is full or not writable.
     """
-    searched = bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
-    if searched and not recipe.gates.has_demand and recipe.draws.contract != "cap":
-        raise ConfigError(
-            f"draws.contract = {recipe.draws.contract!r}: where the order of the layers is searched and there is no "
-            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
-        )
+    searched = _is_searched(recipe)
+    _check(recipe)
     state = _processes()
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
@@ -175,6 +171,31 @@ def train(
         force=(out / "artifact").exists(),
     )
     return out / "artifact"
+
+
+def _is_searched(recipe: Recipe) -> bool:
+    """Whether the order of the layers is searched, and not learned."""
+    return bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuses settings that do not go together, before anything is read."""
+    if _is_searched(recipe) and not recipe.gates.has_demand and recipe.draws.contract != "cap":
+        raise ConfigError(
+            f"draws.contract = {recipe.draws.contract!r}: where the order of the layers is searched and there is no "
+            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
+        )
+    if _is_searched(recipe) and recipe.annealing.search_trials and not recipe.adapter.rank:
+        raise ConfigError(
+            f"annealing.search_trials = {recipe.annealing.search_trials}: a trial trains the adapters, and "
+            "adapter.rank = 0 has none; set annealing.search_trials=0, or a rank"
+        )
+    if recipe.model.dtype == "float16" and not recipe.optim.bf16:
+        raise ConfigError(
+            "model.dtype = 'float16': gradients of 16 bits vanish in it; set model.dtype=bfloat16 or float32"
+        )
+    if recipe.gates.mode == "inline" and recipe.draws.switch_share:
+        log.warning("draws.switch_share = %g has no effect: inline gates keep one budget", recipe.draws.switch_share)
 
 
 def build(recipe: Recipe) -> tuple[GatedModel, PreTrainedTokenizerBase, str]:

@@ -110,6 +110,15 @@ def test_reasoning_is_never_cut() -> None:
         encode(example, bpe_tokenizer(), "long", full - 1)
 
 
+def test_a_prompt_that_leaves_no_room_is_unfit() -> None:
+    example = Example(prompt="a b c d " * 200, traces={"long": "x"}, answer="y", kind="reasoning")
+    count = len(encode_prompt(example, bpe_tokenizer()))
+    assert count > 512
+    assert len(encode_prompt(example, bpe_tokenizer(), max_length=count + 1)) == count
+    with pytest.raises(UnfitError, match=f"the prompt takes {count} tokens and max_length is {count}"):
+        encode_prompt(example, bpe_tokenizer(), max_length=count)
+
+
 def test_a_missing_style_is_named() -> None:
     example = Example(prompt="p", traces={"long": "t"}, answer="a", kind="reasoning")
     with pytest.raises(DataError, match="no 'short' trace in this example, which has: long"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.search import Trials
+from l2a_compress.training.search import Trials, spared_layers
 from test_training_step import new_batch
 from toy_models import GROUPS, LAYERS, new_gated
 
@@ -58,6 +58,13 @@ def test_a_trial_is_the_same_with_gradient_checkpointing() -> None:
     found = new_trials(checkpointed, 3).trial(narrow)
     assert len(calls) == 4 + 3 * 2 + 1  # teachers of the batches, twice in each step, and the measurement
     assert found == pytest.approx(new_trials(plain, 3).trial(narrow), abs=1e-5)
+
+
+def test_whole_layers_that_the_smallest_budget_is_worth_stay_whole() -> None:
+    gated = new_gated()
+    assert int((1 - 5 / 6) * LAYERS) == 0  # what numbers with a point make of it
+    assert [spared_layers(gated, least) for least in (0.5, 5 / 6, 1.0)] == [3, 1, 0]
+    assert spared_layers(gated, 0.75) == pytest.approx(1.5)
 
 
 class Known(Trials):

@@ -196,6 +196,33 @@ def test_a_searched_order_without_a_demand_head_knows_no_prices(base: Path, tmp_
     train(tiny_recipe(base, draws={"contract": "cap"}, **changes), tmp_path, quiet=True)
 
 
+def test_trials_without_adapters_are_refused_at_the_start(base: Path, tmp_path: Path) -> None:
+    plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 1, "trial_steps": 1}
+    changes: dict[str, Any] = {"adapter": {"rank": 0}, "optim": {"steps": 2, "save_steps": 2}}
+    with pytest.raises(ConfigError, match=r"search_trials = 1: .*adapter.rank = 0 has none; set annealing.search_tri"):
+        train(tiny_recipe(base, annealing=plan, **changes), tmp_path, quiet=True)
+    train(tiny_recipe(base, annealing=plan | {"search_trials": 0}, **changes), tmp_path, quiet=True)
+
+
+def test_a_base_in_float16_is_refused_where_layers_compute_in_it(base: Path, tmp_path: Path) -> None:
+    half = {"model": {"dtype": "float16"}}
+    with pytest.raises(ConfigError, match=r"model.dtype = 'float16': .*set model.dtype=bfloat16 or float32"):
+        train(tiny_recipe(base, **half), tmp_path, quiet=True)
+    train(tiny_recipe(base, **half, optim={"precision": "bf16", "steps": 1}), tmp_path, quiet=True)
+    assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path))
+
+
+def test_a_switch_of_budgets_that_inline_gates_do_not_have_is_said(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {"gates": {"mode": "inline"}, "optim": {"steps": 1}}
+    train(tiny_recipe(base, **changes), tmp_path / "one", quiet=True)
+    assert "draws.switch_share = 0.1 has no effect: inline gates" in caplog.text
+    caplog.clear()
+    train(tiny_recipe(base, draws={"switch_share": 0.0}, **changes), tmp_path / "two", quiet=True)
+    assert "switch_share" not in caplog.text
+
+
 def test_a_least_compute_below_the_stem_is_found_before_training(base: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"gates": {"stem_layers": 3, "least_compute": 0.4}, "optim": {"steps": 1}}
     with pytest.raises(ConfigError, match=r"gates.least_compute = 0.4: is below 0.5"):
