@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from l2a_compress.allocation import Allocation
@@ -248,7 +249,10 @@ def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, colla
 
         chooser = load_artifact(recipe.static.artifact).gated.to(gated.model.device)
     batches = in_batches(whole_samples(samples, _SEARCH_ROWS), collate, device=gated.model.device)
-    return BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
+    chosen = BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
+    (allocation,) = broadcast_object_list([chosen])  # all processes train the main one's choice
+    assert isinstance(allocation, Allocation)
+    return allocation
 
 
 def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -78,6 +83,56 @@ class Known(Trials):
         together = sum(self.pairs.get(pair, 0.0) for pair in itertools.combinations(sorted(gone), 2))
         self.asked.append(gone)
         return sum(self.costs[layer] for layer in gone) + together
+
+
+class Processes:
+    """Threads that stand for processes: each has a number, and gathers what all have."""
+
+    def __init__(self, count: int) -> None:
+        self.local, self.barrier, self.lists = threading.local(), threading.Barrier(count), [[] for _ in range(count)]
+
+    def state(self) -> SimpleNamespace:
+        return SimpleNamespace(num_processes=len(self.lists), process_index=self.local.number)
+
+    def gather(self, objects: list[Any]) -> list[Any]:
+        self.lists[self.local.number] = objects
+        self.barrier.wait(60)
+        found = [one for part in self.lists for one in part]
+        self.barrier.wait(60)
+        return found
+
+
+class Counted(Trials):
+    """Trials of known losses, each counted."""
+
+    def __init__(self, guess: list[int]) -> None:
+        self.guess, self.losses, self.mine = guess, {}, list[tuple[int, ...]]()
+        self.tried, self.bar = lambda: None, SimpleNamespace(update=lambda: None)  # type: ignore[assignment]
+
+    def _without(self, gone: Sequence[int]) -> float:
+        self.mine.append(tuple(gone))
+        return sum(COSTS[layer] for layer in gone) - 3.0 * ({3, 5} <= set(gone))
+
+
+def test_processes_share_the_trials_and_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    guess = [5, 2, 3, 4, 7, 6]
+    alone = Counted(guess)
+    order = alone.order(guess, pivot=3, deepest=5, most=9)
+    processes = Processes(2)
+    monkeypatch.setattr("l2a_compress.training.search.PartialState", processes.state)
+    monkeypatch.setattr("l2a_compress.training.search.gather_object", processes.gather)
+
+    def run(number: int) -> Counted:
+        processes.local.number = number
+        trials = Counted(guess)
+        assert trials.order(guess, pivot=3, deepest=5, most=9) == order
+        return trials
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert first.losses == second.losses == alone.losses
+    assert {*first.mine} | {*second.mine} == {*alone.mine}
+    assert not {*first.mine} & {*second.mine}
 
 
 COSTS = {2: 5.0, 3: 4.0, 4: 3.0, 5: 6.0, 6: 1.0, 7: 2.0}
