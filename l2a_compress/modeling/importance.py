@@ -20,7 +20,7 @@ PART_NUMBERS = 2**26  # vocabulary logits that are in memory together: 256 MB in
 
 @torch.no_grad()
 def drop_losses(
-    gated: GatedModel, batches: Sequence[Batch], progress: Callable[[], None] | None = None
+    gated: GatedModel, batches: Sequence[Batch], progress: Callable[[], None] | None = None, *, whole: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Increase of the cross entropy per labelled token when one layer, or one KV group of one layer, is dropped alone.
 
@@ -31,6 +31,7 @@ def drop_losses(
         batches: Of input_ids, attention_mask and labels (-100: not counted), all [batch, length]; with inputs_embeds
             [batch, length, width] these are the network's input.
         progress: Called after each cut.
+        whole: Whether layers are dropped whole, too; else what that costs is given as 0.
 
     Returns:
         (layers [gated layers], groups [gated layers, groups]); the always-on stem is left out.
@@ -46,6 +47,8 @@ def drop_losses(
         cuts += [tuple(other for other in every if other != group) for group in every]
     for index in range(shape.num_layers):
         for number, kept in enumerate(cuts if index >= stem else ()):
+            if number == 0 and not whole:
+                continue
             rest = [every] * (shape.num_layers - index - 1)
             increase = mean_loss(gated, batches, states, [*[()] * index, kept, *rest]) - base
             if number == 0:

@@ -1,31 +1,24 @@
-"""Loads examples and encoded examples of a split: the entry to this package's data."""
+"""Loads the examples of a split: the entry to this package's data."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from l2a_compress.errors import ConfigError, DataError
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.embedded_examples import EmbeddedExamples
-from l2a_compress.training.encode import encode
-from l2a_compress.training.examples import SPLITS, Encoded, Example, Split, Style, position, split_of
-from l2a_compress.training.fitting import FittingExamples, Sample, usable_styles
+from l2a_compress.training.examples import SPLITS, Example, Split, position, split_of
 from l2a_compress.training.kinds import example_of, resolve_columns
 from l2a_compress.training.mixture import Chain, MapStyle, Mixture
 from l2a_compress.training.sources import Rows, read_rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["EncodedExamples", "StyleChoice", "load_encoded", "load_examples", "load_some"]
+__all__ = ["load_examples", "load_some"]
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-StyleChoice = Callable[[int, Example], Style]
 
 
 def load_examples(
@@ -59,78 +52,6 @@ def load_some(config: DataConfig | MixtureConfig, split: Split, seed: int, count
     if isinstance(config, DataConfig) and config.kind == "embedded" and config.limit is None:
         config = replace(config, limit=count)
     return load_examples(config, split, seed)
-
-
-def load_encoded(
-    config: DataConfig | MixtureConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    split: Split = "train",
-    seed: int = 0,
-    styles: Sequence[Style] = ("long", "short"),
-    choose_style: StyleChoice | None = None,
-) -> EncodedExamples:
-    """The encoded examples of a split, as a map-style sequence, ready for a ``Collator``.
-
-    Each source of a mixture has its own ``max_length``. What does not fit is dropped before the mixture is laid out.
-
-    Args:
-        config: One source, or several.
-        tokenizer: Must have the four tags where there is reasoning.
-        split: ``train``, ``heldout`` or ``calibration``.
-        seed: Of the interleave, of generated problems and of the draw of styles.
-        styles: Trace lengths to use; of those that an example has, one is drawn by (seed, index).
-        choose_style: Takes the index of the sample and its example and says the style, instead of that draw. Where
-            the example has no such trace, the first of ``styles`` that it has is taken.
-
-    Raises:
-        ConfigError: As for ``load_examples``.
-        DataError: As for ``load_examples``; or an example has none of the styles, or no example fits.
-        TokenizerError: The tokenizer lacks a tag.
-    """
-    sources = config.sources if isinstance(config, MixtureConfig) else (config,)
-    parts = [FittingExamples(load_examples(one, split, seed), tokenizer, one, styles) for one in sources]
-    samples = _mix(parts, config, split, seed) if isinstance(config, MixtureConfig) else parts[0]
-    return EncodedExamples(samples, tokenizer, styles=styles, seed=seed, choose_style=choose_style)
-
-
-class EncodedExamples(MapStyle[Encoded]):
-    """Samples, encoded when they are asked for; each knows its ``index`` here."""
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        styles: Sequence[Style] = ("long", "short"),
-        seed: int = 0,
-        choose_style: StyleChoice | None = None,
-    ) -> None:
-        """Arguments are those of ``load_encoded``, which makes one of these."""
-        self.samples = samples
-        self._tokenizer = tokenizer
-        self._styles = tuple(styles)
-        self._seed = seed
-        self._choose_style = choose_style
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _item(self, index: int) -> Encoded:
-        example, max_length = self.samples[index]
-        encoded = encode(example, self._tokenizer, self._style(index, example), max_length)
-        encoded["index"] = index
-        return encoded
-
-    def _style(self, index: int, example: Example) -> Style | None:
-        if example.kind != "reasoning":
-            return None
-        choices = usable_styles(example, self._styles)
-        if self._choose_style is not None:
-            wanted = self._choose_style(index, example)
-            return wanted if wanted in example.traces else choices[0]
-        draw = hashlib.blake2b(f"{self._seed}:{index}".encode(), digest_size=8).digest()
-        return choices[int.from_bytes(draw, "big") % len(choices)]
 
 
 class _RowExamples(MapStyle[Example]):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from l2a_compress.errors import DataError
 from l2a_compress.modeling.tags import Tags, read_tags
 from l2a_compress.training.chat import chat_pieces
-from l2a_compress.training.examples import NO_STYLE, Encoded, Example, Style, style_id
+from l2a_compress.training.examples import Encoded, Example, Style
 from l2a_compress.training.pieces import begin_ids, token_ids
 
 if TYPE_CHECKING:
@@ -79,12 +79,10 @@ def encode_prompt(
 
 def _encode_reasoning(example: Example, tokenizer: PreTrainedTokenizerBase, style: Style, max_length: int) -> Encoded:
     tags = read_tags(tokenizer)
-    full_styles: list[Style] = ["long"] if "long" in example.traces else list(example.traces)
-    thoughts = [part for name in [style, *full_styles] for part in example.thinking(name)]
-    prompt, answer, *parts = token_ids(tokenizer, [example.prompt, example.answer, *thoughts])
-    _refuse_tags(example, tags, [*prompt, *answer, *parts[0], *parts[1]])
+    prompt, answer, *parts = token_ids(tokenizer, [example.prompt, example.answer, *example.thinking(style)])
+    think = [token for part in parts for token in part]
+    _refuse_tags(example, tags, [*prompt, *answer, *think])
     head = [*begin_ids(tokenizer), *prompt, tags.think]
-    think = [*parts[0], *parts[1]]
     tail = [tags.end_think, tags.answer, *answer, tags.end_answer]
     if tokenizer.eos_token_id not in (None, tags.end_answer):
         tail.append(tokenizer.eos_token_id)
@@ -97,8 +95,6 @@ def _encode_reasoning(example: Example, tokenizer: PreTrainedTokenizerBase, styl
         prompt_length=len(head),
         think_start=len(head),
         think_end=len(head) + len(think),
-        style=style_id(style),
-        think_full=max(len(parts[at]) + len(parts[at + 1]) for at in range(2, len(parts), 2)),
     )
 
 
@@ -139,6 +135,4 @@ def _without_reasoning(ids: list[int], labels: list[int], prompt_length: int) ->
         prompt_length=prompt_length,
         think_start=0,
         think_end=0,
-        style=NO_STYLE,
-        think_full=0,
     )

@@ -84,7 +84,7 @@ def search(
 def _path(gated: GatedModel, recipe: Recipe, batches: Sequence[Batch], trials: Trials | None) -> list[Allocation]:
     """Allocations from dense down; where there are trials, layers go first, in the order that these find."""
     least = recipe.draws.minimum
-    _, importance = drop_losses(gated, batches)
+    _, importance = drop_losses(gated, batches, whole=False)
     path = greedy_path(gated, batches, importance, least=least)
     if trials is None:
         return path

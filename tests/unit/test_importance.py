@@ -55,6 +55,17 @@ def test_the_loss_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(largest[1:]) == 5
 
 
+def test_groups_alone_are_measured_with_fewer_cuts() -> None:
+    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
+    cuts, batches = list[int](), [batch_of(0, 2, 9)]
+    layers, groups = drop_losses(gated, batches, lambda: cuts.append(1))
+    none, alone = drop_losses(gated, batches, lambda: cuts.append(2), whole=False)
+    assert torch.equal(alone, groups)
+    assert layers.any()
+    assert not none.any()
+    assert (cuts.count(1), cuts.count(2)) == ((LAYERS - STEM) * (1 + GROUPS), (LAYERS - STEM) * GROUPS)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_increase_is_that_of_the_whole_model(family: str) -> None:
     gated = GatedModel.wrap(new_model(family), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
