@@ -109,9 +109,10 @@ class StemDecider:
             )  # a price stands still: the budget term moves the scores
             threshold = torch.where(priced, hard.threshold, filled)[:, None]
             layer_masks = straight_through(hard.layers, layer_scores, threshold, heat)
-            group_masks = groups.float()
+            opened = _opened(hard.layers, hard.groups, allocator)
+            group_masks = allocator.by_group(opened).float()
             if self.config.heads:
-                group_masks = allocator.by_group(straight_through(hard.groups, effective, threshold[..., None], heat))
+                group_masks = allocator.by_group(straight_through(opened, effective, threshold[..., None], heat))
         pairs = zip(layer_masks.unbind(1), group_masks.unbind(1), strict=True)
         return result, [(layer[:, None], groups[:, None]) for layer, groups in pairs]
 
@@ -210,8 +211,10 @@ class InlineDecider:
         layer_mask, group_mask = keep.float(), groups.float()
         if not exact:
             layer_mask = straight_through(keep, noisy_layer, threshold, request.temperature)
+            opened = _opened(keep, ranks, self.allocator)
+            group_mask = self.allocator.by_group(opened, gate).float()
             if self.config.heads:
-                mask = straight_through(ranks, noisy_group, threshold[:, None], request.temperature)
+                mask = straight_through(opened, noisy_group, threshold[:, None], request.temperature)
                 group_mask = self.allocator.by_group(mask, gate)
         self.state.plans[index] = plan_from_masks(layer_mask[:, None], group_mask[:, None], exact=exact)
 
@@ -230,6 +233,19 @@ class InlineDecider:
         self.units = self.units - keep * cost.layer_units - count * cost.group_units
         self.layers_left, self.heads_left = self.layers_left - keep.long(), self.heads_left - count
         return keep, groups
+
+
+def _opened(layers: Tensor, groups: Tensor, allocator: Allocator) -> Tensor:
+    """Groups [..., groups] by rank, where a closed layer has the least that it would run with.
+
+    The gradient of its mask is what the layer would change. Without a group that is what its MLP alone would, which no
+    layer that is kept ever runs as. Its output is multiplied by 0, so neither a value nor another gradient changes.
+    Gates that do not learn have no use for it, and compute what they always did.
+    """
+    if not allocator.learns_order:
+        return groups
+    least = torch.arange(groups.shape[-1], device=groups.device) < allocator.min_groups
+    return groups | (~layers[..., None] & least)
 
 
 def level_units(config: GateConfig, cost: CostModel) -> list[int]:

@@ -234,6 +234,11 @@ class Allocator(nn.Module):
         """KV groups that a kept layer has at least: all of them where groups are not gated."""
         return self.config.min_groups if self.config.heads else self.group_order.shape[1]
 
+    @property
+    def learns_order(self) -> bool:
+        """Whether the gates learn by gradient which layers run; else they are told, by a search or an allocation."""
+        return self.layer_gates.outer_bias.requires_grad
+
     def by_group(self, ranks: Tensor, layer: int | None = None) -> Tensor:
         """From rank order to the groups' own: [batch, gated layers, groups], or [batch, groups] of one gated layer."""
         places = self.group_order.argsort(-1)

@@ -15,11 +15,12 @@ from l2a_compress.modeling.families import decoder_layers
 from l2a_compress.modeling.gated import GatedModel
 
 Batch = Mapping[str, Tensor]
+PART_NUMBERS = 2**26  # vocabulary logits that are in memory together: 256 MB in 32 bits
 
 
 @torch.no_grad()
 def drop_losses(
-    gated: GatedModel, batches: Sequence[Batch], progress: Callable[[], None] | None = None
+    gated: GatedModel, batches: Sequence[Batch], progress: Callable[[], None] | None = None, *, whole: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Increase of the cross entropy per labelled token when one layer, or one KV group of one layer, is dropped alone.
 
@@ -30,6 +31,7 @@ def drop_losses(
         batches: Of input_ids, attention_mask and labels (-100: not counted), all [batch, length]; with inputs_embeds
             [batch, length, width] these are the network's input.
         progress: Called after each cut.
+        whole: Whether layers are dropped whole, too; else what that costs is given as 0.
 
     Returns:
         (layers [gated layers], groups [gated layers, groups]); the always-on stem is left out.
@@ -45,6 +47,8 @@ def drop_losses(
         cuts += [tuple(other for other in every if other != group) for group in every]
     for index in range(shape.num_layers):
         for number, kept in enumerate(cuts if index >= stem else ()):
+            if number == 0 and not whole:
+                continue
             rest = [every] * (shape.num_layers - index - 1)
             increase = mean_loss(gated, batches, states, [*[()] * index, kept, *rest]) - base
             if number == 0:
@@ -75,8 +79,9 @@ def mean_loss(
         hidden = _hidden(gated, batch, state, kept)
         labels = batch["labels"][:, 1:]
         mask = labels != -100
-        logits = gated.logits(hidden[:, :-1][mask]).float()
-        total += float(functional.cross_entropy(logits, labels[mask], reduction="sum"))
+        size = max(1, PART_NUMBERS // int(gated.model.config.vocab_size))
+        for part, targets in zip(hidden[:, :-1][mask].split(size), labels[mask].split(size), strict=True):
+            total += float(functional.cross_entropy(gated.logits(part).float(), targets, reduction="sum"))
         count += int(mask.sum())
     return total / max(count, 1)
 

@@ -24,9 +24,7 @@ class Collator:
 
     A batch has these int64 tensors, of B examples by T tokens: ``input_ids`` [B, T]; ``attention_mask`` [B, T];
     ``labels`` [B, T], -100 where there is no loss; ``prompt_mask`` [B, T], 1 on the tokens that the allocator may pool;
-    ``think_mask`` [B, T], 1 on reasoning tokens without the tags; ``prompt_length`` [B]; ``style`` [B], index into
-    ``STYLES`` or -1; ``think_full`` [B], tokens of the long trace; and, where every example comes from a data set,
-    ``index`` [B], the places there.
+    ``think_mask`` [B, T], 1 on reasoning tokens without the tags; and ``prompt_length`` [B].
 
     Attributes:
         pad_token_id: What fills up; never seen by the loss or by attention.
@@ -61,19 +59,14 @@ class Collator:
         start = torch.tensor([[example["think_start"]] for example in examples])
         end = torch.tensor([[example["think_end"]] for example in examples])
         places = torch.arange(width)[None, :]
-        batch = {
+        return {
             "input_ids": _column(examples, "input_ids", self.pad_token_id, width),
             "attention_mask": (places < sizes).long(),
             "labels": _column(examples, "labels", IGNORE, width),
             "prompt_mask": (places < prompt).long(),
             "think_mask": ((places >= start) & (places < end)).long(),
             "prompt_length": prompt[:, 0],
-            "style": torch.tensor([example["style"] for example in examples]),
-            "think_full": torch.tensor([example["think_full"] for example in examples]),
         }
-        if all("index" in example for example in examples):
-            batch["index"] = torch.tensor([example["index"] for example in examples])
-        return batch
 
 
 def _column(examples: Sequence[Encoded], key: str, fill: int, width: int) -> torch.Tensor:

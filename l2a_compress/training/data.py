@@ -1,32 +1,29 @@
-"""Loads examples and encoded examples of a split: the entry to this package's data."""
+"""Loads the examples of a split: the entry to this package's data."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from l2a_compress.errors import ConfigError, DataError
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
 from l2a_compress.training.embedded_examples import EmbeddedExamples
-from l2a_compress.training.encode import encode
-from l2a_compress.training.examples import SPLITS, Encoded, Example, Split, Style, position, split_of
-from l2a_compress.training.fitting import FittingExamples, Sample, usable_styles
+from l2a_compress.training.examples import SPLITS, Example, Split, position, split_of
 from l2a_compress.training.kinds import example_of, resolve_columns
 from l2a_compress.training.mixture import Chain, MapStyle, Mixture
 from l2a_compress.training.sources import Rows, read_rows
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+__all__ = ["load_examples", "load_some"]
 
-__all__ = ["EncodedExamples", "StyleChoice", "load_encoded", "load_examples", "load_some"]
-
+log = logging.getLogger(__name__)
 T = TypeVar("T")
-StyleChoice = Callable[[int, Example], Style]
 
 
-def load_examples(config: DataConfig | MixtureConfig, split: Split = "train", seed: int = 0) -> Sequence[Example]:
+def load_examples(
+    config: DataConfig | MixtureConfig, split: Split = "train", seed: int = 0, *, length: int | None = None
+) -> Sequence[Example]:
     """The examples of a split, as a map-style sequence. Examples are made when they are asked for.
 
     Splits come from a hash of the prompt, so that they never overlap, whatever the seed, the limit or the file's order.
@@ -36,13 +33,14 @@ def load_examples(config: DataConfig | MixtureConfig, split: Split = "train", se
         config: One source, or several.
         split: ``train``, ``heldout`` or ``calibration``.
         seed: Of the interleave and of generated problems, at least 0. Rows of a file do not depend on it.
+        length: Samples of a mixture, where it is interleaved; by default the lengths of its sources added up.
 
     Raises:
         ConfigError: An unknown split or a seed below 0.
         DataError: A source cannot be read, lacks a column, has a bad row, or has no example in that split.
     """
     if isinstance(config, MixtureConfig):
-        return _mix([load_examples(one, split, seed) for one in config.sources], config, split, seed)
+        return _mix([load_examples(one, split, seed) for one in config.sources], config, split, seed, length)
     _check(split, seed)
     if config.kind == "embedded":
         return EmbeddedExamples(split=split, seed=seed, limit=config.limit, subset=config.subset)
@@ -56,78 +54,6 @@ def load_some(config: DataConfig | MixtureConfig, split: Split, seed: int, count
     return load_examples(config, split, seed)
 
 
-def load_encoded(
-    config: DataConfig | MixtureConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    split: Split = "train",
-    seed: int = 0,
-    styles: Sequence[Style] = ("long", "short"),
-    choose_style: StyleChoice | None = None,
-) -> EncodedExamples:
-    """The encoded examples of a split, as a map-style sequence, ready for a ``Collator``.
-
-    Each source of a mixture has its own ``max_length``. What does not fit is dropped before the mixture is laid out.
-
-    Args:
-        config: One source, or several.
-        tokenizer: Must have the four tags where there is reasoning.
-        split: ``train``, ``heldout`` or ``calibration``.
-        seed: Of the interleave, of generated problems and of the draw of styles.
-        styles: Trace lengths to use; of those that an example has, one is drawn by (seed, index).
-        choose_style: Takes the index of the sample and its example and says the style, instead of that draw. Where
-            the example has no such trace, the first of ``styles`` that it has is taken.
-
-    Raises:
-        ConfigError: As for ``load_examples``.
-        DataError: As for ``load_examples``; or an example has none of the styles, or no example fits.
-        TokenizerError: The tokenizer lacks a tag.
-    """
-    sources = config.sources if isinstance(config, MixtureConfig) else (config,)
-    parts = [FittingExamples(load_examples(one, split, seed), tokenizer, one, styles) for one in sources]
-    samples = _mix(parts, config, split, seed) if isinstance(config, MixtureConfig) else parts[0]
-    return EncodedExamples(samples, tokenizer, styles=styles, seed=seed, choose_style=choose_style)
-
-
-class EncodedExamples(MapStyle[Encoded]):
-    """Samples, encoded when they are asked for; each knows its ``index`` here."""
-
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        styles: Sequence[Style] = ("long", "short"),
-        seed: int = 0,
-        choose_style: StyleChoice | None = None,
-    ) -> None:
-        """Arguments are those of ``load_encoded``, which makes one of these."""
-        self.samples = samples
-        self._tokenizer = tokenizer
-        self._styles = tuple(styles)
-        self._seed = seed
-        self._choose_style = choose_style
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _item(self, index: int) -> Encoded:
-        example, max_length = self.samples[index]
-        encoded = encode(example, self._tokenizer, self._style(index, example), max_length)
-        encoded["index"] = index
-        return encoded
-
-    def _style(self, index: int, example: Example) -> Style | None:
-        if example.kind != "reasoning":
-            return None
-        choices = usable_styles(example, self._styles)
-        if self._choose_style is not None:
-            wanted = self._choose_style(index, example)
-            return wanted if wanted in example.traces else choices[0]
-        draw = hashlib.blake2b(f"{self._seed}:{index}".encode(), digest_size=8).digest()
-        return choices[int.from_bytes(draw, "big") % len(choices)]
-
-
 class _RowExamples(MapStyle[Example]):
     """Examples of one split of a file or hub data set. Every row is checked once, at the start."""
 
@@ -136,11 +62,13 @@ class _RowExamples(MapStyle[Example]):
         self._config = config
         self._columns = resolve_columns(config, rows.columns)
         places: list[tuple[float, int]] = []
+        empty = 0
         for index, row in enumerate(rows):
             try:
                 example = example_of(row, self._columns, config)
             except DataError as error:
                 raise DataError(f"{rows.where(index)}: {error}") from error
+            empty += example is None
             if example is not None and self._split(example) == split:
                 places.append((position(example.prompt), index))
         if not places:
@@ -149,6 +77,8 @@ class _RowExamples(MapStyle[Example]):
                 f"(heldout_share {config.heldout_share}, calibration_share {config.calibration_share}); give more "
                 "rows or another share"
             )
+        if empty and config.kind == "chat":  # blank lines of a text are nothing to tell
+            log.warning("%s: skipped %d of %d rows, whose reply is empty", config.source, empty, len(rows))
         # The limit takes prompts by their hash: a fair sample of a sorted file, and a larger limit keeps all of them.
         taken = [index for _, index in sorted(places)[: config.limit]]
         self._indices = taken if split == "calibration" else sorted(taken)  # whose first ones are a fair sample too
@@ -169,10 +99,12 @@ class _RowExamples(MapStyle[Example]):
         return example
 
 
-def _mix(parts: Sequence[Sequence[T]], config: MixtureConfig, split: Split, seed: int) -> Sequence[T]:
+def _mix(
+    parts: Sequence[Sequence[T]], config: MixtureConfig, split: Split, seed: int, length: int | None = None
+) -> Sequence[T]:
     if split == "heldout":
         return Chain(parts)
-    return Mixture(parts, [source.weight for source in config.sources], seed=seed)
+    return Mixture(parts, [source.weight for source in config.sources], seed=seed, length=length)
 
 
 def _check(split: str, seed: int) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from l2a_compress.errors import DataError
 from l2a_compress.modeling.tags import Tags, read_tags
 from l2a_compress.training.chat import chat_pieces
-from l2a_compress.training.examples import NO_STYLE, Encoded, Example, Style, style_id
+from l2a_compress.training.examples import Encoded, Example, Style
 from l2a_compress.training.pieces import begin_ids, token_ids
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["IGNORE", "UnfitError", "encode", "encode_prompt"]
 
 IGNORE = -100
+_LENGTH = 512  # most tokens of an example, where nobody says
 
 
 class UnfitError(DataError):
@@ -28,7 +29,7 @@ class UnfitError(DataError):
 
 
 def encode(
-    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = 512
+    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = _LENGTH
 ) -> Encoded:
     """Encodes one example for training.
 
@@ -54,29 +55,35 @@ def encode(
 
 
 def encode_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int = 512
+    example: Example, tokenizer: PreTrainedTokenizerBase, style: Style | None = None, max_length: int | None = None
 ) -> list[int]:
     """What a generation starts from: the first ``prompt_length`` ids of the encoded example.
 
-    With a ``style``, an example whose reasoning names its style also gets that word, the first think token.
+    With a ``style``, an example whose reasoning names its style also gets that word, the first think token. Without
+    ``max_length`` a reasoning prompt may be of any length; others are then cut as :func:`encode` does by default.
+
+    Raises:
+        UnfitError: As for :func:`encode`; a reasoning prompt leaves no room in ``max_length``.
+        TokenizerError: A tag is not in the tokenizer.
     """
     if example.kind != "reasoning":
-        encoded = encode(example, tokenizer, max_length=max_length)
+        encoded = encode(example, tokenizer, max_length=_LENGTH if max_length is None else max_length)
         return encoded["input_ids"][: encoded["prompt_length"]]
     opening = example.opening(style) if style is not None else ""
     prompt, opened = token_ids(tokenizer, [example.prompt, opening])
-    return [*begin_ids(tokenizer), *prompt, read_tags(tokenizer).think, *opened]
+    ids = [*begin_ids(tokenizer), *prompt, read_tags(tokenizer).think, *opened]
+    if max_length is not None and len(ids) >= max_length:
+        raise UnfitError(f"the prompt takes {len(ids)} tokens and max_length is {max_length}")
+    return ids
 
 
 def _encode_reasoning(example: Example, tokenizer: PreTrainedTokenizerBase, style: Style, max_length: int) -> Encoded:
     tags = read_tags(tokenizer)
-    full_styles: list[Style] = ["long"] if "long" in example.traces else list(example.traces)
-    thoughts = [part for name in [style, *full_styles] for part in example.thinking(name)]
-    prompt, answer, gap, *parts = token_ids(tokenizer, [example.prompt, example.answer, "\n", *thoughts])
-    _refuse_tags(example, tags, [*prompt, *answer, *parts[0], *parts[1]])
+    prompt, answer, *parts = token_ids(tokenizer, [example.prompt, example.answer, *example.thinking(style)])
+    think = [token for part in parts for token in part]
+    _refuse_tags(example, tags, [*prompt, *answer, *think])
     head = [*begin_ids(tokenizer), *prompt, tags.think]
-    think = [*parts[0], *parts[1]]
-    tail = [tags.end_think, *gap, tags.answer, *answer, tags.end_answer]
+    tail = [tags.end_think, tags.answer, *answer, tags.end_answer]
     if tokenizer.eos_token_id not in (None, tags.end_answer):
         tail.append(tokenizer.eos_token_id)
     ids = [*head, *think, *tail]
@@ -88,8 +95,6 @@ def _encode_reasoning(example: Example, tokenizer: PreTrainedTokenizerBase, styl
         prompt_length=len(head),
         think_start=len(head),
         think_end=len(head) + len(think),
-        style=style_id(style),
-        think_full=max(len(parts[at]) + len(parts[at + 1]) for at in range(2, len(parts), 2)),
     )
 
 
@@ -130,6 +135,4 @@ def _without_reasoning(ids: list[int], labels: list[int], prompt_length: int) ->
         prompt_length=prompt_length,
         think_start=0,
         think_end=0,
-        style=NO_STYLE,
-        think_full=0,
     )

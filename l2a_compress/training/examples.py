@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NotRequired, TypedDict, get_args
+from typing import Literal, TypedDict, get_args
 
 from l2a_compress.errors import DataError
 
 __all__ = [
-    "NO_STYLE",
     "SPLITS",
     "STYLES",
     "Encoded",
@@ -21,7 +20,6 @@ __all__ = [
     "Style",
     "position",
     "split_of",
-    "style_id",
 ]
 
 Style = Literal["long", "short", "brief", "none"]
@@ -30,7 +28,6 @@ ExampleKind = Literal["reasoning", "chat", "text"]
 
 STYLES: tuple[Style, ...] = get_args(Style)
 SPLITS: tuple[Split, ...] = get_args(Split)
-NO_STYLE = -1  # the style id of an example without reasoning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +95,6 @@ class Encoded(TypedDict):
             first trained reply, of a text its first quarter.
         think_start: First token after ``<think>``; 0 where there is no reasoning.
         think_end: Position of ``</think>``; 0 where there is no reasoning.
-        style: Index into ``STYLES``, or ``NO_STYLE``.
-        think_full: Tokens of the ``long`` trace of the same example (of its longest one where there is no ``long``),
-            so that ``(think_end - think_start) / think_full`` is the share that this style spends; 0 without one.
-        index: Place in the data set that the example was taken from; absent where it was encoded on its own.
     """
 
     input_ids: list[int]
@@ -109,14 +102,6 @@ class Encoded(TypedDict):
     prompt_length: int
     think_start: int
     think_end: int
-    style: int
-    think_full: int
-    index: NotRequired[int]
-
-
-def style_id(style: Style) -> int:
-    """The number that stands for a style in tensors."""
-    return STYLES.index(style)
 
 
 def position(prompt: str) -> float:

@@ -47,7 +47,7 @@ def _missing(config: DataConfig, ours: str, theirs: str, found: Sequence[str]) -
 
 
 def example_of(row: Values, columns: Mapping[str, str], config: DataConfig) -> Example | None:
-    """Makes the example of a row; ``None`` for a blank row of a text file.
+    """Makes the example of a row; ``None`` for a blank row of a text file and a conversation whose last reply is empty.
 
     Raises:
         DataError: The row cannot be used; the message says why, the caller adds file and row.
@@ -83,11 +83,13 @@ def _reasoning(values: Values, source: str) -> Example:
     )
 
 
-def _chat(values: Values, source: str) -> Example:
+def _chat(values: Values, source: str) -> Example | None:
     messages = _turns(values["messages"]) if values.get("messages") is not None else _single_turn(values)
     replies = [number for number, message in enumerate(messages) if message.role == "assistant"]
     if not replies or replies[0] == 0:
         raise DataError("a conversation needs an assistant reply that follows another message")
+    if not messages[replies[-1]].content.strip():
+        return None  # some instruction data have a few: one of them must not end a run
     return Example(
         prompt="\n".join(message.content for message in messages[: replies[0]]),
         traces={},
@@ -102,7 +104,8 @@ def _single_turn(values: Values) -> list[Message]:
     asked = _text(values, "prompt")
     if values.get("input"):
         asked = f"{asked}\n\n{_text(values, 'input')}"
-    turns = [Message(role="user", content=asked), Message(role="assistant", content=_text(values, "response"))]
+    reply = "" if _is_empty(values.get("response")) else _text(values, "response")
+    turns = [Message(role="user", content=asked), Message(role="assistant", content=reply)]
     if values.get("system"):
         turns.insert(0, Message(role="system", content=_text(values, "system")))
     return turns
@@ -127,10 +130,15 @@ def _plain(values: Values, source: str) -> Example | None:
     return Example(prompt=_text(values, "text"), traces={}, answer="", kind="text", meta={"source": source})
 
 
+def _is_empty(value: object) -> bool:
+    """Whether a cell has nothing in it, as files say it: no value, blank text, or in tables of numbers NaN."""
+    return value is None or (isinstance(value, str) and not value.strip()) or value != value
+
+
 def _text(values: Values, name: str) -> str:
     value = values.get(name)
     if isinstance(value, float) and math.isnan(value):
-        value = None  # how tables of numbers say that a cell is empty
+        value = None
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
     if not isinstance(value, str) or not value.strip():

@@ -99,6 +99,15 @@ class Mixture(MapStyle[T_co]):
     def _item(self, index: int) -> T_co:
         return self._parts[int(self._part[index])][int(self._index[index])]
 
+    def origin_of(self, index: int) -> tuple[int, int]:
+        """Which part sample ``index`` is drawn from, and which item of it it is."""
+        return int(self._part[index]), int(self._index[index])
+
+    def following(self, index: int) -> int:
+        """The place of the next sample of the same part, from the start again behind the last one."""
+        places = np.flatnonzero(self._part == self._part[index])
+        return int(places[np.searchsorted(places, index, side="right") % len(places)])
+
     def part_of(self, index: int) -> int:
         """Which part sample ``index`` is drawn from."""
         return int(self._part[index])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from l2a_compress.allocation import Allocation
@@ -75,12 +76,8 @@ def train(
         TrainingError: the loss is not finite, or a checkpoint cannot be read.
         StorageError: the disk is full or not writable.
     """
-    searched = bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
-    if searched and not recipe.gates.has_demand and recipe.draws.contract != "cap":
-        raise ConfigError(
-            f"draws.contract = {recipe.draws.contract!r}: where the order of the layers is searched and there is no "
-            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
-        )
+    searched = _is_searched(recipe)
+    _check(recipe)
     state = _processes()
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
@@ -146,7 +143,7 @@ def train(
     began = time.time()
     trainer.train(resume_from_checkpoint=start)
     if samples.unfit:
-        log.warning("%d examples were longer than max_length and were replaced", samples.unfit)
+        log.warning("%d examples did not fit max_length and were replaced by others of their source", samples.unfit)
     if not state.is_main_process:
         return out / "artifact"
     _write_log(trainer, out / LOG_FILE)
@@ -177,6 +174,31 @@ def train(
     return out / "artifact"
 
 
+def _is_searched(recipe: Recipe) -> bool:
+    """Whether the order of the layers is searched, and not learned."""
+    return bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuses settings that do not go together, before anything is read."""
+    if _is_searched(recipe) and not recipe.gates.has_demand and recipe.draws.contract != "cap":
+        raise ConfigError(
+            f"draws.contract = {recipe.draws.contract!r}: where the order of the layers is searched and there is no "
+            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
+        )
+    if _is_searched(recipe) and recipe.annealing.search_trials and not recipe.adapter.rank:
+        raise ConfigError(
+            f"annealing.search_trials = {recipe.annealing.search_trials}: a trial trains the adapters, and "
+            "adapter.rank = 0 has none; set annealing.search_trials=0, or a rank"
+        )
+    if recipe.model.dtype == "float16" and not recipe.optim.bf16:
+        raise ConfigError(
+            "model.dtype = 'float16': gradients of 16 bits vanish in it; set model.dtype=bfloat16 or float32"
+        )
+    if recipe.gates.mode == "inline" and recipe.draws.switch_share:
+        log.warning("draws.switch_share = %g has no effect: inline gates keep one budget", recipe.draws.switch_share)
+
+
 def build(recipe: Recipe) -> tuple[GatedModel, PreTrainedTokenizerBase, str]:
     """The wrapped model, its tokenizer, and the digest of the base weights (with added tags, where asked)."""
     settings = recipe.model
@@ -200,13 +222,14 @@ def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samp
     draws = recipe.draws
     if not recipe.objective.weight("kl"):  # noised samples would have no loss at all
         draws = dataclasses.replace(draws, noised_share=0.0)
-    examples = load_examples(mixture, "train", recipe.seed)
+    count = recipe.optim.steps * recipe.optim.batch_size
+    examples = load_examples(mixture, "train", recipe.seed, length=count)
     assert isinstance(examples, Mixture)  # of one source, too: it is shuffled
     return Samples(
         examples,
         tokenizer,
         draws,
-        count=recipe.optim.steps * recipe.optim.batch_size,
+        count=count,
         seed=recipe.seed,
         max_length=lambda place: mixture.sources[examples.part_of(place)].max_length,
         think_reference=recipe.gates.think_reference,
@@ -226,7 +249,10 @@ def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, colla
 
         chooser = load_artifact(recipe.static.artifact).gated.to(gated.model.device)
     batches = in_batches(whole_samples(samples, _SEARCH_ROWS), collate, device=gated.model.device)
-    return BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
+    chosen = BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
+    (allocation,) = broadcast_object_list([chosen])  # all processes train the main one's choice
+    assert isinstance(allocation, Allocation)
+    return allocation
 
 
 def _set_prior(gated: GatedModel, samples: Samples, collate: SampleCollator, rows: int) -> None:

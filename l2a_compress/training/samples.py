@@ -17,13 +17,16 @@ from l2a_compress.training.collate import Collator
 from l2a_compress.training.draws import Draw, DrawConfig, draw, survivors
 from l2a_compress.training.encode import UnfitError, encode
 from l2a_compress.training.examples import STYLES, Encoded, Example, Style
+from l2a_compress.training.mixture import Mixture
 
 Sample = dict[str, Any]
 _TRIES = 64
 
 
 class Samples(Dataset[Sample]):
-    """Sample ``i`` depends on (seed, i) alone: example, style, budget, noise. One that does not fit is replaced.
+    """Sample ``i`` depends on (seed, i) alone: example, style, budget, noise.
+
+    An example that does not fit is replaced by the next one of the same source, so that sources keep their weights.
 
     Args:
         max_length: most tokens of an example, by its place among the examples: each source has its own.
@@ -43,7 +46,12 @@ class Samples(Dataset[Sample]):
         self.examples, self.tokenizer, self.draws = examples, tokenizer, draws
         self.count, self.seed, self.max_length, self.think_reference = count, seed, max_length, think_reference
         self.teacher: Callable[[Encoded], tuple[Tensor, Tensor]] | None = None
-        self.unfit = 0
+        self._unfit = set[tuple[int, int]]()
+
+    @property
+    def unfit(self) -> int:
+        """How many examples did not fit so far, each counted once, however often it was asked for."""
+        return len(self._unfit)
 
     def __len__(self) -> int:
         return self.count
@@ -59,16 +67,23 @@ class Samples(Dataset[Sample]):
         return sample
 
     def _encode(self, index: int, drawn: Draw) -> Encoded:
-        for offset in range(_TRIES):
-            place = (index + offset) % len(self.examples)
+        first = place = index % len(self.examples)
+        for _ in range(_TRIES):
             example = self.examples[place]
             try:
                 encoded = encode(example, self.tokenizer, _style(example, drawn.style), self.max_length(place))
                 return self._noised(encoded, index, drawn.lost) if drawn.lost else encoded
             except UnfitError:
-                self.unfit += 1
-        longest = self.max_length(index % len(self.examples))
+                origin, place = self._passed(place)
+                self._unfit.add(origin)
+        longest = self.max_length(first)
         raise DataError(f"{_TRIES} examples in a row do not fit max_length = {longest}; raise data.max_length")
+
+    def _passed(self, place: int) -> tuple[tuple[int, int], int]:
+        """The source and the item of an example, and the place of the next one of that source."""
+        if isinstance(self.examples, Mixture):
+            return self.examples.origin_of(place), self.examples.following(place)
+        return (0, place), (place + 1) % len(self.examples)
 
     def _noised(self, encoded: Encoded, index: int, lost: float) -> Encoded:
         """The prompt without the tokens that are lost; its first and its last one stay."""

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate import PartialState
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
 from l2a_compress.errors import TrainingError
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.gated import GatedModel
@@ -57,7 +59,8 @@ def search(
     Raises:
         TrainingError: the file cannot be read.
     """
-    losses, scores = _noted(file, gated.allocator.head_gates.outer_bias.shape)
+    noted = _noted(file, gated.allocator.head_gates.outer_bias.shape)
+    ((losses, scores),) = broadcast_object_list([noted])  # every process goes on from where the main one was
 
     def note(**more: Any) -> None:
         if main:
@@ -81,16 +84,22 @@ def search(
 def _path(gated: GatedModel, recipe: Recipe, batches: Sequence[Batch], trials: Trials | None) -> list[Allocation]:
     """Allocations from dense down; where there are trials, layers go first, in the order that these find."""
     least = recipe.draws.minimum
-    _, importance = drop_losses(gated, batches)
+    _, importance = drop_losses(gated, batches, whole=False)
     path = greedy_path(gated, batches, importance, least=least)
     if trials is None:
         return path
-    guess = given_up(path)
-    most = min((1 - least) * gated.shape.num_layers, len(guess))  # that any budget gives up
+    (guess,) = broadcast_object_list([given_up(path)])  # sums may be rounded otherwise on another device
+    most = min(spared_layers(gated, least), len(guess))
     order = trials.order(
         guess, pivot=round(2 * most / 3), deepest=math.floor(most), most=recipe.annealing.search_trials
     )
     return greedy_path(gated, batches, importance, order, least=least)
+
+
+def spared_layers(gated: GatedModel, least: float) -> float:
+    """How many layers the smallest budget is worth, counted in units: ``(1 - 0.8) * 30`` would be a bit below 6."""
+    cost = gated.cost
+    return (cost.dense_units - cost.limit(Budget(compute=least))) / (cost.dense_units // gated.shape.num_layers)
 
 
 def search_batches(
@@ -169,29 +178,44 @@ class Trials:
 
     def loss(self, gone: Sequence[int]) -> float:
         """The mean of :meth:`trial` without these layers, which is not tried twice."""
-        wanted, shape = tuple(sorted(gone)), self.gated.shape
+        wanted = tuple(sorted(gone))
         if wanted not in self.losses:
-            kept = set(range(shape.num_layers)) - set(gone)
-            found = self.trial(Allocation.of_layers(kept, shape.num_layers, shape.num_groups))
-            self.losses[wanted] = sum(found) / len(found)
+            self.losses[wanted] = self._without(wanted)
             self.tried()
         self.bar.update()
         return self.losses[wanted]
 
+    def all_losses(self, sets: Sequence[Sequence[int]]) -> list[float]:
+        """The :meth:`loss` of each set; where there are several processes each tries a share, and all learn of all."""
+        state = PartialState()
+        if state.num_processes > 1:
+            new = [gone for gone in dict.fromkeys(tuple(sorted(one)) for one in sets) if gone not in self.losses]
+            mine = [(gone, self._without(gone)) for gone in new[state.process_index :: state.num_processes]]
+            self.losses |= sorted(gather_object(mine))
+            self.tried()
+        return [self.loss(gone) for gone in sets]
+
+    def _without(self, gone: Sequence[int]) -> float:
+        shape = self.gated.shape
+        kept = set(range(shape.num_layers)) - set(gone)
+        found = self.trial(Allocation.of_layers(kept, shape.num_layers, shape.num_groups))
+        return sum(found) / len(found)
+
     def trial(self, allocation: Allocation) -> list[float]:
         """Cross entropy of each batch of ``held_out`` at an allocation, after the adapters were trained for that."""
         optim = self.recipe.optim
-        with _put_back(list(self.gated.adapter_parameters.values())) as adapters, self._dropout():
+        forced = self.gated.forced([allocation])  # in backward passes too: checkpointed layers run again there
+        with forced, _put_back(list(self.gated.adapter_parameters.values())) as adapters, self._dropout():
             optimizer = torch.optim.AdamW(adapters, lr=optim.lr, betas=BETAS, weight_decay=0.0)
             self.gated.train()
             for part in self.batches:
                 optimizer.zero_grad()
-                self._read(allocation, *part).loss.backward()
+                self._read(*part).loss.backward()
                 torch.nn.utils.clip_grad_norm_(adapters, optim.clip)
                 optimizer.step()
             self.gated.eval()
             with torch.no_grad():
-                return [float(self._read(allocation, *part).terms["ce"]) for part in self.held_out]
+                return [float(self._read(*part).terms["ce"]) for part in self.held_out]
 
     def order(self, guess: Sequence[int], *, pivot: int, deepest: int, most: int) -> list[int]:
         """The first layers to give up, in that order.
@@ -207,24 +231,23 @@ class Trials:
         """
         left, kept = self._exchanged(guess, pivot, most), list[int]()
         while len(left) > 1:
-            back = min(left, key=lambda layer: self.loss([other for other in left if other != layer]))
-            left.remove(back)
-            kept.insert(0, back)
+            losses = self.all_losses([[other for other in left if other != layer] for layer in left])
+            kept.insert(0, left.pop(losses.index(min(losses))))
         order = left + kept
         while len(order) < deepest:
             others = [layer for layer in guess if layer not in order]
-            order.append(min(others, key=lambda layer: self.loss([*order, layer])))
+            losses = self.all_losses([[*order, layer] for layer in others])
+            order.append(others[losses.index(min(losses))])
         return order
 
     def _exchanged(self, guess: Sequence[int], count: int, most: int) -> list[int]:
         chosen, tried = list(guess[:count]), 1
-        least = self.loss(chosen)
+        (least,) = self.all_losses([chosen])
         for place in reversed(range(count)):
-            for other in [layer for layer in guess if layer not in chosen]:
-                if tried >= most:
-                    return chosen
-                tried += 1
-                loss = self.loss(candidate := [*chosen[:place], other, *chosen[place + 1 :]])
+            others = [layer for layer in guess if layer not in chosen][: most - tried]
+            candidates = [[*chosen[:place], other, *chosen[place + 1 :]] for other in others]
+            tried += len(candidates)
+            for candidate, loss in zip(candidates, self.all_losses(candidates), strict=True):
                 if loss < least:
                     least, chosen = loss, candidate
         return chosen
@@ -236,11 +259,9 @@ class Trials:
                 hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
             return where, Teacher(hidden=hidden), _told(gated, batch)
 
-    def _read(
-        self, allocation: Allocation, batch: Batch, where: Supervised, teacher: Teacher, told: Tensor | None
-    ) -> Readout:
+    def _read(self, batch: Batch, where: Supervised, teacher: Teacher, told: Tensor | None) -> Readout:
         gated, weight = self.gated, self.recipe.objective.weight("kl")
-        with gated.forced([allocation]), self._autocast():
+        with self._autocast():
             gated.state.offset = told
             hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden[where.mask]
             vocabulary = int(gated.model.config.vocab_size)

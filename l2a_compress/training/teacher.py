@@ -146,13 +146,11 @@ class TeacherCache:
     def _missing(self, samples: Samples, *, quiet: bool) -> list[tuple[int, int, bytes]]:
         """(sample, length, key) of each distinct sequence that is not in the cache, shortest first."""
         found: dict[bytes, tuple[int, int, bytes]] = {}
-        unfit = samples.unfit
         for index in tqdm(range(len(samples)), desc="samples", unit="seq", leave=False, disable=quiet or None):
             encoded = samples[index]
             key = key_of(encoded)  # type: ignore[arg-type]
             if key not in self and key not in found:
                 found[key] = (index, len(encoded["input_ids"]), key)
-        samples.unfit = unfit  # training counts them again
         return sorted(found.values(), key=lambda item: (item[1], item[0]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from l2a_compress.training.recipe import BETAS, OptimConfig
 from l2a_compress.training.samples import LengthGrouped
 from l2a_compress.training.step import TrainingStep
 
+log = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 WEIGHTS = "model.safetensors"  # the name the Trainer looks for
 _PARTIAL = ".partial"
@@ -245,7 +247,7 @@ def training_arguments(
         raise TrainingError(
             f"batch_size {optim.batch_size} does not split over {world_size} processes x {optim.accumulate}"
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=optim.steps,
         per_device_train_batch_size=per_device,
@@ -266,3 +268,17 @@ def training_arguments(
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
     )
+    _use_one_gpu(arguments)
+    return arguments
+
+
+def _use_one_gpu(arguments: TrainingArguments) -> None:
+    """Keeps a process that sees several GPUs to the first: ``nn.DataParallel`` would copy a step with all its state."""
+    if arguments.n_gpu > 1:
+        log.warning(
+            "%d GPUs are visible and this process uses the first of them; to use them all start it with "
+            "accelerate launch --multi_gpu --num_processes %d -m l2a_compress compress train ...",
+            arguments.n_gpu,
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1

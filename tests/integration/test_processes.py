@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.run import train
 from test_exporters import new_artifact
 from toy_models import save_base, tiny_recipe
@@ -34,11 +35,8 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "loss" in row]
 
 
-@pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base")
-    recipe = tiny_recipe(base, optim={"steps": 4, "save_steps": 4}, evaluation={"calibration": 4})
-    train(recipe, tmp_path / "one", quiet=True)
+def train_in_two(recipe: Recipe, tmp_path: Path) -> None:
+    """Trains in two processes, to the folder ``two``."""
     path = tmp_path / "recipe.toml"
     tables = {name: table for name, table in recipe.to_json().items() if isinstance(table, dict)}
     lines = [f"seed = {recipe.seed}"]
@@ -51,6 +49,14 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     command = ["-m", "l2a_compress", "compress", "train", "--recipe", str(path), "--out", str(tmp_path / "two")]
     run(*launch, *command, "--no-evaluate", "--quiet")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    recipe = tiny_recipe(base, optim={"steps": 4, "save_steps": 4}, evaluation={"calibration": 4})
+    train(recipe, tmp_path / "one", quiet=True)
+    train_in_two(recipe, tmp_path)
 
     one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
     assert [row["step"] for row in two] == [1, 2, 3, 4]
@@ -65,6 +71,20 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
         "rng_state_0.pth",
         "rng_state_1.pth",
     }
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_search_and_find_the_order_of_one(tmp_path: Path) -> None:
+    plan = {"explore": 0.5, "settle": 0.5, "search_rows": 8, "search_trials": 3, "trial_steps": 1}
+    sizes = {"steps": 2, "save_steps": 2}
+    recipe = tiny_recipe(save_base(tmp_path / "base"), annealing=plan, optim=sizes, evaluation={"calibration": 4})
+    train(recipe, tmp_path / "one", quiet=True)
+    train_in_two(recipe, tmp_path)
+    one, two = (json.loads((tmp_path / name / "search.json").read_text()) for name in ("one", "two"))
+    assert one["order"] == two["order"]
+    first, second = ({tuple(gone): loss for gone, loss in found["trials"]} for found in (one, two))
+    assert first.keys() == second.keys()
+    assert all(second[gone] == pytest.approx(loss, rel=1e-3) for gone, loss in first.items())
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_the_template_is_kept_and_every_reply_is_trained() -> None:
     assert trained_texts(encoded, tokenizer) == ["Hello<|im_end|>\n", "Because.<|im_end|>"]
     prompt = tokenizer.decode(encode_prompt(conversation(*TURNS), tokenizer))
     assert prompt == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert (encoded["think_start"], encoded["think_end"], encoded["think_full"]) == (0, 0, 0)
+    assert (encoded["think_start"], encoded["think_end"]) == (0, 0)
 
 
 def test_an_end_token_that_the_template_lacks_is_added_once() -> None:

@@ -15,7 +15,7 @@ from l2a_compress.errors import DataError, TokenizerError
 from l2a_compress.modeling.tags import TAGS, read_tags
 from l2a_compress.training.embedded_examples import EmbeddedExamples
 from l2a_compress.training.encode import IGNORE, UnfitError, encode, encode_prompt
-from l2a_compress.training.examples import NO_STYLE, STYLES, Encoded, Example, Style
+from l2a_compress.training.examples import STYLES, Encoded, Example, Style
 from toy_data import bpe_tokenizer, new_bpe, word_tokenizer
 
 TOKENIZERS = {"word": word_tokenizer, "bpe": bpe_tokenizer}
@@ -40,13 +40,11 @@ def check_spans(encoded: Encoded, example: Example, tokenizer: PreTrainedTokeniz
     assert ids[start - 1] == tags.think
     assert ids[end] == tags.end_think
     assert [ids.count(tag) for tag in (tags.think, tags.end_think, tags.answer, tags.end_answer)] == [1, 1, 1, 1]
+    assert ids[end + 1] == tags.answer  # as a generation goes on
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
     assert ids[: encoded["prompt_length"]] == encode_prompt(example, tokenizer)
     assert ids[: len(encode_prompt(example, tokenizer, style))] == encode_prompt(example, tokenizer, style)
-    assert encoded["style"] == STYLES.index(style)
-    if style == "long" or "long" not in example.traces:
-        assert encoded["think_full"] >= end - start
 
 
 def check_all_styles(example: Example, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -78,11 +76,10 @@ def test_the_text_of_a_language_model_is_as_documented() -> None:
     tokenizer = bpe_tokenizer()
     example = Example(prompt="1+1?", traces={"long": "1+1=2", "none": ""}, answer="2", kind="reasoning")
     text = tokenizer.decode(encode(example, tokenizer, "long")["input_ids"])
-    assert text == "<s>1+1?<think>\n1+1=2\n</think>\n<answer>2</answer></s>"
+    assert text == "<s>1+1?<think>\n1+1=2\n</think><answer>2</answer></s>"
     encoded = encode(example, tokenizer, "none")
-    assert tokenizer.decode(encoded["input_ids"]) == "<s>1+1?<think></think>\n<answer>2</answer></s>"
+    assert tokenizer.decode(encoded["input_ids"]) == "<s>1+1?<think></think><answer>2</answer></s>"
     assert encoded["think_start"] == encoded["think_end"]
-    assert encoded["think_full"] == len(tokenizer("\n1+1=2\n", add_special_tokens=False)["input_ids"])
 
 
 @pytest.mark.parametrize("style", get_args(task.Style))
@@ -97,8 +94,6 @@ def test_the_embedded_format_is_what_its_model_was_trained_on(style: task.Style)
         assert encode_prompt(example, tokenizer, style) == tokenizer.encode(f"{prompt}{opening}")
         thought = tokenizer.decode(encoded["input_ids"][encoded["think_start"] : encoded["think_end"]])
         assert thought == f"{opening} {problems.problem(index).trace(style)}".strip()
-        long = encode(example, tokenizer, "long")
-        assert encoded["think_full"] == long["think_end"] - long["think_start"]
 
 
 def test_reasoning_is_never_cut() -> None:
@@ -107,6 +102,15 @@ def test_reasoning_is_never_cut() -> None:
     assert len(encode(example, bpe_tokenizer(), "long", full)["input_ids"]) == full
     with pytest.raises(UnfitError, match=f"takes {full} tokens and max_length is {full - 1}"):
         encode(example, bpe_tokenizer(), "long", full - 1)
+
+
+def test_a_prompt_that_leaves_no_room_is_unfit() -> None:
+    example = Example(prompt="a b c d " * 200, traces={"long": "x"}, answer="y", kind="reasoning")
+    count = len(encode_prompt(example, bpe_tokenizer()))
+    assert count > 512
+    assert len(encode_prompt(example, bpe_tokenizer(), max_length=count + 1)) == count
+    with pytest.raises(UnfitError, match=f"the prompt takes {count} tokens and max_length is {count}"):
+        encode_prompt(example, bpe_tokenizer(), max_length=count)
 
 
 def test_a_missing_style_is_named() -> None:
@@ -148,7 +152,7 @@ def test_a_text_gives_its_first_quarter_to_the_allocator(name: str) -> None:
     assert len(encoded["input_ids"]) == 40
     assert encoded["prompt_length"] == 10
     assert encoded["labels"] == [IGNORE] * 10 + encoded["input_ids"][10:]
-    assert (encoded["think_start"], encoded["think_end"], encoded["style"]) == (0, 0, NO_STYLE)
+    assert (encoded["think_start"], encoded["think_end"]) == (0, 0)
     assert encode_prompt(example, tokenizer, max_length=40) == encoded["input_ids"][:10]
     assert encode(example, tokenizer, max_length=1000)["input_ids"][-1] == tokenizer.eos_token_id
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +105,27 @@ def test_an_instruction_with_input_is_one_turn() -> None:
     example = make("chat", row, prompt="instruction", response="output")
     assert example is not None
     assert [message.content for message in example.messages] == ["Translate.\n\nHaus", "house"]
+
+
+@pytest.mark.parametrize("reply", ["", " \n", None, float("nan")])
+def test_a_conversation_without_a_last_reply_is_skipped(reply: object) -> None:
+    assert make("chat", {"prompt": "Say nothing.", "response": reply}) is None
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]
+    assert make("chat", {"messages": turns}) is None
+
+
+def test_a_reply_that_is_no_text_is_refused() -> None:
+    with pytest.raises(DataError, match="response must be text"):
+        make("chat", {"prompt": "Say nothing.", "response": ["no"]})
+
+
+def test_skipped_conversations_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"instruction": f"Say {i}.", "output": "" if i % 3 == 0 else str(i)} for i in range(9)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    config = DataConfig(source=str(path), kind="chat", columns={"prompt": "instruction", "response": "output"}, **ALL)
+    with caplog.at_level(logging.WARNING):
+        assert len(load_examples(config)) == 6
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: skipped 3 of 9 rows, whose reply is empty"]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""From a config to splits, encoded examples and batches."""
+"""From a config to splits, examples and batches."""
 
 from __future__ import annotations
 
-import logging
 import pickle
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import torch
 from l2a_compress.embedded import task
 from l2a_compress.errors import ConfigError, DataError, TokenizerError
 from l2a_compress.training.collate import Collator
-from l2a_compress.training.data import load_encoded, load_examples
+from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
-from l2a_compress.training.encode import IGNORE, UnfitError
-from l2a_compress.training.examples import SPLITS, STYLES, Example, Style
+from l2a_compress.training.encode import IGNORE, encode
+from l2a_compress.training.examples import SPLITS
 from toy_data import TINY_GSM8K, bpe_tokenizer, new_bpe, word_tokenizer, write_jsonl
 
 EMBEDDED = DataConfig(limit=40)
@@ -95,51 +94,6 @@ def test_bad_requests_are_named(config: DataConfig, split: str, seed: int, words
         load_examples(config, split, seed)  # type: ignore[arg-type]
 
 
-def test_styles_are_drawn_by_place_or_chosen() -> None:
-    drawn = load_encoded(EMBEDDED, word_tokenizer(), seed=1)
-    styles = [encoded["style"] for encoded in drawn]
-    assert set(styles) == {0, 1}
-    assert [drawn[index]["style"] for index in (30, 2)] == [styles[30], styles[2]]
-
-    def condensed_when_odd(index: int, example: Example) -> Style:
-        return "short" if index % 2 else "long"
-
-    chosen = load_encoded(EMBEDDED, word_tokenizer(), choose_style=condensed_when_odd)
-    assert [encoded["style"] for encoded in chosen] == [0, 1] * 20
-    assert [encoded["index"] for encoded in chosen] == list(range(40))
-    tiny = load_encoded(TINY, bpe_tokenizer(), choose_style=lambda index, example: "short")
-    assert [STYLES[encoded["style"]] for encoded in tiny].count("long") == 1  # the one without equations
-
-
-def test_unfit_examples_are_dropped_with_a_count(caplog: pytest.LogCaptureFixture) -> None:
-    lengths = sorted(len(e["input_ids"]) for e in load_encoded(TINY, bpe_tokenizer(), styles=["long"]))
-    config = DataConfig.from_json({**TINY.to_json(), "max_length": lengths[4]})
-    with caplog.at_level(logging.WARNING):
-        kept = load_encoded(config, bpe_tokenizer(), styles=["long"])
-    assert sorted(len(encoded["input_ids"]) for encoded in kept) == lengths[:5]
-    assert [record.getMessage().split("; for")[0] for record in caplog.records] == [
-        f"{TINY_GSM8K}: dropped 1 of 6 examples"
-    ]
-    with pytest.raises(DataError, match="none of 6 examples can be encoded; the example takes"):
-        load_encoded(DataConfig.from_json({**TINY.to_json(), "max_length": 8}), bpe_tokenizer())
-
-
-def test_a_generated_problem_that_does_not_fit_is_an_error() -> None:
-    encoded = load_encoded(DataConfig(max_length=10, limit=5), word_tokenizer())
-    with pytest.raises(UnfitError, match="max_length is 10"):
-        encoded[0]
-
-
-def test_styles_that_no_example_has_are_an_error() -> None:
-    with pytest.raises(DataError, match="none of the styles none, only long, short"):
-        load_encoded(EMBEDDED, word_tokenizer(), styles=["none"])[0]
-
-
-def test_a_tokenizer_without_tags_is_refused_at_the_start() -> None:
-    with pytest.raises(TokenizerError, match="--add-tags"):
-        load_encoded(TINY, new_bpe())
-
-
 def test_a_mixture_trains_by_weight_and_evaluates_once() -> None:
     tiny = DataConfig.from_json({**TINY.to_json(), "weight": 3, "heldout_share": 0.5})
     mixture = MixtureConfig(sources=(EMBEDDED, tiny))
@@ -148,19 +102,18 @@ def test_a_mixture_trains_by_weight_and_evaluates_once() -> None:
     assert sum(example.meta["source"] != "embedded" for example in train) > len(train) / 2
     heldout = [example.prompt for example in load_examples(mixture, "heldout", seed=2)]
     assert len(heldout) == len(set(heldout)) == 40 + len(load_examples(tiny, "heldout"))
-    encoded = load_encoded(mixture, bpe_tokenizer(), seed=2)
-    assert len(encoded) == len(train)
-    assert [encoded[index]["index"] for index in (3, 20)] == [3, 20]
+    longer = load_examples(mixture, seed=2, length=2 * len(train))
+    assert longer[: len(train)] == [*train]
 
 
 def test_data_sets_can_be_sent_to_workers() -> None:
-    data = load_encoded(MixtureConfig(sources=(EMBEDDED, TINY)), bpe_tokenizer())
+    data = load_examples(MixtureConfig(sources=(EMBEDDED, TINY)))
     assert pickle.loads(pickle.dumps(data))[7] == data[7]
 
 
 def test_a_batch_is_padded_on_the_right_and_its_masks_are_the_spans() -> None:
-    data = load_encoded(EMBEDDED, word_tokenizer())
-    items = [data[index] for index in range(6)]
+    data = load_examples(EMBEDDED)
+    items = [encode(data[index], word_tokenizer(), "short" if index % 2 else "long") for index in range(6)]
     batch = Collator.of(word_tokenizer(), pad_to_multiple_of=16)(items)
     assert {name: tensor.dtype for name, tensor in batch.items()} == dict.fromkeys(batch, torch.int64)
     width = batch["input_ids"].shape[1]
@@ -172,8 +125,7 @@ def test_a_batch_is_padded_on_the_right_and_its_masks_are_the_spans() -> None:
         assert batch["attention_mask"][row].tolist() == [1] * size + [0] * (width - size)
         assert batch["prompt_mask"][row].tolist() == [1] * start + [0] * (width - start)
         assert batch["think_mask"][row].tolist() == [0] * start + [1] * (end - start) + [0] * (width - end)
-        for key in ("prompt_length", "style", "think_full", "index"):
-            assert batch[key][row].item() == item[key]  # type: ignore[literal-required]
+        assert batch["prompt_length"][row].item() == item["prompt_length"]
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end() -> None:

@@ -14,7 +14,7 @@ from l2a_compress.modeling.adapters import AdapterConfig
 from l2a_compress.modeling.families import shape_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.gates import GateConfig
-from l2a_compress.modeling.importance import drop_losses, prior_scores
+from l2a_compress.modeling.importance import drop_losses, inputs_of, mean_loss, prior_scores
 from l2a_compress.modeling.projection import Limits, project
 from l2a_compress.modeling.search import given_up, greedy_path, path_scores
 from toy_models import FAMILIES, GROUPS, LAYERS, new_model
@@ -40,6 +40,30 @@ def loss_of(gated: GatedModel, batches: list[dict[str, torch.Tensor]], allocatio
         losses += float(functional.cross_entropy(logits[:, :-1].mT, batch["labels"][:, 1:], reduction="sum"))
         count += int((batch["labels"][:, 1:] != -100).sum())
     return losses / count
+
+
+def test_the_loss_is_the_same_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
+    batch, kept = batch_of(0, 4, 12), [(0, 1)] * LAYERS
+    states, largest, logits = [inputs_of(gated, batch)], list[int](), gated.logits
+    monkeypatch.setattr(gated, "logits", lambda hidden: (largest.append(len(hidden)), logits(hidden))[1])
+    with torch.no_grad():
+        whole = mean_loss(gated, [batch], states, kept)
+        assert len(largest) == 1  # what is small stays in one part, and the same to the last bit
+        monkeypatch.setattr("l2a_compress.modeling.importance.PART_NUMBERS", 5 * gated.model.config.vocab_size)
+        assert mean_loss(gated, [batch], states, kept) == pytest.approx(whole, rel=1e-5)
+    assert max(largest[1:]) == 5
+
+
+def test_groups_alone_are_measured_with_fewer_cuts() -> None:
+    gated = GatedModel.wrap(new_model(), GateConfig(stem_layers=STEM), AdapterConfig(rank=2)).eval()
+    cuts, batches = list[int](), [batch_of(0, 2, 9)]
+    layers, groups = drop_losses(gated, batches, lambda: cuts.append(1))
+    none, alone = drop_losses(gated, batches, lambda: cuts.append(2), whole=False)
+    assert torch.equal(alone, groups)
+    assert layers.any()
+    assert not none.any()
+    assert (cuts.count(1), cuts.count(2)) == ((LAYERS - STEM) * (1 + GROUPS), (LAYERS - STEM) * GROUPS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

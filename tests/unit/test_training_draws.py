@@ -14,6 +14,7 @@ from l2a_compress.training.draws import Annealing, DrawConfig, draw, gumbel_nois
 from l2a_compress.training.embedded_examples import EmbeddedExamples
 from l2a_compress.training.encode import encode
 from l2a_compress.training.examples import Example
+from l2a_compress.training.mixture import Mixture
 from l2a_compress.training.samples import SampleCollator, Samples
 from toy_data import word_tokenizer
 
@@ -145,10 +146,22 @@ def test_an_over_long_example_is_replaced_by_one_that_fits(count: int) -> None:
     examples = [example(number, words=50 if number in (2, 3) else 1) for number in range(8)]
     found = samples(examples, count)
     answers = [answer_of(found[index]) for index in range(count)]
-    assert found.unfit > 0
+    assert found.unfit == len({2, 3} & {*range(count)})  # each is counted once
     assert not {"2", "3"} & {*answers}
     assert all(answer == str(index % 8) for index, answer in enumerate(answers) if index % 8 not in (2, 3))
     assert [answer_of(found[index]) for index in range(count)] == answers
+    assert found.unfit <= 2
+
+
+def test_an_over_long_example_is_replaced_by_one_of_its_own_source() -> None:
+    some, other = [example(0), *(example(number, words=50) for number in range(1, 5))], [*map(example, range(5, 10))]
+    mixture = Mixture([some, other], [1.0, 1.0], seed=0, length=60)
+    found = samples(mixture, 60)  # type: ignore[arg-type]
+    assert [int(answer_of(found[index])) >= 5 for index in range(60)] == [
+        mixture.part_of(index) == 1 for index in range(60)
+    ]
+    drawn = {mixture.origin_of(index) for index in range(60)}
+    assert found.unfit == len({number for part, number in drawn if part == 0 and number > 0})
 
 
 def test_only_over_long_examples_are_an_error() -> None:

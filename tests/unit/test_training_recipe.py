@@ -141,6 +141,18 @@ def test_overrides_of_another_form_are_refused(text: str) -> None:
         with_overrides({}, [text])
 
 
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen3-4b"])
+def test_recipes_of_the_paper_read_no_script_and_no_empty_outputs(name: str) -> None:
+    data = Recipe.named(name).data
+    assert isinstance(data, MixtureConfig)
+    named = {(source.source, source.subset) for source in data.sources}
+    assert named == {
+        ("openai/gsm8k", "main"),
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
+        ("yahma/alpaca-cleaned", None),
+    }
+
+
 def test_an_override_does_not_change_what_it_was_made_from() -> None:
     data = {"optim": {"steps": 5}}
     assert with_overrides(data, ["optim.steps=6"]) == {"optim": {"steps": 6}}

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from l2a_compress.allocation import Allocation
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.training.recipe import Recipe
-from l2a_compress.training.search import Trials
+from l2a_compress.training.search import Trials, spared_layers
 from test_training_step import new_batch
-from toy_models import new_gated
+from toy_models import GROUPS, LAYERS, new_gated
 
 LR = 1e-2
 
@@ -46,6 +52,26 @@ def test_equal_trials_give_equal_losses_and_other_layers_another() -> None:
     assert trials.loss([2]) == new_trials(trials.gated, 2).loss([2])
 
 
+def test_a_trial_is_the_same_with_gradient_checkpointing() -> None:
+    groups = tuple((0,) if layer in (2, 4) else () if layer == 3 else tuple(range(GROUPS)) for layer in range(LAYERS))
+    narrow = Allocation(num_groups=GROUPS, groups=groups)
+    plain, checkpointed = new_gated(), new_gated()
+    checkpointed.activation_checkpointing_enable()
+    calls: list[int] = []
+    attention = checkpointed.model.model.layers[2].layer.self_attn
+    attention.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = new_trials(checkpointed, 3).trial(narrow)
+    assert len(calls) == 4 + 3 * 2 + 1  # teachers of the batches, twice in each step, and the measurement
+    assert found == pytest.approx(new_trials(plain, 3).trial(narrow), abs=1e-5)
+
+
+def test_whole_layers_that_the_smallest_budget_is_worth_stay_whole() -> None:
+    gated = new_gated()
+    assert int((1 - 5 / 6) * LAYERS) == 0  # what numbers with a point make of it
+    assert [spared_layers(gated, least) for least in (0.5, 5 / 6, 1.0)] == [3, 1, 0]
+    assert spared_layers(gated, 0.75) == pytest.approx(1.5)
+
+
 class Known(Trials):
     """Trials whose losses are known: what each layer costs, and what two of them cost together beyond that."""
 
@@ -57,6 +83,56 @@ class Known(Trials):
         together = sum(self.pairs.get(pair, 0.0) for pair in itertools.combinations(sorted(gone), 2))
         self.asked.append(gone)
         return sum(self.costs[layer] for layer in gone) + together
+
+
+class Processes:
+    """Threads that stand for processes: each has a number, and gathers what all have."""
+
+    def __init__(self, count: int) -> None:
+        self.local, self.barrier, self.lists = threading.local(), threading.Barrier(count), [[] for _ in range(count)]
+
+    def state(self) -> SimpleNamespace:
+        return SimpleNamespace(num_processes=len(self.lists), process_index=self.local.number)
+
+    def gather(self, objects: list[Any]) -> list[Any]:
+        self.lists[self.local.number] = objects
+        self.barrier.wait(60)
+        found = [one for part in self.lists for one in part]
+        self.barrier.wait(60)
+        return found
+
+
+class Counted(Trials):
+    """Trials of known losses, each counted."""
+
+    def __init__(self, guess: list[int]) -> None:
+        self.guess, self.losses, self.mine = guess, {}, list[tuple[int, ...]]()
+        self.tried, self.bar = lambda: None, SimpleNamespace(update=lambda: None)  # type: ignore[assignment]
+
+    def _without(self, gone: Sequence[int]) -> float:
+        self.mine.append(tuple(gone))
+        return sum(COSTS[layer] for layer in gone) - 3.0 * ({3, 5} <= set(gone))
+
+
+def test_processes_share_the_trials_and_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    guess = [5, 2, 3, 4, 7, 6]
+    alone = Counted(guess)
+    order = alone.order(guess, pivot=3, deepest=5, most=9)
+    processes = Processes(2)
+    monkeypatch.setattr("l2a_compress.training.search.PartialState", processes.state)
+    monkeypatch.setattr("l2a_compress.training.search.gather_object", processes.gather)
+
+    def run(number: int) -> Counted:
+        processes.local.number = number
+        trials = Counted(guess)
+        assert trials.order(guess, pivot=3, deepest=5, most=9) == order
+        return trials
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(run, range(2))
+    assert first.losses == second.losses == alone.losses
+    assert {*first.mine} | {*second.mine} == {*alone.mine}
+    assert not {*first.mine} & {*second.mine}
 
 
 COSTS = {2: 5.0, 3: 4.0, 4: 3.0, 5: 6.0, 6: 1.0, 7: 2.0}

@@ -11,14 +11,16 @@ from torch import Tensor
 from l2a_compress.allocation import Allocation
 from l2a_compress.budget import Budget
 from l2a_compress.errors import TrainingError
+from l2a_compress.modeling.deciders import GateRequest
 from l2a_compress.modeling.gated import GatedModel
+from l2a_compress.modeling.layers import LayerPlan
 from l2a_compress.training.draws import DrawConfig
 from l2a_compress.training.embedded_examples import EmbeddedExamples
 from l2a_compress.training.objective import ObjectiveConfig
 from l2a_compress.training.samples import SampleCollator, Samples
 from l2a_compress.training.step import TrainingStep
 from toy_data import word_tokenizer
-from toy_models import FAMILIES, LAYERS, new_gated, new_model, trainable
+from toy_models import FAMILIES, GROUPS, LAYERS, new_gated, new_model, trainable
 
 Batch = dict[str, Tensor]
 
@@ -74,6 +76,63 @@ def test_gradient_checkpointing_gives_the_same_gradients(family: str) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def weighed(hidden: Tensor) -> Tensor:
+    """Some function of hidden states."""
+    return (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))).sum()
+
+
+def mask_gradients(gated: GatedModel, request: GateRequest, batch: Batch) -> tuple[dict[int, Tensor], Allocation]:
+    """By closed layer, the gradient that its mask got; and what was decided."""
+    found = gated(batch["input_ids"], batch["attention_mask"], request=request)
+    plans = gated.state.plans
+    for plan in plans[gated.gate_config.stem_layers :]:
+        assert plan.layer is not None
+        plan.layer.retain_grad()
+    weighed(found.hidden).backward()
+    (allocation,) = gated.allocations_of(found.gates, [Budget()])
+    closed = sorted(set(range(LAYERS)) - set(allocation.layers))
+    return {layer: plans[layer].layer.grad for layer in closed}, allocation  # type: ignore[misc, union-attr]
+
+
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("mode", ["stem", "inline"])
+def test_the_mask_of_a_closed_layer_gets_the_gradient_of_the_layer_as_it_would_run(
+    mode: str, heads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated, batch = new_gated(mode=mode, heads=heads), new_batch(1, switch_share=0.0, contract="cap")
+    summarize = gated.allocator.summarize  # through what later gates read there is another way to the loss
+    monkeypatch.setattr(gated.allocator, "summarize", lambda *args: summarize(*args).detach())
+    batch["compute"].fill_(0.5)
+    step = new_step(gated)
+    step.noise = 0.0
+    gated.eval()
+    request = step.request(batch)
+    found, allocation = mask_gradients(gated, request, batch)
+    assert found
+    ranks = torch.arange(GROUPS)[None, None] < gated.allocator.min_groups
+    for layer, gradient in found.items():
+        mask = torch.zeros(1, 1, 1, requires_grad=True)
+        groups = gated.allocator.by_group(ranks[0], layer - gated.gate_config.stem_layers)[None].float()
+        with gated.forced([allocation]):
+            gated.state.plans[layer] = LayerPlan(layer=mask, groups=groups)
+            gated.state.offset = gated.think_offset(batch["input_ids"], request.budgets.features)
+            hidden = gated(batch["input_ids"], batch["attention_mask"]).hidden
+            weighed(hidden).backward()
+        torch.testing.assert_close(gradient, mask.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_gates_that_do_not_learn_compute_what_they_always_did() -> None:
+    gated, batch = new_gated(), new_batch(1, switch_share=0.0, contract="cap")
+    batch["compute"].fill_(0.5)
+    for gates in (gated.allocator.layer_gates, gated.allocator.head_gates):
+        gates.requires_grad_(False)
+    step = new_step(gated)
+    closed, _ = mask_gradients(gated, step.request(batch), batch)
+    groups = [gated.state.plans[layer].groups for layer in closed]
+    assert groups
+    assert not any(mask.any() for mask in groups if mask is not None)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers import TrainingArguments
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.errors import ConfigError, DataError, StorageError, TrainingError
@@ -194,6 +196,33 @@ def test_a_searched_order_without_a_demand_head_knows_no_prices(base: Path, tmp_
     train(tiny_recipe(base, draws={"contract": "cap"}, **changes), tmp_path, quiet=True)
 
 
+def test_trials_without_adapters_are_refused_at_the_start(base: Path, tmp_path: Path) -> None:
+    plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 1, "trial_steps": 1}
+    changes: dict[str, Any] = {"adapter": {"rank": 0}, "optim": {"steps": 2, "save_steps": 2}}
+    with pytest.raises(ConfigError, match=r"search_trials = 1: .*adapter.rank = 0 has none; set annealing.search_tri"):
+        train(tiny_recipe(base, annealing=plan, **changes), tmp_path, quiet=True)
+    train(tiny_recipe(base, annealing=plan | {"search_trials": 0}, **changes), tmp_path, quiet=True)
+
+
+def test_a_base_in_float16_is_refused_where_layers_compute_in_it(base: Path, tmp_path: Path) -> None:
+    half = {"model": {"dtype": "float16"}}
+    with pytest.raises(ConfigError, match=r"model.dtype = 'float16': .*set model.dtype=bfloat16 or float32"):
+        train(tiny_recipe(base, **half), tmp_path, quiet=True)
+    train(tiny_recipe(base, **half, optim={"precision": "bf16", "steps": 1}), tmp_path, quiet=True)
+    assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path))
+
+
+def test_a_switch_of_budgets_that_inline_gates_do_not_have_is_said(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes: dict[str, Any] = {"gates": {"mode": "inline"}, "optim": {"steps": 1}}
+    train(tiny_recipe(base, **changes), tmp_path / "one", quiet=True)
+    assert "draws.switch_share = 0.1 has no effect: inline gates" in caplog.text
+    caplog.clear()
+    train(tiny_recipe(base, draws={"switch_share": 0.0}, **changes), tmp_path / "two", quiet=True)
+    assert "switch_share" not in caplog.text
+
+
 def test_a_least_compute_below_the_stem_is_found_before_training(base: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"gates": {"stem_layers": 3, "least_compute": 0.4}, "optim": {"steps": 1}}
     with pytest.raises(ConfigError, match=r"gates.least_compute = 0.4: is below 0.5"):
@@ -232,6 +261,21 @@ def test_each_source_has_its_own_longest_example(base: Path) -> None:
     assert isinstance(mixture, Mixture)
     assert {samples.max_length(place) for place in range(20)} == {256, 64}
     assert all(samples.max_length(place) == (256, 64)[mixture.part_of(place)] for place in range(20))
+
+
+def test_a_run_longer_than_its_data_goes_on_with_rows_that_have_not_come(base: Path, tmp_path: Path) -> None:
+    files = {"large": 90, "small": 10}
+    for name, rows in files.items():
+        lines = [json.dumps({"text": f"{name} {row}"}) for row in range(rows)]
+        tmp_path.joinpath(f"{name}.jsonl").write_text("\n".join(lines))
+    shares = {"heldout_share": 0.0, "calibration_share": 0.0, "kind": "text"}
+    sources = [{"source": str(tmp_path / f"{name}.jsonl"), "weight": 1.0, **shares} for name in files]
+    recipe = tiny_recipe(base, optim={"steps": 25, "batch_size": 10})
+    recipe = Recipe.from_json(recipe.to_json() | {"data": {"sources": sources}})
+    samples = training_samples(recipe, build(recipe)[1])
+    assert len(samples.examples) == len(samples) == 250
+    seen = {example.prompt for example in samples.examples}
+    assert seen == {f"{name} {row}" for name, rows in files.items() for row in range(rows)}
 
 
 def test_a_base_of_16_bits_is_searched_too(base: Path, tmp_path: Path) -> None:
@@ -397,6 +441,26 @@ def test_the_schedule_warms_up_stays_and_falls_to_zero(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_split_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="batch_size 8 does not split over 3 processes x 1"):
         training_arguments(OptimConfig(batch_size=8), folder=tmp_path, seed=0, trackers=[], world_size=3, quiet=True)
+
+
+def test_a_process_that_sees_several_gpus_uses_one_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class TwoGpus(TrainingArguments):
+        """As on a machine with two GPUs, where one process was started."""
+
+        @functools.cached_property
+        def _setup_devices(self) -> torch.device:
+            device: torch.device = TrainingArguments._setup_devices.func(self)
+            self._n_gpu = 2
+            return device
+
+    monkeypatch.setattr("l2a_compress.training.trainer.TrainingArguments", TwoGpus)
+    trainer = new_trainer(tmp_path)
+    assert trainer.args.n_gpu == 1
+    assert trainer.args.train_batch_size == 8
+    assert "2 GPUs are visible and this process uses the first" in caplog.text
+    assert "accelerate launch --multi_gpu --num_processes 2" in caplog.text
 
 
 def test_trained_tensors_round_trip() -> None:
