@@ -107,10 +107,8 @@ def _drafts(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: in
             encoded = encode(example, tokenizer, style, max_length)
         except UnfitError:
             continue
-        ids = encoded["input_ids"]
-        think, rest = ids[encoded["think_start"] : encoded["think_end"]], ids[encoded["think_end"] :]
-        answer = rest[rest.index(tags.answer) : rest.index(tags.end_answer) + 1]
-        found[style] = (*think, tags.end_think, *answer)
+        written = encoded["input_ids"][encoded["think_start"] :]
+        found[style] = tuple(written[: written.index(tags.end_answer) + 1])
     return found
 
 
