@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from l2a_compress.budget import Budget
-from l2a_compress.errors import BundleError, OutOfMemoryError, SessionError
+from l2a_compress.errors import BundleError, L2AError, OutOfMemoryError
 from l2a_compress.runtime.costs import CostTable
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.policy import Policy
@@ -132,6 +132,17 @@ class Controller:
         A cap on reasoning is for requests that have not begun, which are told it at ``<think>`` and write tersely; one
         that runs would be cut off. It is, where the machine ends.
         """
+        try:
+            self.enforce(request)
+        except L2AError as error:  # it stays as it is until the next decision, and the others go on
+            log.warning("request %d keeps its budget: %s", request.number, error)
+
+    def enforce(self, request: Request) -> None:
+        """As :meth:`apply`, for a caller that wants to know why it cannot be.
+
+        Raises:
+            L2AError: the request cannot get that budget; the old one stays.
+        """
         if request.tier is None:
             return
         budget = self.budget(request.tier)
@@ -139,10 +150,7 @@ class Controller:
             budget = replace(budget, think_tokens=request.budget.think_tokens)
         budget = request.ceiling.tighter(budget)
         if budget != request.budget:
-            try:
-                self.engine.set_budget(request, budget)
-            except SessionError as error:  # it stays as it is until the next decision
-                log.warning("request %d keeps its budget: %s", request.number, error)
+            self.engine.set_budget(request, budget)
 
     def _ends(self, tier: str) -> bool:
         """Whether the machine's end leaves too little time."""

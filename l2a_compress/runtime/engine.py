@@ -32,7 +32,7 @@ from l2a_compress.runtime.lane import Lane
 from l2a_compress.runtime.native import Native
 from l2a_compress.runtime.pages import give_back
 from l2a_compress.runtime.providers import Provider
-from l2a_compress.runtime.request import TAGS, Limits, Request
+from l2a_compress.runtime.request import TAGS, Limits, Request, Told
 from l2a_compress.runtime.sampling import Sampler, Sampling
 from l2a_compress.runtime.tensorrt import EngineDecoder
 
@@ -228,9 +228,7 @@ class Engine:
         """
         if request.done:
             return
-        told = self._chooser.told(budget)
-        cap = request.limits.cap(budget)
-        self._check(request.prompt, cap + request.limits.max_answer_tokens + TAGS)
+        told, cap = self.check(request, budget), request.limits.cap(budget)
         kept = None if request.kept is None else self._chooser.choose(request, budget, told)
         request.budget, request.told, request.reasoning.cap = budget, told, cap
         if kept is None or kept == request.kept:
@@ -245,6 +243,16 @@ class Engine:
                 self._held.pop(request.number, None)
         elif grows and lane is not None and not self.bundle.whole_cache:
             self._interrupt(lane, request, keep=False)
+
+    def check(self, request: Request, budget: Budget) -> Told:
+        """The budget as the inputs of a graph, if the request can have it.
+
+        Raises:
+            BudgetError: the model cannot keep to the budget.
+            ConfigError: its cap on reasoning leaves more tokens than the bundle has positions.
+        """
+        self._check(request.prompt, request.limits.cap(budget) + request.limits.max_answer_tokens + TAGS)
+        return self._chooser.told(budget)
 
     def cancel(self, request: Request, error: L2AError | None = None) -> None:
         """Writes no more of a request; ``error`` says why."""

@@ -602,6 +602,24 @@ def test_auto_is_the_least_of_what_is_asked_and_allowed(made: Path, monkeypatch:
     assert request.budget.compute == 0.8
 
 
+def test_a_budget_that_cannot_be_found_leaves_the_others_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2a_compress.runtime.runtime.cost_table", lambda *_, **__: table(1.0, 0.7))
+    runtime = Runtime.open(made, threads=1, sources=())
+    room = runtime.engine.bundle.positions
+    limits, small = Limits(max_think_tokens=room, max_answer_tokens=2, tau_threshold=None), Budget(think_tokens=2)
+    (other,) = runtime.submit([TEXT], ["auto"], limits=LIMITS)
+    (request,) = runtime.submit([TEXT], [small], limits=limits)
+    with pytest.raises(ConfigError, match="positions of the bundle"):
+        runtime.set_budget(request, "auto")
+    assert (request.ceiling, request.budget, request.tier) == (small, small, None)
+    request.ceiling, request.tier = Budget(), "default"  # as if it could not be seen at first
+    monkeypatch.setattr(runtime.controller, "_seconds", 0.0)
+    while not (other.done and request.done):
+        runtime.step()
+    assert (other.error, request.error) == (None, None)
+    assert len(request.reasoning.think) <= 2
+
+
 def test_many_callers_share_a_server(made: Path) -> None:
     limits = Limits(max_think_tokens=6, max_answer_tokens=3)
     runtime = Runtime.open(made, max_rows=3, threads=1)
