@@ -199,12 +199,18 @@ class Controller:
         return Work(prompt_tokens=round(prompt), new_tokens=self._new, think_tokens=self._think, rows=rows)
 
     def _urgent(self, requests: Sequence[Request], work: Work, now: float) -> tuple[Work | None, float | None]:
-        """What is left of the request whose deadline is first, and how long it has."""
-        deadlines = [(request.deadline, request) for request in requests if request.deadline is not None]
+        """What is left of the request whose deadline is first, and how long it has.
+
+        Those that cannot be in time whatever they get do not count: they would hold all others at the least.
+        """
+        late = set(self.engine.hopeless)
+        timely = [request for request in requests if request not in late]
+        ahead = ((request.deadline, request) for request in timely if request.deadline is not None)
+        deadlines = [(deadline, request) for deadline, request in ahead if deadline > now]
         if not deadlines:
             return None, None
         deadline, request = min(deadlines, key=lambda pair: pair[0])
-        left = max(0.0, deadline - now)
+        left = deadline - now
         if request.started is None:
             return replace(work, prompt_tokens=len(request.prompt)), left
         new = max(1.0, work.new_tokens - len(request.written))  # its reasoning is as long as it is: it has been told

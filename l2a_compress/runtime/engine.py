@@ -283,8 +283,13 @@ class Engine:
         return itertools.chain(self._waiting, self._late)
 
     @property
+    def hopeless(self) -> Sequence[Request]:
+        """The requests that cannot be done by their deadline any more; they run when no other waits."""
+        return self._late
+
+    @property
     def late(self) -> int:
-        """How many cannot be done by their deadline any more; they run when no other waits."""
+        """How many cannot be done by their deadline any more."""
         return len(self._late)
 
     @property

@@ -116,6 +116,43 @@ def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:
     assert controller.decision.binding.name == "queue"
 
 
+def test_who_cannot_be_in_time_any_more_holds_nobody_down(made: Path) -> None:
+    controller, _, clock = steered(made, Policy(dwell_seconds=0.0, target_seconds=1e6))
+    engine = controller.engine
+    engine.max_rows = 1
+    limits = Limits(max_think_tokens=60, tau_threshold=None)
+    running, waiting, late = (
+        engine.submit(texts(1), [None], limits=limits, tiers=["default"], seconds=seconds)[0]
+        for seconds in (0.5, None, 9.0)
+    )
+    engine.step()
+    controller.update(force=True)
+    assert controller.budget().compute == 0.45
+    clock.now += 2.0  # its time is over
+    controller.update(force=True)
+    assert (running.done, controller.budget().compute) == (False, 1.0)
+    engine._waiting.remove(late)
+    engine._late.append(late)
+    clock.now += 6.9
+    controller.update(force=True)
+    assert controller.budget().compute == 1.0
+    engine.cancel(running)
+    assert waiting in engine.waiting
+
+
+def test_who_was_interrupted_does_not_count_as_one_that_waits_for_its_first_token(made: Path) -> None:
+    controller, _, clock = steered(made, Policy())
+    engine = controller.engine
+    (running,) = engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
+    engine.step()
+    clock.now += 30.0
+    engine.submit(texts(1), [None], limits=LIMITS)
+    clock.now += 1.0
+    (lane,) = engine._lanes.values()
+    engine._interrupt(lane, running, keep=False)
+    assert controller.signals.read()["queue.oldest_seconds"].value == pytest.approx(1.0)
+
+
 def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
     clock = Clock()
     engine = Engine(made, max_rows=1, threads=1, clock=clock)
