@@ -14,6 +14,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,7 +27,7 @@ from l2a_compress.errors import BundleError, ConfigError, L2AError, OutOfMemoryE
 from l2a_compress.limits import Contract
 from l2a_compress.reasoning import Reasoning, Tags
 from l2a_compress.runtime.chooser import Chooser, Decoder, Serve, decision, widths_of
-from l2a_compress.runtime.decoder import GraphDecoder, predicates
+from l2a_compress.runtime.decoder import GraphDecoder, predicates, session_error
 from l2a_compress.runtime.engine_lane import EngineLane, OpenEngine
 from l2a_compress.runtime.lane import Lane
 from l2a_compress.runtime.native import Native
@@ -465,8 +466,10 @@ class Engine:
             request = queue.popleft()
             try:
                 admitted = self._admit(request)
-            except L2AError as error:
-                self._failed(request, error)
+            except (L2AError, MemoryError) as error:
+                if (lane := self._lane_of(request)) is not None:
+                    lane.remove(request)
+                self._failed(request, self._ours(error))
                 if not request.done:
                     queue.appendleft(request)
                 continue
@@ -549,15 +552,19 @@ class Engine:
         """One token of every row of a graph."""
         try:
             outputs = lane.decode(self._inputs(lane, lane.requests))
-        except SessionError as error:
-            self._stumbled(lane, error)
+        except (SessionError, MemoryError) as error:
+            self._stumbled(lane, self._ours(error))
             return
         lane.failures = 0
         for row, request in enumerate(lane.requests):
             if not request.done:
                 self._take(request, outputs, row)
 
-    def _stumbled(self, lane: Lane | EngineLane, error: SessionError) -> None:
+    def _ours(self, error: L2AError | MemoryError) -> L2AError:
+        """NumPy's lack of memory as one of ours."""
+        return error if isinstance(error, L2AError) else session_error(self.folder, "run", error)
+
+    def _stumbled(self, lane: Lane | EngineLane, error: L2AError) -> None:
         """A step that failed is run again: with a row less or a smaller budget where memory was short."""
         newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
         if short and len(lane.requests) > 1:
@@ -574,7 +581,8 @@ class Engine:
     def _interrupt(self, lane: Lane | EngineLane, request: Request, *, keep: bool) -> None:
         """Takes a request out of its row to the head of the queue, with its keys and values or without."""
         if keep and isinstance(lane, Lane):
-            self._held[request.number] = lane.held(request)
+            with suppress(MemoryError):  # without them it is computed again
+                self._held[request.number] = lane.held(request)
         lane.remove(request)
         self._waiting.appendleft(request)
 
@@ -596,15 +604,15 @@ class Engine:
 
     def _take(self, request: Request, outputs: Mapping[str, Array], row: int) -> None:
         """What the graph says becomes the token that is fed next."""
-        logits = outputs["logits"][row, 0]
-        if request.reasoning.begins_answer:
-            logits = logits.copy()
-            logits[self.tags.end_answer] = -np.inf
         stop = request.tau is not None and "tau" in outputs and float(outputs["tau"][row]) > request.tau
         try:
+            logits = outputs["logits"][row, 0]
+            if request.reasoning.begins_answer:
+                logits = logits.copy()
+                logits[self.tags.end_answer] = -np.inf
             token = request.sampler.token(logits)
-        except SessionError as error:
-            self._end(request, error)
+        except (SessionError, MemoryError) as error:  # its row has moved on: it cannot be run again
+            self._end(request, self._ours(error))
             return
         request.written.append(request.reasoning.advance(token, stop))
         if request.done or (request.stops is not None and request.stops(request)):

@@ -61,8 +61,8 @@ class Lane:
     def prefill(self, request: Request, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Computes all tokens of a request into the row behind those that run, and lets it run."""
         tokens = np.array([request.tokens], dtype=np.int64)
+        self._bound = -1  # first: binding may fail halfway
         self._decoder.bind(self.caches.view(len(self.requests), 1))
-        self._bound = -1
         outputs = self._decoder.step(tokens, np.ones_like(tokens), **inputs)
         request.length = tokens.shape[1]
         self.requests.append(request)
@@ -79,6 +79,7 @@ class Lane:
         lengths = np.array([request.length + 1 for request in self.requests])
         self.reserve(count, int(lengths.max()))  # a cap may have been raised since the request came
         if self._bound != count:
+            self._bound = -1
             self._decoder.bind(self.caches.view(0, count))
             self._bound = count
         mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)

@@ -431,6 +431,46 @@ def test_a_request_that_brings_its_keys_and_values_has_computed_nothing(made: Pa
     assert request.kept == widths_of(engine.bundle.variants[-1])
 
 
+def test_keys_and_values_that_cannot_be_kept_are_computed_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(made, max_rows=1, max_graphs=2, threads=1, serve="variants")
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("l2a_compress.runtime.lane.Lane.held", full)
+    engine.set_budget(request, Budget(compute=0.45))
+    engine.step()
+    assert [step.prompt_tokens for step in engine.steps] == [len(request.prompt), len(request.prompt) + 2]
+    finish(engine)
+    assert request.error is None
+
+
+@pytest.mark.parametrize(
+    "place", ["lane.Lane.prefill", "lane.Lane.decode", "sampling.Sampler.token", "caches.Caches.take"]
+)
+def test_no_lack_of_memory_of_numpy_leaves_a_step(made: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    engine = Engine(made, max_rows=2, max_graphs=2, threads=1, serve="variants")
+    requests = engine.submit(texts(4), [None] * 4, limits=LIMITS)
+    owner, name = place.rpartition(".")[::2]
+    target = f"l2a_compress.runtime.{owner}"
+    module, kind = target.rpartition(".")[::2]
+    whole, calls = getattr(getattr(sys.modules[module], kind), name), [0]
+
+    def sometimes(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] % 5 == 2:
+            raise MemoryError("no room")
+        return whole(*args)
+
+    monkeypatch.setattr(f"{target}.{name}", sometimes)
+    finish(engine, lambda step: engine.set_budget(requests[0], Budget(compute=(1.0, 0.45)[step % 2])))
+    assert all(request.done for request in requests)
+    for request in requests:
+        assert request.error is None or isinstance(request.error, OutOfMemoryError)
+
+
 def test_a_router_that_breaks_a_cap_is_not_followed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(made, threads=1, serve="variants")
     whole, middle, small = engine.bundle.variants
