@@ -19,7 +19,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from l2a_compress.runtime.costs import CostTable, cached_path, cost_table
 from l2a_compress.runtime.decoder import GraphDecoder, session_error
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
+from l2a_compress.runtime.server import Stream
 from toy_models import new_artifact
 from toy_runtime import LIMITS, Told, finish, table, texts
 
@@ -717,19 +717,84 @@ def test_a_server_tells_what_went_wrong(made: Path, monkeypatch: pytest.MonkeyPa
     assert waiting.answer().think_tokens < 400  # closed: what was written
 
 
-def test_an_action_that_ends_as_the_wait_does_has_ended(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_action_that_fails_as_a_wait_does_is_its_own_error(made: Path) -> None:
+    def late() -> None:
+        raise TimeoutError("its own")
+
     with Server(Runtime.open(made, threads=1)) as server:
-        result, done = Future.result, threading.Event()
-
-        def late(future: Future[Any], timeout: float | None = None) -> Any:
-            if timeout is not None and not done.is_set():
-                result(future)
-                done.set()
-                raise TimeoutError
-            return result(future, timeout)
-
-        monkeypatch.setattr(Future, "result", late)
+        with pytest.raises(TimeoutError, match="its own"):
+            server.call(late)
         assert server.call(lambda: 7) == 7
+
+
+def test_a_text_that_cannot_be_told_ends_its_request_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.open(made, threads=1)
+    text, broken = runtime.text, []
+
+    def breaks(request: Request) -> str:
+        return str(1 / 0) if request in broken else text(request)
+
+    monkeypatch.setattr(runtime, "text", breaks)
+    with Server(runtime) as server:
+        stream = server.call(
+            lambda: (broken.append((new := server._submit(TEXT, None, tier="default")()).request), new)[1]
+        )
+        with pytest.raises(SessionError, match="cannot be told: division by zero"):
+            stream.answer()
+        assert server.stream(TEXT, limits=LIMITS).answer().answer
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_died(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(Runtime.open(made, threads=1))
+    stream = server.stream(TEXT, limits=Limits(max_think_tokens=400, tau_threshold=None))
+
+    def dies(*_: Any) -> None:
+        raise SystemExit("the thread is gone")
+
+    monkeypatch.setattr(server.runtime.engine, "step", dies)
+    with pytest.raises(SessionError, match="thread has ended"):
+        stream.answer()
+    server._thread.join(10)
+    assert not server.alive
+    stream._items.clear()  # as if not even that could be told
+    monkeypatch.setattr("l2a_compress.runtime.server._ALIVE", 0.01)
+    with pytest.raises(SessionError, match="thread has ended"):
+        list(stream)
+    with pytest.raises(SessionError, match="closed"):
+        server.stream(TEXT)
+
+
+def test_a_task_that_is_cancelled_leaves_no_request(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.open(made, max_rows=4, threads=1)
+    limits, step = Limits(max_think_tokens=400, tau_threshold=None), runtime.engine.step
+    (whole,) = runtime.generate([TEXT], limits=limits)
+    monkeypatch.setattr(runtime.engine, "step", lambda: (time.sleep(0.02), step())[1])
+
+    async def read(stream: Stream, seconds: float) -> None:
+        async for _ in stream:
+            await asyncio.sleep(seconds)
+
+    async def both(server: Server) -> list[Stream]:
+        streams = [await server.astream(TEXT, limits=limits) for _ in range(3)]
+        with pytest.raises(BudgetError):
+            await streams[2].aset_budget(Budget(compute=0.01))
+        tasks = [asyncio.create_task(read(stream, wait)) for stream, wait in zip(streams, (0, 60), strict=False)]
+        await asyncio.sleep(0.1)  # one waits for a piece, the other does something with one
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async for _ in streams[2]:
+            break
+        return streams
+
+    with Server(runtime) as server:
+        first, second, third = asyncio.run(both(server))
+        assert first.answer().think_tokens < whole.think_tokens
+        assert second.answer().think_tokens < whole.think_tokens
+        assert not third.request.done  # who left its loop may come back
+        asyncio.run(third.acancel())
+        assert third.answer().think_tokens < whole.think_tokens
 
 
 def test_a_stream_keeps_its_tier(made: Path) -> None:
