@@ -168,7 +168,8 @@ class Controller:
         for name in policy.memories:
             value = values.get(name)
             if value is not None:
-                values[name] = value + held + self.engine.cache_bytes
+                caches = 0 if name.startswith("gpu.") else self.engine.resident_bytes  # the host has them
+                values[name] = value + held + caches
         return values
 
     def _decide(self, name: str, requests: Sequence[Request], values: Mapping[str, float | None], now: float) -> None:

@@ -41,6 +41,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Runs = Literal["python", "native"]
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
+_LOOK = 0.2  # seconds between two looks at the memory that is left for rows that run
 _TRIES = 3  # of a run that fails for another reason than memory
 
 
@@ -143,6 +144,7 @@ class Engine:
         self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
         self._held: dict[int, dict[str, Array]] = {}  # keys and values of those that wait for another graph
         self._loading = 0.0  # seconds of the step
+        self._looked = float("-inf")  # at the memory that is left
         self._full: int | None = None  # so many rows were too many
         self.paused = False
         self._numbers = itertools.count()
@@ -316,10 +318,10 @@ class Engine:
         return "; ".join(f"{name}: {lane.runs_on}" for name, lane in self._lanes.items()) or "nothing that is loaded"
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes that the caches of all rows may take."""
-        found = (lane.caches for lane in self._lanes.values())
-        return sum(caches.rows * caches.capacity * caches.token_bytes for caches in found)
+    def resident_bytes(self) -> int:
+        """Bytes of the host that keys and values have really taken; what is only reserved for them takes none."""
+        kept = sum(part.nbytes for held in self._held.values() for part in held.values())
+        return kept + sum(lane.resident_bytes for lane in self._lanes.values())
 
     def step(self) -> None:
         """Admits what there is room for and decodes one token of every row. No failure of a session leaves it.
@@ -330,6 +332,7 @@ class Engine:
         self._retire()
         prompt_tokens = self._admit_all()
         self._retire()
+        self._squeeze()
         running = self.running
         for lane in list(self._lanes.values()):
             if lane.requests:
@@ -337,7 +340,10 @@ class Engine:
         if running:
             now, budget = self.clock(), max(request.budget.compute for request in running)
             self.steps.append(StepTime(now, budget, prompt_tokens, len(running), now - began - self._loading))
-            if not self.busy:
+        if not self.busy:
+            self._retire()
+            self._free()
+            if running:
                 give_back()  # what prompts took
 
     def rehearse(self, budget: Budget, *, rows: int, prompt_tokens: int, new_tokens: int) -> Rehearsal:
@@ -493,21 +499,19 @@ class Engine:
         lane = self._open(self._entry(request))
         if lane is None:
             return None
-        least = len(lane.requests) + 1
-        many = least if least <= lane.caches.rows else min(self.max_rows, 2 * least - 1)  # to grow seldom
-        for rows in dict.fromkeys((many, least)):
-            need = lane.caches.growth(rows, request.most_tokens)
-            left = self._memory_left() if need else None
-            if left is None or need <= left:
-                break
-        else:
+        self._free()  # what others needed does not count
+        need, left = self._unwritten(lane, request), self._memory_left()
+        if left is not None and need > left:
             if self.rows:
                 return None
             raise OutOfMemoryError(
                 f"request {request.number}: {need} bytes for its keys and values, of which {left:g} are left; "
                 "free some, or lower its limits"
             )
-        lane.reserve(rows, request.most_tokens)
+        least = len(lane.requests) + 1
+        many = least if least <= lane.caches.rows else min(self.max_rows, 2 * least - 1)  # to grow seldom
+        fits = left is None or lane.caches.growth(many, request.most_tokens) <= left
+        lane.reserve(many if fits else least, request.most_tokens)
         held = self._held.get(request.number)
         if held is not None and isinstance(lane, Lane):
             lane.resume(request, self._held.pop(request.number))
@@ -559,6 +563,26 @@ class Engine:
         for row, request in enumerate(lane.requests):
             if not request.done:
                 self._take(request, outputs, row)
+
+    def _free(self) -> None:
+        """Graphs without rows give their caches back."""
+        for lane in self._lanes.values():
+            lane.free()
+
+    def _unwritten(self, to: Lane | EngineLane | None = None, more: Request | None = None) -> int:
+        """Bytes that keys and values of all rows may still take, and of one more in a lane."""
+        return sum(lane.unwritten(more if lane is to else None) for lane in self._lanes.values())
+
+    def _squeeze(self) -> None:
+        """Interrupts the newest rows, where what all rows may still write does not fit any more."""
+        if self.rows < 2 or self.clock() - self._looked < _LOOK:
+            return
+        self._looked, left = self.clock(), self._memory_left()
+        while left is not None and len(self.running) > 1 and self._unwritten() > left:
+            newest = max(self.running, key=lambda request: request.number)
+            if (lane := self._lane_of(newest)) is not None:
+                self._interrupt(lane, newest, keep=False)
+            self._full = self.rows  # a row that ends makes room
 
     def _ours(self, error: L2AError | MemoryError) -> L2AError:
         """NumPy's lack of memory as one of ours."""

@@ -237,6 +237,21 @@ def test_a_queue_that_is_long_is_no_lack_of_memory(made: Path) -> None:
     assert requests[1].error is None
 
 
+def test_what_is_only_reserved_is_not_free(made: Path) -> None:
+    controller, told, _ = steered(made, Policy(memories=("host.memory_available", "gpu.memory_free")))
+    engine = controller.engine
+    engine.submit(texts(1), [None], limits=Limits(max_think_tokens=400, tau_threshold=None))
+    engine.step()
+    (lane,) = engine._lanes.values()
+    told.values["host.memory_available"] = 5e6
+    controller.update(force=True)
+    controller.readings["gpu.memory_free"] = controller.readings["host.memory_available"]
+    found = controller._values()
+    (request,) = engine.running
+    assert found["host.memory_available"] == 5e6 + 1e6 + request.length * lane.caches.token_bytes
+    assert found["gpu.memory_free"] == 5e6 + 1e6
+
+
 def test_a_graph_that_is_not_loaded_holds_no_memory(made: Path) -> None:
     clock, told = Clock(), Told()
     engine = Engine(made, max_rows=4, threads=1, clock=clock, serve="variants")

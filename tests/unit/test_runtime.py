@@ -389,23 +389,77 @@ def test_a_variant_that_does_not_load_is_replaced_by_a_smaller_one(made: Path, m
     assert [request.error for request in requests] == [None] * 3
 
 
+def within(folder: Path, total: list[float], **settings: Any) -> Engine:
+    """An engine whose keys and values are all that takes memory."""
+
+    def left() -> float:
+        return total[0] - made.resident_bytes
+
+    made = Engine(folder, threads=1, memory_left=left, **settings)
+    return made
+
+
 def test_a_request_waits_for_memory_and_is_refused_where_none_can_come(made: Path) -> None:
-    left = [math.inf]
-    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0])
+    total = [math.inf]
+    engine = within(made, total, max_rows=3)
     first = engine.submit(texts(1), [None], limits=LIMITS)
     engine.step()
-    left[0] = 100.0
-    more = engine.submit(texts(2), [None] * 2, limits=LIMITS)
+    (lane,) = engine._lanes.values()
+    total[0] = 1.5 * first[0].most_tokens * lane.caches.token_bytes
+    more = engine.submit(texts(1) * 2, [None] * 2, limits=LIMITS)
     engine.step()
-    assert engine.rows == 1  # the caches would have to grow
+    assert engine.rows == 1
     finish(engine)
     assert [request.error for request in first + more] == [None] * 3
-    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0])
+    total[0] = 100.0
     requests = engine.submit(texts(2), [None] * 2, limits=LIMITS)
     finish(engine)
     for request in requests:
         assert isinstance(request.error, OutOfMemoryError)
         assert "bytes for its keys and values" in str(request.error)
+
+
+def test_memory_is_looked_at_where_a_row_fits_into_what_is_reserved(made: Path) -> None:
+    total = [math.inf]
+    engine = within(made, total, max_rows=3)
+    limits = Limits(max_think_tokens=30, max_answer_tokens=4, tau_threshold=None)
+    first = engine.submit(texts(1) * 2, [None] * 2, limits=limits)
+    engine.step()
+    (lane,) = engine._lanes.values()
+    whole = first[0].most_tokens * lane.caches.token_bytes
+    assert lane.caches.rows == 3
+    assert engine.resident_bytes == sum(request.length for request in first) * lane.caches.token_bytes < whole
+    total[0] = 2.5 * whole
+    (third,) = engine.submit(texts(1), [None], limits=limits)
+    engine.step()
+    assert engine.rows == 2
+    total[0] = math.inf
+    engine.cancel(third)
+    engine._looked, total[0] = -math.inf, 1.5 * whole  # others take what was left
+    engine.step()
+    assert engine.running == first[:1]
+    finish(engine)
+    assert [request.error for request in first] == [None] * 2
+    assert first[0].written == first[1].written
+
+
+def test_caches_end_with_their_rows(made: Path) -> None:
+    engine = Engine(made, max_rows=4, max_graphs=2, threads=1, serve="variants")
+    engine.submit(texts(4), [Budget(compute=0.45)] * 4, limits=LIMITS)
+    finish(engine)
+    assert engine.resident_bytes == 0
+    assert [lane.caches.rows for lane in engine._lanes.values()] == [0]
+    long, short = Limits(max_think_tokens=300), Limits(max_think_tokens=1)
+    (request,) = engine.submit(texts(1), [Budget(compute=0.45)], limits=long)
+    engine.step()
+    engine.cancel(request)
+    engine.submit(texts(1), [None], limits=short)
+    engine.step()
+    assert [lane.caches.rows for lane in engine._lanes.values()] == [0, 1]
+    (request,) = engine.submit(texts(1), [Budget(compute=0.45)], limits=short)
+    engine.step()
+    (lane,) = (lane for lane in engine._lanes.values() if request in lane.requests)
+    assert lane.caches.capacity == request.most_tokens
 
 
 def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
