@@ -8,8 +8,9 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, L2AError, OutOfMemoryError
@@ -27,11 +28,12 @@ _SLOW = 0.05  # weight of the newest request in what the next ones are expected 
 
 @dataclass
 class _Tier:
-    """What is in force for a tier, and when the selector last wanted it so."""
+    """What is in force for a tier, since when, and when the selector was last asked for it."""
 
     decision: Decision
     budget: Budget
     since: float
+    seen: float
 
 
 class Controller:
@@ -94,7 +96,7 @@ class Controller:
             ConfigError: the policy has no such tier.
         """
         self.policy.tier(tier)
-        if tier not in self._tiers:
+        if tier not in self._tiers or self.engine.clock() - self._tiers[tier].seen >= self._seconds:
             self.update(tiers=(tier,), force=True)
         return self._tiers[tier].budget
 
@@ -114,7 +116,7 @@ class Controller:
             requests = [request for request in known if request.tier == name]
             self._decide(name, requests, values, now)
             for request in requests:
-                self.apply(request)
+                self._apply(request, partial(self._give, budget=self._tiers[name].budget))
         default = self._tiers["default"].decision
         engine.paused = not default.admit
         if not engine.paused:
@@ -132,10 +134,7 @@ class Controller:
         A cap on reasoning is for requests that have not begun, which are told it at ``<think>`` and write tersely; one
         that runs would be cut off. It is, where the machine ends.
         """
-        try:
-            self.enforce(request)
-        except L2AError as error:  # it stays as it is until the next decision, and the others go on
-            log.warning("request %d keeps its budget: %s", request.number, error)
+        self._apply(request, self.enforce)
 
     def enforce(self, request: Request) -> None:
         """As :meth:`apply`, for a caller that wants to know why it cannot be.
@@ -143,10 +142,18 @@ class Controller:
         Raises:
             L2AError: the request cannot get that budget; the old one stays.
         """
-        if request.tier is None:
-            return
-        budget = self.budget(request.tier)
-        if request.started is not None and not (budget.think_tokens is not None and self._ends(request.tier)):
+        if request.tier is not None:
+            self._give(request, self.budget(request.tier))
+
+    def _apply(self, request: Request, action: Callable[[Request], None]) -> None:
+        try:
+            action(request)
+        except L2AError as error:  # it stays as it is until the next decision, and the others go on
+            log.warning("request %d keeps its budget: %s", request.number, error)
+
+    def _give(self, request: Request, budget: Budget) -> None:
+        ends = request.tier is not None and self._ends(request.tier)
+        if request.started is not None and not (budget.think_tokens is not None and ends):
             budget = replace(budget, think_tokens=request.budget.think_tokens)
         budget = request.ceiling.tighter(budget)
         if budget != request.budget:
@@ -164,6 +171,9 @@ class Controller:
             for name, reading in self.readings.items()
         }
         loaded = self.engine.loaded_budgets
+        left = values.get("spot.seconds_left")
+        if left is not None:  # time has gone on since it was read
+            values["spot.seconds_left"] = max(0.0, left - max(0.0, now - self.readings["spot.seconds_left"].at))
         held = max((step.memory_bytes for step in self.table.steps if step.budget in loaded), default=0.0)
         for name in policy.memories:
             value = values.get(name)
@@ -186,10 +196,10 @@ class Controller:
         if before is not None and wanted != before.budget:
             eased = wanted.compute == before.budget.compute and before.budget.tighter(wanted) == before.budget
             if eased and now - before.since < self.policy.dwell_seconds:  # a cap that comes and goes
-                before.decision = decision
+                before.decision, before.seen = decision, now
                 return
             self.switches += name == "default"
-        self._tiers[name] = _Tier(decision, wanted, now)
+        self._tiers[name] = _Tier(decision, wanted, now, now)
 
     def _work(self, requests: Sequence[Request]) -> Work:
         """What a request that waits is expected to need."""

@@ -11,9 +11,10 @@ import pytest
 from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, OutOfMemoryError
 from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.runtime import Limits, Policy
+from l2a_compress.runtime import Limits, Policy, Tier
 from l2a_compress.runtime.controller import Controller
 from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.request import Request
 from toy_models import new_artifact
 from toy_runtime import LIMITS, Clock, Told, finish, steered, table, texts
 
@@ -90,6 +91,44 @@ def test_stale_readings_decide_nothing(made: Path) -> None:
         controller.update(force=True)
         assert controller.decision is not None
         assert controller.decision.terms[-1].name == last
+
+
+def test_a_tier_that_was_idle_is_decided_anew(made: Path) -> None:
+    policy = Policy(pressures=("pressure.cpu_some",), tiers={"batch": Tier()})
+    controller, told, clock = steered(made, policy)
+    told.values["pressure.cpu_some"] = 0.0
+    assert controller.budget("batch").compute == 1.0
+    told.values["pressure.cpu_some"] = 0.9
+    clock.now += 0.05
+    assert controller.budget("batch").compute == 1.0
+    clock.now += 60.0
+    assert controller.budget("batch").compute == 0.45
+
+
+def test_a_slow_gate_does_not_make_decisions_nest(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, told, clock = steered(made, Policy(pressures=("pressure.cpu_some",)))
+    engine, calls = controller.engine, []
+    requests = engine.submit(texts(3), [None] * 3, limits=LIMITS, tiers=["default"] * 3)
+
+    def slow(request: Request, budget: Budget) -> None:
+        calls.append(request)
+        clock.now += 1.0
+
+    monkeypatch.setattr(engine, "set_budget", slow)
+    told.values["pressure.cpu_some"] = 0.9
+    controller.update()
+    assert calls == requests
+
+
+def test_a_notice_ages(made: Path) -> None:
+    controller, told, clock = steered(made, Policy(stale_seconds=1e9))
+    clock.now = time.monotonic()
+    told.values["spot.seconds_left"] = 30.0
+    controller.update(force=True)
+    clock.now = controller.readings["spot.seconds_left"].at + 12.0
+    assert controller._values()["spot.seconds_left"] == 18.0
+    clock.now += 100.0
+    assert controller._values()["spot.seconds_left"] == 0.0
 
 
 def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:

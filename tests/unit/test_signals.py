@@ -340,6 +340,35 @@ def test_a_slow_source_never_makes_its_reader_wait() -> None:
     assert source.read()["slow.count"].value == ended
 
 
+class Notice(Source):
+    """Announces an end once, and then does not answer."""
+
+    units = {"spot.seconds_left": "seconds"}  # noqa: RUF012
+    until = ("spot.seconds_left",)
+
+    def __init__(self, *answers: float) -> None:
+        self.answers = list(answers)
+
+    def _values(self) -> dict[str, float | str]:
+        return {"spot.seconds_left": self.answers.pop(0)}
+
+
+def test_an_end_that_was_announced_stays_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Notice(math.inf, 30.0)
+    with Background(source, 1e-3) as background:
+        deadline = time.monotonic() + 10
+        while source.answers and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        time.sleep(0.1)  # no answers from here on
+        reading = background.read()["spot.seconds_left"]
+    assert reading.value == pytest.approx(30.0, abs=5.0)
+    assert reading.value < 30.0 - 0.02
+    assert reading.why == ""
+    with Background(Notice(math.inf), 1e-3) as background:
+        time.sleep(0.1)
+        assert background.read()["spot.seconds_left"].value is None  # that nothing ends is not known any more
+
+
 def test_a_name_has_one_source() -> None:
     with pytest.raises(ValueError, match=r"slow\.count"):
         Signals([Slow(), Slow()])
