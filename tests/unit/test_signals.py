@@ -101,6 +101,16 @@ def test_version_2_of_control_groups_counts_the_tightest_level(tmp_path: Path) -
     }
 
 
+def test_a_high_mark_of_version_2_is_a_limit_and_pages_that_nobody_maps_can_go(tmp_path: Path) -> None:
+    write(tmp_path, UNIFIED | {V2 + "pod/box/memory.high": "1300"})
+    assert values(Cgroup(tmp_path))["memory_available"] == 400  # of the box: 1300 - (1500 - 600)
+    for mapped, used in ((50, 500), (900, 900)):  # of 600 inactive and 450 active ones
+        stat = f"anon 450\ninactive_file 600\nactive_file 450\nfile_mapped {mapped}"
+        write(tmp_path, {V2 + "pod/box/memory.stat": stat})
+        found = values(Cgroup(tmp_path))
+        assert (found["memory_used"], found["memory_available"]) == (used, min(500, 1300 - used))
+
+
 def test_version_1_of_control_groups(tmp_path: Path) -> None:
     memory, cpu = "sys/fs/cgroup/memory/box/", "sys/fs/cgroup/cpu/box/"
     write(
@@ -110,7 +120,7 @@ def test_version_1_of_control_groups(tmp_path: Path) -> None:
             memory + "memory.limit_in_bytes": "2000",
             memory + "memory.soft_limit_in_bytes": "9223372036854771712",
             memory + "memory.usage_in_bytes": "1500",
-            memory + "memory.stat": "cache 1\ntotal_inactive_file 100",
+            memory + "memory.stat": "cache 1\ntotal_inactive_file 60\ntotal_active_file 70\ntotal_mapped_file 30",
             memory + "memory.failcnt": "7",
             memory + "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2",
             cpu + "cpu.cfs_quota_us": "50000",
