@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from l2a_compress.gpu import capability
 from l2a_compress.runtime.signals import (
     AwsSpot,
     AzureSpot,
@@ -208,6 +209,57 @@ def test_a_gpu_is_read_value_by_value(device: int | str) -> None:
     assert values(gpu)["throttled"] == 0
     nvml.reasons = 4 | 8
     assert values(gpu)["throttled"] == 1
+
+
+class TwoGpus(FakeNvml):
+    """A machine of two."""
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return f"handle {index}"
+
+    def nvmlDeviceGetUUID(self, handle: str) -> str:
+        return f"GPU-{handle[-1]}abc-def"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+        return SimpleNamespace(free=int(handle[-1]), total=10 << 30)
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> str:
+        return "handle 1"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
+        return (8, int(handle[-1]))
+
+
+@pytest.mark.parametrize(
+    ("shown", "index"),
+    [
+        (None, 0),
+        ("1", 1),
+        ("1,0", 1),
+        ("GPU-1ab", 1),
+        ("GPU-0abc-def, 1", 0),
+        ("GPU-2", None),
+        ("", None),
+        ("-1", None),
+    ],
+)
+def test_the_gpu_is_the_first_that_cuda_shows(shown: str | None, index: int | None, monkeypatch: Any) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    reading = Gpu(nvml=TwoGpus()).read()["gpu.memory_free"]
+    assert reading.value == index
+    assert capability(nvml=TwoGpus()) == (None if index is None else f"8.{index}")
+    if shown is not None and index is None:
+        assert ("no GPU has" if shown else "shows no GPU") in reading.why or shown == "-1"
+
+
+def test_a_mig_instance_has_the_capability_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234")
+    assert capability(nvml=TwoGpus()) == "8.1"
 
 
 @pytest.fixture
