@@ -90,6 +90,7 @@ class Engine:
 
     Attributes:
         ladder: Budgets to choose from, falling.
+        memory_left: Bytes that may still be taken, now; None where nobody knows.
         ended: The last requests that are done, the newest at the end.
         steps: What the last steps did.
         paused: Whether those that wait stay so.
@@ -137,7 +138,7 @@ class Engine:
         )
         self.ended: deque[Request] = deque(maxlen=64)
         self.steps: deque[StepTime] = deque(maxlen=512)
-        self._memory_left = memory_left or (lambda: None)
+        self.memory_left = memory_left or (lambda: None)
         self._lanes: dict[str, Lane | EngineLane] = {}
         self._waiting: deque[Request] = deque()
         self._late: deque[Request] = deque()  # that could not be in time any more
@@ -500,7 +501,7 @@ class Engine:
         if lane is None:
             return None
         self._free()  # what others needed does not count
-        need, left = self._unwritten(lane, request), self._memory_left()
+        need, left = self._unwritten(lane, request), self.memory_left()
         if left is not None and need > left:
             if self.rows:
                 return None
@@ -577,7 +578,7 @@ class Engine:
         """Interrupts the newest rows, where what all rows may still write does not fit any more."""
         if self.rows < 2 or self.clock() - self._looked < _LOOK:
             return
-        self._looked, left = self.clock(), self._memory_left()
+        self._looked, left = self.clock(), self.memory_left()
         while left is not None and len(self.running) > 1 and self._unwritten() > left:
             newest = max(self.running, key=lambda request: request.number)
             if (lane := self._lane_of(newest)) is not None:

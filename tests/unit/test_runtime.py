@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from l2a_compress._cli import main
-from l2a_compress._machine import peak_of
+from l2a_compress._machine import peak_bytes, peak_of
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, OutOfMemoryError, SessionError
@@ -34,7 +34,7 @@ from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.reasoning import Reasoning
 from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Sampling, Server, Tier
 from l2a_compress.runtime.chooser import widths_of
-from l2a_compress.runtime.costs import CostTable, cached_path, cost_table
+from l2a_compress.runtime.costs import CostTable, cached_path, cost_table, measure
 from l2a_compress.runtime.decoder import GraphDecoder, session_error
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
@@ -628,6 +628,31 @@ def test_the_cost_table_is_measured_once(made: Path) -> None:
     with pytest.raises(ConfigError, match="measure before"):
         engine.rehearse(Budget(), rows=1, prompt_tokens=4, new_tokens=1)
     engine.cancel(request)
+
+
+def test_no_second_model_is_loaded_where_memory_is_short(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def killed(code: str) -> int:
+        asked.append(code)
+        raise OutOfMemoryError("killed by signal 9")
+
+    monkeypatch.setattr("l2a_compress.runtime.costs.peak_of", killed)
+    left = [1e6]
+    engine = Engine(made, max_rows=1, threads=1, memory_left=lambda: left[0])
+    own = peak_bytes()
+    assert own is not None
+    for bytes_left, times in ((1e6, 0), (1e15, 1)):
+        left[0] = bytes_left
+        found = measure(engine, rounds=1)
+        assert len(asked) == times
+        assert all(step.memory_bytes >= own for step in found.steps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_measures_memory_is_the_first_to_go() -> None:
+    code = "assert open('/proc/self/oom_score_adj').read().strip() == '1000'"
+    assert (peak_of(code) or 0) > 1e6
 
 
 def test_a_cost_table_that_cannot_be_kept_is_used(
