@@ -501,13 +501,13 @@ class Engine:
         if lane is None:
             return None
         self._free()  # what others needed does not count
-        need, left = self._unwritten(lane, request), self.memory_left()
+        need, left = self._unwritten(lane, request) + self._scratch(lane, request), self.memory_left()
         if left is not None and need > left:
             if self.rows:
                 return None
             raise OutOfMemoryError(
-                f"request {request.number}: {need} bytes for its keys and values, of which {left:g} are left; "
-                "free some, or lower its limits"
+                f"request {request.number}: {need} bytes for its keys and values and to compute its prompt, of "
+                f"which {left:g} are left; free some, shorten the prompt, or lower its limits"
             )
         least = len(lane.requests) + 1
         many = least if least <= lane.caches.rows else min(self.max_rows, 2 * least - 1)  # to grow seldom
@@ -573,6 +573,13 @@ class Engine:
     def _unwritten(self, to: Lane | EngineLane | None = None, more: Request | None = None) -> int:
         """Bytes that keys and values of all rows may still take, and of one more in a lane."""
         return sum(lane.unwritten(more if lane is to else None) for lane in self._lanes.values())
+
+    def _scratch(self, lane: Lane | EngineLane, request: Request) -> int:
+        """Bytes that computing a request's tokens takes for a while: of one layer at fp32, its scores above all."""
+        if request.number in self._held or not isinstance(lane, Lane):
+            return 0
+        shape, tokens = self.bundle.shape, len(request.prompt) + len(request.written)
+        return 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size + shape.num_heads * tokens)
 
     def _squeeze(self) -> None:
         """Interrupts the newest rows, where what all rows may still write does not fit any more."""

@@ -19,6 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +444,20 @@ def test_memory_is_looked_at_where_a_row_fits_into_what_is_reserved(made: Path) 
     assert first[0].written == first[1].written
 
 
+def test_what_a_long_prompt_is_computed_in_must_be_left(made: Path) -> None:
+    engine = within(made, [math.inf], max_rows=1)
+    long = [*[5] * 400, engine.tags.think]
+    (request,) = engine.submit([long], [None], limits=LIMITS)
+    lane = engine._lanes["if"]
+    shape, caches = engine.bundle.shape, request.most_tokens * lane.caches.token_bytes
+    scores = 4 * shape.num_heads * 401 * 401
+    for left, error in ((caches + scores, OutOfMemoryError), (caches + 3 * scores, type(None))):
+        engine.memory_left = partial(float, left)
+        (request,) = engine.submit([long], [Budget(compute=0.45)], limits=LIMITS)
+        finish(engine)
+        assert isinstance(request.error, error)
+
+
 def test_caches_end_with_their_rows(made: Path) -> None:
     engine = Engine(made, max_rows=4, max_graphs=2, threads=1, serve="variants")
     engine.submit(texts(4), [Budget(compute=0.45)] * 4, limits=LIMITS)
@@ -469,7 +484,7 @@ def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
     engine.step()
     (lane,) = engine._lanes.values()
     (request,) = engine.submit(texts(1), [None], limits=LIMITS)
-    left[0] = lane.caches.growth(4, request.most_tokens)
+    left[0] = lane.caches.growth(4, request.most_tokens) + engine._scratch(lane, request)
     assert left[0] < lane.caches.growth(7, request.most_tokens)
     engine.step()
     assert engine.rows == 4
