@@ -1,7 +1,8 @@
 """The cost table of a bundle on this machine, measured through the engine that serves it.
 
-A table holds for one bundle, processor, provider, number of threads and of rows, contract and way of serving. It is
-measured when it is first needed, in seconds to a minute, and kept in the user's cache folder.
+A table holds for one bundle, processor, version of onnxruntime, provider, number of threads and of rows, contract and
+way of serving; a GPU or a limit of the processor that changes behind it is not seen. It is measured when it is first
+needed, in seconds to a minute, and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import onnxruntime as ort
 
 from l2a_compress import _validate
 from l2a_compress._machine import held_bytes, peak_bytes, peak_of, processor
@@ -134,6 +137,7 @@ def cached_path(engine: Engine) -> Path:
     cache = Path(os.environ.get("L2A_CACHE") or Path(home) / "l2a_compress")
     manifest = (engine.folder / MANIFEST_FILE).read_bytes()
     about = [processor(), os.cpu_count(), engine.threads, engine.serve, engine.max_rows, engine.contract]
+    about += [ort.__version__]  # whose kernels change from one to the next
     about += [] if engine.engine == "python" else [engine.engine]
     about += [] if engine.provider == "cpu" else [engine.provider]
     digest = hashlib.sha256(json.dumps(about).encode() + manifest).hexdigest()

@@ -639,6 +639,9 @@ def test_the_cost_table_is_measured_once(made: Path) -> None:
     engine.provider = "cuda"
     assert cached_path(engine) != kept
     engine.provider = "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxruntime.__version__", "0.1")
+        assert cached_path(engine) != kept
     (request,) = engine.submit(texts(1), [None])
     with pytest.raises(ConfigError, match="measure before"):
         engine.rehearse(Budget(), rows=1, prompt_tokens=4, new_tokens=1)

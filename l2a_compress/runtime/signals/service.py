@@ -18,7 +18,8 @@ class Service(Source):
     first of them came that has not begun; ``queue.late``, those that cannot be done by their deadline any more;
     ``service.ttft_seconds``, from a request's coming to its first token, and ``service.tpot_seconds``, from token to
     token, the medians of the last requests that ended; ``service.contention``, the share of the last second's time
-    that others took: 1 less what the steps should have taken by the cost table over what they did.
+    that others took: 1 less what the steps should have taken by the cost table over what they did. The table is
+    measured at short texts, so that long contexts look like others too.
 
     Args:
         engine: that is read. In the thread that steps it.
