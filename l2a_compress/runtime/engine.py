@@ -575,11 +575,14 @@ class Engine:
         return sum(lane.unwritten(more if lane is to else None) for lane in self._lanes.values())
 
     def _scratch(self, lane: Lane | EngineLane, request: Request) -> int:
-        """Bytes that computing a request's tokens takes for a while: of one layer at fp32, its scores above all."""
+        """Bytes that computing a request's tokens takes for a while: twice what one layer makes of them, at fp32.
+
+        As measured, within a fifth from a thousand tokens on. Attention keeps no scores of all pairs of tokens.
+        """
         if request.number in self._held or not isinstance(lane, Lane):
             return 0
         shape, tokens = self.bundle.shape, len(request.prompt) + len(request.written)
-        return 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size + shape.num_heads * tokens)
+        return 2 * 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
 
     def _squeeze(self) -> None:
         """Interrupts the newest rows, where what all rows may still write does not fit any more."""

@@ -406,7 +406,7 @@ def test_a_request_waits_for_memory_and_is_refused_where_none_can_come(made: Pat
     first = engine.submit(texts(1), [None], limits=LIMITS)
     engine.step()
     (lane,) = engine._lanes.values()
-    total[0] = 1.5 * first[0].most_tokens * lane.caches.token_bytes
+    total[0] = 1.8 * first[0].most_tokens * lane.caches.token_bytes
     more = engine.submit(texts(1) * 2, [None] * 2, limits=LIMITS)
     engine.step()
     assert engine.rows == 1
@@ -436,7 +436,7 @@ def test_memory_is_looked_at_where_a_row_fits_into_what_is_reserved(made: Path) 
     assert engine.rows == 2
     total[0] = math.inf
     engine.cancel(third)
-    engine._looked, total[0] = -math.inf, 1.5 * whole  # others take what was left
+    engine._looked, total[0] = -math.inf, 1.8 * whole  # others take what was left
     engine.step()
     assert engine.running == first[:1]
     finish(engine)
@@ -449,9 +449,9 @@ def test_what_a_long_prompt_is_computed_in_must_be_left(made: Path) -> None:
     long = [*[5] * 400, engine.tags.think]
     (request,) = engine.submit([long], [None], limits=LIMITS)
     lane = engine._lanes["if"]
-    shape, caches = engine.bundle.shape, request.most_tokens * lane.caches.token_bytes
-    scores = 4 * shape.num_heads * 401 * 401
-    for left, error in ((caches + scores, OutOfMemoryError), (caches + 3 * scores, type(None))):
+    caches, work = request.most_tokens * lane.caches.token_bytes, engine._scratch(lane, request)
+    assert work > 401 * engine.bundle.shape.intermediate_size * 4
+    for left, error in ((caches + work / 2, OutOfMemoryError), (caches + work, type(None))):
         engine.memory_left = partial(float, left)
         (request,) = engine.submit([long], [Budget(compute=0.45)], limits=LIMITS)
         finish(engine)
