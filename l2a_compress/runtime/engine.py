@@ -372,6 +372,7 @@ class Engine:
         for request in requests:
             self.cancel(request)
         self._retire()
+        self._free()
         self.steps.clear()
         if failed is not None or lane is None:
             raise failed or SessionError(f"{self.folder}: no row could run")
