@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from l2a_compress.errors import OutOfMemoryError, SessionError
@@ -21,11 +22,26 @@ def processor() -> str:
 
 def peak_bytes() -> int | None:
     """The most memory that this process has held; None where the system does not tell."""
+    return _held("VmHWM")
+
+
+def held_bytes() -> int | None:
+    """The memory that this process holds; None where the system does not tell."""
+    return _held("VmRSS")
+
+
+def _held(name: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+    (line,) = [line for line in status.read_text().splitlines() if line.startswith(name)]
     return int(line.split()[1]) * 1024
+
+
+def first_to_go() -> None:
+    """Where memory ends, the system takes this process before others."""
+    with suppress(OSError):  # another system, or one that does not allow it
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def peak_of(code: str) -> int | None:
@@ -35,7 +51,8 @@ def peak_of(code: str) -> int | None:
         OutOfMemoryError: the system killed it.
         SessionError: it failed; its own error is in the message.
     """
-    code += f"; from {__name__} import peak_bytes; print(peak_bytes() or 0)"
+    own = f"from {__name__} import first_to_go, peak_bytes"
+    code = f"{own}; first_to_go(); {code}; print(peak_bytes() or 0)"
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     if done.returncode < 0:
         raise OutOfMemoryError(f"a process that measures memory was killed by signal {-done.returncode}; free some")

@@ -72,11 +72,22 @@ double least(const Levels& levels, const std::string& name) {
     return found;
 }
 
-// Without what the kernel can give back.
-double used(const std::string& level, const std::string& name, const std::string& reclaimable) {
-    const auto stat = table(level + "/memory.stat");
-    const auto back = stat.find(reclaimable);
-    return std::max(0.0, number_in(level + "/" + name) - (back == stat.end() ? 0.0 : back->second));
+// How memory.stat calls pages of files.
+struct Files {
+    const char* inactive;
+    const char* active;
+    const char* mapped;  // among both
+};
+
+constexpr Files kFiles1{"total_inactive_file", "total_active_file", "total_mapped_file"};
+constexpr Files kFiles2{"inactive_file", "active_file", "file_mapped"};
+
+// Without what the kernel can give back: pages of files that no process maps. What was read twice is active.
+double used(const std::string& level, const std::string& name, const Files& files) {
+    auto stat = table(level + "/memory.stat");  // what it does not have is 0
+    const double inactive = stat[files.inactive];
+    const double unmapped = inactive + stat[files.active] - stat[files.mapped];
+    return std::max(0.0, number_in(level + "/" + name) - std::max(inactive, unmapped));
 }
 
 std::string folder_of(const std::string& path) {
@@ -84,15 +95,18 @@ std::string folder_of(const std::string& path) {
 }
 
 // Groups around this one may be nearer to their limit than this one to its own.
-double left(const Levels& levels, const std::string& limit, const std::string& current,
-            const std::string& reclaimable) {
+// `high`, where there is one, is a mark above which tasks are held back.
+double left(const Levels& levels, const std::string& limit, const std::string& high, const std::string& current,
+            const Files& files) {
     first(levels, limit);
     double found = kNoLimit;
     bool any = false;
     for (const std::string& level : levels) {
         if (!is_file(level + "/" + limit) || !is_file(level + "/" + current)) continue;
         any = true;
-        found = std::min(found, number_in(level + "/" + limit) - used(level, current, reclaimable));
+        double most = number_in(level + "/" + limit);
+        if (!high.empty() && is_file(level + "/" + high)) most = std::min(most, number_in(level + "/" + high));
+        found = std::min(found, most - used(level, current, files));
     }
     if (!any) throw std::runtime_error("no group has both " + limit + " and " + current);
     return std::max(0.0, found);
@@ -188,9 +202,9 @@ class Cgroup : public Source {
         add(into, "cgroup.memory_limit", "bytes", [&] { return least(at.get(), "memory.max"); });
         add(into, "cgroup.memory_high", "bytes", [&] { return least(at.get(), "memory.high"); });
         add(into, "cgroup.memory_used", "bytes",
-            [&] { return used(folder_of(first(at.get(), "memory.current")), "memory.current", "inactive_file"); });
+            [&] { return used(folder_of(first(at.get(), "memory.current")), "memory.current", kFiles2); });
         add(into, "cgroup.memory_available", "bytes",
-            [&] { return left(at.get(), "memory.max", "memory.current", "inactive_file"); });
+            [&] { return left(at.get(), "memory.max", "memory.high", "memory.current", kFiles2); });
         add(into, "cgroup.memory_hits", "count", [&] {
             auto events = table(first(at.get(), "memory.events"));
             return events["high"] + events["max"];
@@ -205,11 +219,10 @@ class Cgroup : public Source {
         add(into, "cgroup.memory_limit", "bytes", [&] { return least(memory.get(), "memory.limit_in_bytes"); });
         add(into, "cgroup.memory_high", "bytes", [&] { return least(memory.get(), "memory.soft_limit_in_bytes"); });
         add(into, "cgroup.memory_used", "bytes", [&] {
-            return used(folder_of(first(memory.get(), "memory.usage_in_bytes")), "memory.usage_in_bytes",
-                        "total_inactive_file");
+            return used(folder_of(first(memory.get(), "memory.usage_in_bytes")), "memory.usage_in_bytes", kFiles1);
         });
         add(into, "cgroup.memory_available", "bytes", [&] {
-            return left(memory.get(), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file");
+            return left(memory.get(), "memory.limit_in_bytes", "", "memory.usage_in_bytes", kFiles1);
         });
         add(into, "cgroup.memory_hits", "count", [&] { return number_in(first(memory.get(), "memory.failcnt")); });
         add(into, "cgroup.oom_kills", "count",

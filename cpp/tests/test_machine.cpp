@@ -132,6 +132,16 @@ TEST_CASE("a control group of version 2 within one that is tighter") {
     CHECK(found["cgroup.oom_kills"].value == 1);
     CHECK(found["cgroup.cpu_limit"].value == 1.5);
     CHECK(found["cgroup.cpu_throttled"].value == 2);
+    tree.put("sys/fs/cgroup/a/b/memory.high", "1500\n");
+    found = tree.read();
+    CHECK(found["cgroup.memory_high"].value == 1500);
+    CHECK(found["cgroup.memory_available"].value == 700);  // of the inner group: 1500 - (900 - 100)
+    tree.put("sys/fs/cgroup/a/b/memory.stat", "inactive_file 100\nactive_file 300\nfile_mapped 50\n");
+    found = tree.read();
+    CHECK(found["cgroup.memory_used"].value == 550);  // what was read twice and is not mapped can go
+    CHECK(found["cgroup.memory_available"].value == 950);
+    tree.put("sys/fs/cgroup/a/b/memory.stat", "inactive_file 100\nactive_file 300\nfile_mapped 900\n");
+    CHECK(tree.read()["cgroup.memory_used"].value == 800);
 }
 
 TEST_CASE("a control group of version 1, seen as the root of the mount") {
@@ -140,7 +150,8 @@ TEST_CASE("a control group of version 1, seen as the root of the mount") {
     tree.put("sys/fs/cgroup/memory/memory.limit_in_bytes", "1000\n");
     tree.put("sys/fs/cgroup/memory/memory.soft_limit_in_bytes", "9223372036854771712\n");
     tree.put("sys/fs/cgroup/memory/memory.usage_in_bytes", "700\n");
-    tree.put("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 200\n");
+    tree.put("sys/fs/cgroup/memory/memory.stat",
+             "total_inactive_file 50\ntotal_active_file 170\ntotal_mapped_file 20\n");
     tree.put("sys/fs/cgroup/memory/memory.failcnt", "4\n");
     tree.put("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n");
     tree.put("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n");

@@ -2,13 +2,13 @@
 
 A buffer is [rows, groups, capacity, head_dim] for each layer and part. As rows stand one after another in memory, one
 row is a view that a prefill of its own writes into while the others keep what they have; decoding reads the first rows
-together. Buffers grow by half when a row needs more room. Pages that nothing was written to take no memory: those of
-layers that a graph skips without keys and values stay empty.
+together. Buffers grow by half when a row needs more room, and end with the last row. Pages that nothing was written to
+take no memory: those of layers that a graph skips without keys and values stay empty, when buffers grow too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,13 @@ class Caches:
 
     def __init__(self, inputs: Mapping[str, tuple[int, int, str]]) -> None:
         self.inputs = dict(inputs)
+        self.clear()
+
+    def clear(self) -> None:
+        """Gives all rows back, as soon as nobody reads their views."""
         self.rows = self.capacity = 0
-        self._buffers: dict[str, Array] = {}
+        self._marks: list[int] = []  # how many tokens of each row were ever written
+        self._buffers = self._made(0, 0)
 
     @property
     def token_bytes(self) -> int:
@@ -38,15 +43,29 @@ class Caches:
             groups * size * np.dtype(CACHE_TYPES[kind][0]).itemsize for groups, size, kind in self.inputs.values()
         )
 
+    @property
+    def resident_bytes(self) -> int:
+        """That were written to, at most: what is only reserved takes no memory."""
+        return sum(self._marks) * self.token_bytes
+
+    def mark(self, row: int, tokens: int) -> None:
+        """Notes that so many tokens of a row are being written."""
+        self._marks[row] = max(self._marks[row], tokens)
+
+    def unwritten(self, row: int, tokens: int) -> int:
+        """Bytes that a row of so many tokens will take beyond those it has."""
+        known = self._marks[row] if row < self.rows else 0
+        return max(0, tokens - known) * self.token_bytes
+
     def growth(self, rows: int, capacity: int) -> int:
-        """Bytes that ``reserve`` will ask for; the old buffers go only after the new ones are there."""
+        """Bytes that ``reserve`` will set aside; the old buffers go only after the new ones are there."""
         if rows <= self.rows and capacity <= self.capacity:
             return 0
         rows, capacity = self._grown(rows, capacity)
         return rows * capacity * self.token_bytes
 
-    def reserve(self, rows: int, capacity: int) -> bool:
-        """Makes room for so many rows of so many tokens; what is there stays.
+    def reserve(self, rows: int, capacity: int, lengths: Sequence[int] = ()) -> bool:
+        """Makes room for so many rows of so many tokens; the first tokens of the first rows stay, as many as told.
 
         Returns:
             Whether the buffers are new ones.
@@ -56,18 +75,25 @@ class Caches:
         """
         if not self.growth(rows, capacity):
             return False
-        old_rows, old_capacity = self.rows, self.capacity
         rows, capacity = self._grown(rows, capacity)
-        grown = zeros(
+        grown = self._made(rows, capacity)
+        for name, buffer in self._buffers.items():
+            for row, tokens in enumerate(lengths):
+                held = buffer[row, :, :tokens]
+                if held.any():  # zeros are there, and writing them would take memory
+                    grown[name][row, :, :tokens] = held
+        self._buffers, self.rows, self.capacity = grown, rows, capacity
+        self._marks = [*lengths, *[0] * (rows - len(lengths))]
+        return True
+
+    def _made(self, rows: int, capacity: int) -> dict[str, Array]:
+        """Empty buffers."""
+        return zeros(
             {
                 name: ((rows, groups, capacity, size), CACHE_TYPES[kind][0])
                 for name, (groups, size, kind) in self.inputs.items()
             }
         )
-        for name, buffer in self._buffers.items():
-            grown[name][:old_rows, :, :old_capacity] = buffer
-        self._buffers, self.rows, self.capacity = grown, rows, capacity
-        return True
 
     def _grown(self, rows: int, capacity: int) -> tuple[int, int]:
         tokens = self.capacity if capacity <= self.capacity else max(capacity, self.capacity * 3 // 2)
@@ -79,6 +105,7 @@ class Caches:
 
     def move(self, source: int, target: int, tokens: int) -> None:
         """Copies the first tokens of a row over another row."""
+        self.mark(target, tokens)
         for buffer in self._buffers.values():
             buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
@@ -88,6 +115,7 @@ class Caches:
 
     def put(self, row: int, held: Mapping[str, Array]) -> None:
         """Fills a row with what :meth:`take` gave, of this graph or of one with more layers or groups."""
+        self.mark(row, max((part.shape[1] for part in held.values()), default=0))
         for name, buffer in self._buffers.items():
             groups, tokens = buffer.shape[1], held[name].shape[1]
             buffer[row, :, :tokens] = held[name][:groups]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from l2a_compress.budget import Budget
-from l2a_compress.errors import BundleError, OutOfMemoryError, SessionError
+from l2a_compress.errors import BundleError, L2AError, OutOfMemoryError
 from l2a_compress.runtime.costs import CostTable
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.policy import Policy
@@ -27,11 +28,12 @@ _SLOW = 0.05  # weight of the newest request in what the next ones are expected 
 
 @dataclass
 class _Tier:
-    """What is in force for a tier, and when the selector last wanted it so."""
+    """What is in force for a tier, since when, and when the selector was last asked for it."""
 
     decision: Decision
     budget: Budget
     since: float
+    seen: float
 
 
 class Controller:
@@ -94,7 +96,7 @@ class Controller:
             ConfigError: the policy has no such tier.
         """
         self.policy.tier(tier)
-        if tier not in self._tiers:
+        if tier not in self._tiers or self.engine.clock() - self._tiers[tier].seen >= self._seconds:
             self.update(tiers=(tier,), force=True)
         return self._tiers[tier].budget
 
@@ -114,7 +116,7 @@ class Controller:
             requests = [request for request in known if request.tier == name]
             self._decide(name, requests, values, now)
             for request in requests:
-                self.apply(request)
+                self._apply(request, partial(self._give, budget=self._tiers[name].budget))
         default = self._tiers["default"].decision
         engine.paused = not default.admit
         if not engine.paused:
@@ -132,17 +134,30 @@ class Controller:
         A cap on reasoning is for requests that have not begun, which are told it at ``<think>`` and write tersely; one
         that runs would be cut off. It is, where the machine ends.
         """
-        if request.tier is None:
-            return
-        budget = self.budget(request.tier)
-        if request.started is not None and not (budget.think_tokens is not None and self._ends(request.tier)):
+        self._apply(request, self.enforce)
+
+    def enforce(self, request: Request) -> None:
+        """As :meth:`apply`, for a caller that wants to know why it cannot be.
+
+        Raises:
+            L2AError: the request cannot get that budget; the old one stays.
+        """
+        if request.tier is not None:
+            self._give(request, self.budget(request.tier))
+
+    def _apply(self, request: Request, action: Callable[[Request], None]) -> None:
+        try:
+            action(request)
+        except L2AError as error:  # it stays as it is until the next decision, and the others go on
+            log.warning("request %d keeps its budget: %s", request.number, error)
+
+    def _give(self, request: Request, budget: Budget) -> None:
+        ends = request.tier is not None and self._ends(request.tier)
+        if request.started is not None and not (budget.think_tokens is not None and ends):
             budget = replace(budget, think_tokens=request.budget.think_tokens)
         budget = request.ceiling.tighter(budget)
         if budget != request.budget:
-            try:
-                self.engine.set_budget(request, budget)
-            except SessionError as error:  # it stays as it is until the next decision
-                log.warning("request %d keeps its budget: %s", request.number, error)
+            self.engine.set_budget(request, budget)
 
     def _ends(self, tier: str) -> bool:
         """Whether the machine's end leaves too little time."""
@@ -156,11 +171,15 @@ class Controller:
             for name, reading in self.readings.items()
         }
         loaded = self.engine.loaded_budgets
+        left = values.get("spot.seconds_left")
+        if left is not None:  # time has gone on since it was read
+            values["spot.seconds_left"] = max(0.0, left - max(0.0, now - self.readings["spot.seconds_left"].at))
         held = max((step.memory_bytes for step in self.table.steps if step.budget in loaded), default=0.0)
         for name in policy.memories:
             value = values.get(name)
             if value is not None:
-                values[name] = value + held + self.engine.cache_bytes
+                caches = 0 if name.startswith("gpu.") else self.engine.resident_bytes  # the host has them
+                values[name] = value + held + caches
         return values
 
     def _decide(self, name: str, requests: Sequence[Request], values: Mapping[str, float | None], now: float) -> None:
@@ -177,10 +196,10 @@ class Controller:
         if before is not None and wanted != before.budget:
             eased = wanted.compute == before.budget.compute and before.budget.tighter(wanted) == before.budget
             if eased and now - before.since < self.policy.dwell_seconds:  # a cap that comes and goes
-                before.decision = decision
+                before.decision, before.seen = decision, now
                 return
             self.switches += name == "default"
-        self._tiers[name] = _Tier(decision, wanted, now)
+        self._tiers[name] = _Tier(decision, wanted, now, now)
 
     def _work(self, requests: Sequence[Request]) -> Work:
         """What a request that waits is expected to need."""
@@ -191,12 +210,18 @@ class Controller:
         return Work(prompt_tokens=round(prompt), new_tokens=self._new, think_tokens=self._think, rows=rows)
 
     def _urgent(self, requests: Sequence[Request], work: Work, now: float) -> tuple[Work | None, float | None]:
-        """What is left of the request whose deadline is first, and how long it has."""
-        deadlines = [(request.deadline, request) for request in requests if request.deadline is not None]
+        """What is left of the request whose deadline is first, and how long it has.
+
+        Those that cannot be in time whatever they get do not count: they would hold all others at the least.
+        """
+        late = set(self.engine.hopeless)
+        timely = [request for request in requests if request not in late]
+        ahead = ((request.deadline, request) for request in timely if request.deadline is not None)
+        deadlines = [(deadline, request) for deadline, request in ahead if deadline > now]
         if not deadlines:
             return None, None
         deadline, request = min(deadlines, key=lambda pair: pair[0])
-        left = max(0.0, deadline - now)
+        left = deadline - now
         if request.started is None:
             return replace(work, prompt_tokens=len(request.prompt)), left
         new = max(1.0, work.new_tokens - len(request.written))  # its reasoning is as long as it is: it has been told

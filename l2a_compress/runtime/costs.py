@@ -1,7 +1,8 @@
 """The cost table of a bundle on this machine, measured through the engine that serves it.
 
-A table holds for one bundle, processor, provider, number of threads and of rows, contract and way of serving. It is
-measured when it is first needed, in seconds to a minute, and kept in the user's cache folder.
+A table holds for one bundle, processor, version of onnxruntime, provider, number of threads and of rows, contract and
+way of serving; a GPU or a limit of the processor that changes behind it is not seen. It is measured when it is first
+needed, in seconds to a minute, and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
+
 from l2a_compress import _validate
-from l2a_compress._machine import peak_of, processor
+from l2a_compress._machine import held_bytes, peak_bytes, peak_of, processor
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import MANIFEST_FILE
-from l2a_compress.errors import ConfigError, StorageError
+from l2a_compress.errors import ConfigError, OutOfMemoryError, StorageError
 from l2a_compress.files import write_atomic
 from l2a_compress.runtime.engine import Engine, Rehearsal
 from l2a_compress.runtime.selector import Step
@@ -134,6 +137,7 @@ def cached_path(engine: Engine) -> Path:
     cache = Path(os.environ.get("L2A_CACHE") or Path(home) / "l2a_compress")
     manifest = (engine.folder / MANIFEST_FILE).read_bytes()
     about = [processor(), os.cpu_count(), engine.threads, engine.serve, engine.max_rows, engine.contract]
+    about += [ort.__version__]  # whose kernels change from one to the next
     about += [] if engine.engine == "python" else [engine.engine]
     about += [] if engine.provider == "cpu" else [engine.provider]
     digest = hashlib.sha256(json.dumps(about).encode() + manifest).hexdigest()
@@ -144,7 +148,7 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
     """Measures every budget of an idle engine's ladder.
 
     The budgets take turns, so that a machine that slows down slows all of them; medians over rounds. Memory is the peak
-    of a process of its own.
+    of a process of its own, or of this one where another does not fit.
 
     Raises:
         ConfigError: requests are running.
@@ -186,10 +190,22 @@ def _rehearse(engine: Engine, budget: float, *, rows: int) -> Rehearsal:
 
 
 def _peak(engine: Engine, budget: float) -> float:
-    """Bytes of a process that serves one request; 0 where the system does not tell."""
+    """Bytes of a process that serves one request; 0 where the system does not tell.
+
+    It holds the model a second time. Where there is no room for that it is the most that this process has held, which
+    is too much for the smaller of several variants, but lets nothing in that does not fit.
+    """
+    left, held = engine.memory_left(), held_bytes()
+    if left is not None and held is not None and left < held:
+        log.warning("%g bytes are left, too few to measure what budget %g takes alone", left, budget)
+        return float(peak_bytes() or 0)
     names = ("serve", "threads", "engine", "provider", "contract")
     about = {"folder": str(engine.folder), **{name: getattr(engine, name) for name in names}}
-    return float(peak_of(f"from {__name__} import serve_one; serve_one({about!r}, {budget!r})") or 0)
+    try:
+        return float(peak_of(f"from {__name__} import serve_one; serve_one({about!r}, {budget!r})") or 0)
+    except OutOfMemoryError as error:
+        log.warning("what budget %g takes alone cannot be measured: %s", budget, error)
+        return float(peak_bytes() or 0)
 
 
 def serve_one(about: Mapping[str, Any], budget: float) -> None:

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,13 +27,13 @@ from l2a_compress.errors import BundleError, ConfigError, L2AError, OutOfMemoryE
 from l2a_compress.limits import Contract
 from l2a_compress.reasoning import Reasoning, Tags
 from l2a_compress.runtime.chooser import Chooser, Decoder, Serve, decision, widths_of
-from l2a_compress.runtime.decoder import GraphDecoder, predicates
+from l2a_compress.runtime.decoder import GraphDecoder, predicates, session_error
 from l2a_compress.runtime.engine_lane import EngineLane, OpenEngine
 from l2a_compress.runtime.lane import Lane
 from l2a_compress.runtime.native import Native
 from l2a_compress.runtime.pages import give_back
 from l2a_compress.runtime.providers import Provider
-from l2a_compress.runtime.request import TAGS, Limits, Request
+from l2a_compress.runtime.request import TAGS, Limits, Request, Told
 from l2a_compress.runtime.sampling import Sampler, Sampling
 from l2a_compress.runtime.tensorrt import EngineDecoder
 
@@ -40,6 +41,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Runs = Literal["python", "native"]
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
+_LOOK = 0.2  # seconds between two looks at the memory that is left for rows that run
 _TRIES = 3  # of a run that fails for another reason than memory
 
 
@@ -88,6 +90,7 @@ class Engine:
 
     Attributes:
         ladder: Budgets to choose from, falling.
+        memory_left: Bytes that may still be taken, now; None where nobody knows.
         ended: The last requests that are done, the newest at the end.
         steps: What the last steps did.
         paused: Whether those that wait stay so.
@@ -135,13 +138,14 @@ class Engine:
         )
         self.ended: deque[Request] = deque(maxlen=64)
         self.steps: deque[StepTime] = deque(maxlen=512)
-        self._memory_left = memory_left or (lambda: None)
+        self.memory_left = memory_left or (lambda: None)
         self._lanes: dict[str, Lane | EngineLane] = {}
         self._waiting: deque[Request] = deque()
         self._late: deque[Request] = deque()  # that could not be in time any more
         self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
         self._held: dict[int, dict[str, Array]] = {}  # keys and values of those that wait for another graph
         self._loading = 0.0  # seconds of the step
+        self._looked = float("-inf")  # at the memory that is left
         self._full: int | None = None  # so many rows were too many
         self.paused = False
         self._numbers = itertools.count()
@@ -228,9 +232,7 @@ class Engine:
         """
         if request.done:
             return
-        told = self._chooser.told(budget)
-        cap = request.limits.cap(budget)
-        self._check(request.prompt, cap + request.limits.max_answer_tokens + TAGS)
+        told, cap = self.check(request, budget), request.limits.cap(budget)
         kept = None if request.kept is None else self._chooser.choose(request, budget, told)
         request.budget, request.told, request.reasoning.cap = budget, told, cap
         if kept is None or kept == request.kept:
@@ -245,6 +247,16 @@ class Engine:
                 self._held.pop(request.number, None)
         elif grows and lane is not None and not self.bundle.whole_cache:
             self._interrupt(lane, request, keep=False)
+
+    def check(self, request: Request, budget: Budget) -> Told:
+        """The budget as the inputs of a graph, if the request can have it.
+
+        Raises:
+            BudgetError: the model cannot keep to the budget.
+            ConfigError: its cap on reasoning leaves more tokens than the bundle has positions.
+        """
+        self._check(request.prompt, request.limits.cap(budget) + request.limits.max_answer_tokens + TAGS)
+        return self._chooser.told(budget)
 
     def cancel(self, request: Request, error: L2AError | None = None) -> None:
         """Writes no more of a request; ``error`` says why."""
@@ -275,8 +287,13 @@ class Engine:
         return itertools.chain(self._waiting, self._late)
 
     @property
+    def hopeless(self) -> Sequence[Request]:
+        """The requests that cannot be done by their deadline any more; they run when no other waits."""
+        return self._late
+
+    @property
     def late(self) -> int:
-        """How many cannot be done by their deadline any more; they run when no other waits."""
+        """How many cannot be done by their deadline any more."""
         return len(self._late)
 
     @property
@@ -302,10 +319,10 @@ class Engine:
         return "; ".join(f"{name}: {lane.runs_on}" for name, lane in self._lanes.items()) or "nothing that is loaded"
 
     @property
-    def cache_bytes(self) -> int:
-        """Bytes that the caches of all rows may take."""
-        found = (lane.caches for lane in self._lanes.values())
-        return sum(caches.rows * caches.capacity * caches.token_bytes for caches in found)
+    def resident_bytes(self) -> int:
+        """Bytes of the host that keys and values have really taken; what is only reserved for them takes none."""
+        kept = sum(part.nbytes for held in self._held.values() for part in held.values())
+        return kept + sum(lane.resident_bytes for lane in self._lanes.values())
 
     def step(self) -> None:
         """Admits what there is room for and decodes one token of every row. No failure of a session leaves it.
@@ -316,6 +333,7 @@ class Engine:
         self._retire()
         prompt_tokens = self._admit_all()
         self._retire()
+        self._squeeze()
         running = self.running
         for lane in list(self._lanes.values()):
             if lane.requests:
@@ -323,7 +341,10 @@ class Engine:
         if running:
             now, budget = self.clock(), max(request.budget.compute for request in running)
             self.steps.append(StepTime(now, budget, prompt_tokens, len(running), now - began - self._loading))
-            if not self.busy:
+        if not self.busy:
+            self._retire()
+            self._free()
+            if running:
                 give_back()  # what prompts took
 
     def rehearse(self, budget: Budget, *, rows: int, prompt_tokens: int, new_tokens: int) -> Rehearsal:
@@ -351,6 +372,7 @@ class Engine:
         for request in requests:
             self.cancel(request)
         self._retire()
+        self._free()
         self.steps.clear()
         if failed is not None or lane is None:
             raise failed or SessionError(f"{self.folder}: no row could run")
@@ -452,8 +474,10 @@ class Engine:
             request = queue.popleft()
             try:
                 admitted = self._admit(request)
-            except L2AError as error:
-                self._failed(request, error)
+            except (L2AError, MemoryError) as error:
+                if (lane := self._lane_of(request)) is not None:
+                    lane.remove(request)
+                self._failed(request, self._ours(error))
                 if not request.done:
                     queue.appendleft(request)
                 continue
@@ -477,21 +501,19 @@ class Engine:
         lane = self._open(self._entry(request))
         if lane is None:
             return None
-        least = len(lane.requests) + 1
-        many = least if least <= lane.caches.rows else min(self.max_rows, 2 * least - 1)  # to grow seldom
-        for rows in dict.fromkeys((many, least)):
-            need = lane.caches.growth(rows, request.most_tokens)
-            left = self._memory_left() if need else None
-            if left is None or need <= left:
-                break
-        else:
+        self._free()  # what others needed does not count
+        need, left = self._unwritten(lane, request) + self._scratch(lane, request), self.memory_left()
+        if left is not None and need > left:
             if self.rows:
                 return None
             raise OutOfMemoryError(
-                f"request {request.number}: {need} bytes for its keys and values, of which {left:g} are left; "
-                "free some, or lower its limits"
+                f"request {request.number}: {need} bytes for its keys and values and to compute its prompt, of "
+                f"which {left:g} are left; free some, shorten the prompt, or lower its limits"
             )
-        lane.reserve(rows, request.most_tokens)
+        least = len(lane.requests) + 1
+        many = least if least <= lane.caches.rows else min(self.max_rows, 2 * least - 1)  # to grow seldom
+        fits = left is None or lane.caches.growth(many, request.most_tokens) <= left
+        lane.reserve(many if fits else least, request.most_tokens)
         held = self._held.get(request.number)
         if held is not None and isinstance(lane, Lane):
             lane.resume(request, self._held.pop(request.number))
@@ -536,15 +558,49 @@ class Engine:
         """One token of every row of a graph."""
         try:
             outputs = lane.decode(self._inputs(lane, lane.requests))
-        except SessionError as error:
-            self._stumbled(lane, error)
+        except (SessionError, MemoryError) as error:
+            self._stumbled(lane, self._ours(error))
             return
         lane.failures = 0
         for row, request in enumerate(lane.requests):
             if not request.done:
                 self._take(request, outputs, row)
 
-    def _stumbled(self, lane: Lane | EngineLane, error: SessionError) -> None:
+    def _free(self) -> None:
+        """Graphs without rows give their caches back."""
+        for lane in self._lanes.values():
+            lane.free()
+
+    def _unwritten(self, to: Lane | EngineLane | None = None, more: Request | None = None) -> int:
+        """Bytes that keys and values of all rows may still take, and of one more in a lane."""
+        return sum(lane.unwritten(more if lane is to else None) for lane in self._lanes.values())
+
+    def _scratch(self, lane: Lane | EngineLane, request: Request) -> int:
+        """Bytes that computing a request's tokens takes for a while: twice what one layer makes of them, at fp32.
+
+        As measured, within a fifth from a thousand tokens on. Attention keeps no scores of all pairs of tokens.
+        """
+        if request.number in self._held or not isinstance(lane, Lane):
+            return 0
+        shape, tokens = self.bundle.shape, len(request.prompt) + len(request.written)
+        return 2 * 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+
+    def _squeeze(self) -> None:
+        """Interrupts the newest rows, where what all rows may still write does not fit any more."""
+        if self.rows < 2 or self.clock() - self._looked < _LOOK:
+            return
+        self._looked, left = self.clock(), self.memory_left()
+        while left is not None and len(self.running) > 1 and self._unwritten() > left:
+            newest = max(self.running, key=lambda request: request.number)
+            if (lane := self._lane_of(newest)) is not None:
+                self._interrupt(lane, newest, keep=False)
+            self._full = self.rows  # a row that ends makes room
+
+    def _ours(self, error: L2AError | MemoryError) -> L2AError:
+        """NumPy's lack of memory as one of ours."""
+        return error if isinstance(error, L2AError) else session_error(self.folder, "run", error)
+
+    def _stumbled(self, lane: Lane | EngineLane, error: L2AError) -> None:
         """A step that failed is run again: with a row less or a smaller budget where memory was short."""
         newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
         if short and len(lane.requests) > 1:
@@ -561,7 +617,8 @@ class Engine:
     def _interrupt(self, lane: Lane | EngineLane, request: Request, *, keep: bool) -> None:
         """Takes a request out of its row to the head of the queue, with its keys and values or without."""
         if keep and isinstance(lane, Lane):
-            self._held[request.number] = lane.held(request)
+            with suppress(MemoryError):  # without them it is computed again
+                self._held[request.number] = lane.held(request)
         lane.remove(request)
         self._waiting.appendleft(request)
 
@@ -583,15 +640,15 @@ class Engine:
 
     def _take(self, request: Request, outputs: Mapping[str, Array], row: int) -> None:
         """What the graph says becomes the token that is fed next."""
-        logits = outputs["logits"][row, 0]
-        if request.reasoning.begins_answer:
-            logits = logits.copy()
-            logits[self.tags.end_answer] = -np.inf
         stop = request.tau is not None and "tau" in outputs and float(outputs["tau"][row]) > request.tau
         try:
+            logits = outputs["logits"][row, 0]
+            if request.reasoning.begins_answer:
+                logits = logits.copy()
+                logits[self.tags.end_answer] = -np.inf
             token = request.sampler.token(logits)
-        except SessionError as error:
-            self._end(request, error)
+        except (SessionError, MemoryError) as error:  # its row has moved on: it cannot be run again
+            self._end(request, self._ours(error))
             return
         request.written.append(request.reasoning.advance(token, stop))
         if request.done or (request.stops is not None and request.stops(request)):

@@ -57,6 +57,15 @@ class EngineLane:
         self._decoder.start(rows, capacity)
         self.caches.capacity = capacity
 
+    def free(self) -> None:
+        """The device keeps its memory for the next request."""
+
+    resident_bytes = 0  # of the host
+
+    def unwritten(self, more: Request | None = None) -> int:
+        """Bytes of the host that keys and values may still take: none."""
+        return 0
+
     def prefill(self, request: Request, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Computes all tokens of a request and lets it run."""
         tokens = np.array([request.tokens], dtype=np.int64)

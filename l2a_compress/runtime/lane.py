@@ -53,16 +53,40 @@ class Lane:
             OutOfMemoryError: there is none; the rows are as they were.
         """
         try:
-            if self.caches.reserve(rows, capacity):
+            if self.caches.reserve(rows, capacity, [request.length for request in self.requests]):
                 self._bound = -1
         except MemoryError as error:
             raise session_error(self._path, "make caches for", error) from error
 
+    def free(self) -> None:
+        """Gives the caches back, where no row uses them."""
+        if self.caches.rows and not self.requests:
+            self.caches.clear()
+            self._bound = -1
+            self._decoder.bind(self.caches.view(0, 0))  # which would keep what it read last
+
+    @property
+    def resident_bytes(self) -> int:
+        """That keys and values have taken."""
+        return self.caches.resident_bytes
+
+    def unwritten(self, more: Request | None = None) -> int:
+        """Bytes that keys and values of the rows may still take, and of one more where it is given.
+
+        Where buffers must grow for it, what rows hold is there twice for a moment.
+        """
+        rows, caches = [*self.requests, more] if more is not None else self.requests, self.caches
+        known = [request.most_tokens for request in rows]
+        if more is not None and caches.growth(len(rows), known[-1]):
+            return sum(known) * caches.token_bytes
+        return sum(caches.unwritten(row, tokens) for row, tokens in enumerate(known))
+
     def prefill(self, request: Request, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Computes all tokens of a request into the row behind those that run, and lets it run."""
         tokens = np.array([request.tokens], dtype=np.int64)
+        self._bound = -1  # first: binding may fail halfway
         self._decoder.bind(self.caches.view(len(self.requests), 1))
-        self._bound = -1
+        self.caches.mark(len(self.requests), tokens.shape[1])
         outputs = self._decoder.step(tokens, np.ones_like(tokens), **inputs)
         request.length = tokens.shape[1]
         self.requests.append(request)
@@ -79,9 +103,12 @@ class Lane:
         lengths = np.array([request.length + 1 for request in self.requests])
         self.reserve(count, int(lengths.max()))  # a cap may have been raised since the request came
         if self._bound != count:
+            self._bound = -1
             self._decoder.bind(self.caches.view(0, count))
             self._bound = count
         mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
+        for row, request in enumerate(self.requests):
+            self.caches.mark(row, request.length + 1)
         fed = np.array([[request.written[-1]] for request in self.requests], dtype=np.int64)
         outputs = self._decoder.step(fed, mask, **inputs)
         for request in self.requests:

@@ -60,7 +60,7 @@ class Policy:
         kind: ``fixed`` (the ceiling of the tier, as far as memory goes), ``min`` (what all signals allow), or ``slack``
             (the largest budget that meets the earliest deadline, by latency buckets).
         time_margin: Share of the time that is left which is not planned with.
-        spot_grace_seconds: Before the machine ends nothing may run any more.
+        spot_grace_seconds: Before the machine ends, in which nothing is planned to run; what still runs is not stopped.
         target_seconds: Within which a request that waits should be done.
         tpot_seconds: Most time per output token; 0 for any.
         short_share: Share of its reasoning that a request may keep where time is short; 1 never shortens it. Models are

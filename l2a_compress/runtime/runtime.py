@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from l2a_compress.budget import Budget
-from l2a_compress.errors import BundleError, ConfigError
+from l2a_compress.errors import BundleError, ConfigError, L2AError
 from l2a_compress.limits import Contract
 from l2a_compress.runtime.chooser import Serve
 from l2a_compress.runtime.controller import Controller
@@ -189,21 +189,27 @@ class Runtime:
         return requests
 
     def set_budget(self, request: Request, budget: Asked, *, tier: str = "default") -> None:
-        """Changes what a request may spend from its next token on.
+        """Changes what a request may spend from its next token on. Where that fails all stays as it was.
 
         Raises:
-            BudgetError: the model cannot keep to the budget; the old one stays.
-            ConfigError: the policy has no such tier.
+            BudgetError: the model cannot keep to the budget.
+            ConfigError: the policy has no such tier, or the text could become longer than the bundle has positions.
+            SessionError: the gates cannot be asked.
         """
         steered = _steered(budget)
         ceiling = budget if isinstance(budget, Budget) else Budget()
-        if steered:
-            self.controller.budget(tier)
-        else:
-            self.engine.set_budget(request, ceiling)
+        if not request.done:
+            self.engine.check(request, ceiling)  # what the selector will ever give is within it
+        before = request.ceiling, request.tier
         request.ceiling, request.tier = ceiling, tier if steered else None
-        if steered:
-            self.controller.apply(request)
+        try:
+            if steered:
+                self.controller.enforce(request)
+            else:
+                self.engine.set_budget(request, ceiling)
+        except L2AError:
+            request.ceiling, request.tier = before
+            raise
 
     def step(self) -> None:
         """Decides, if it is time to, and writes one token of every request that runs."""

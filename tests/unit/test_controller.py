@@ -11,9 +11,10 @@ import pytest
 from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, OutOfMemoryError
 from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.runtime import Limits, Policy
+from l2a_compress.runtime import Limits, Policy, Tier
 from l2a_compress.runtime.controller import Controller
 from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.request import Request
 from toy_models import new_artifact
 from toy_runtime import LIMITS, Clock, Told, finish, steered, table, texts
 
@@ -92,6 +93,44 @@ def test_stale_readings_decide_nothing(made: Path) -> None:
         assert controller.decision.terms[-1].name == last
 
 
+def test_a_tier_that_was_idle_is_decided_anew(made: Path) -> None:
+    policy = Policy(pressures=("pressure.cpu_some",), tiers={"batch": Tier()})
+    controller, told, clock = steered(made, policy)
+    told.values["pressure.cpu_some"] = 0.0
+    assert controller.budget("batch").compute == 1.0
+    told.values["pressure.cpu_some"] = 0.9
+    clock.now += 0.05
+    assert controller.budget("batch").compute == 1.0
+    clock.now += 60.0
+    assert controller.budget("batch").compute == 0.45
+
+
+def test_a_slow_gate_does_not_make_decisions_nest(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, told, clock = steered(made, Policy(pressures=("pressure.cpu_some",)))
+    engine, calls = controller.engine, []
+    requests = engine.submit(texts(3), [None] * 3, limits=LIMITS, tiers=["default"] * 3)
+
+    def slow(request: Request, budget: Budget) -> None:
+        calls.append(request)
+        clock.now += 1.0
+
+    monkeypatch.setattr(engine, "set_budget", slow)
+    told.values["pressure.cpu_some"] = 0.9
+    controller.update()
+    assert calls == requests
+
+
+def test_a_notice_ages(made: Path) -> None:
+    controller, told, clock = steered(made, Policy(stale_seconds=1e9))
+    clock.now = time.monotonic()
+    told.values["spot.seconds_left"] = 30.0
+    controller.update(force=True)
+    clock.now = controller.readings["spot.seconds_left"].at + 12.0
+    assert controller._values()["spot.seconds_left"] == 18.0
+    clock.now += 100.0
+    assert controller._values()["spot.seconds_left"] == 0.0
+
+
 def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:
     controller, _, clock = steered(made, Policy(target_seconds=2.0))
     engine = controller.engine
@@ -114,6 +153,43 @@ def test_a_deadline_and_a_queue_shorten_the_reasoning(made: Path) -> None:
     controller.update()
     assert controller.decision is not None
     assert controller.decision.binding.name == "queue"
+
+
+def test_who_cannot_be_in_time_any_more_holds_nobody_down(made: Path) -> None:
+    controller, _, clock = steered(made, Policy(dwell_seconds=0.0, target_seconds=1e6))
+    engine = controller.engine
+    engine.max_rows = 1
+    limits = Limits(max_think_tokens=60, tau_threshold=None)
+    running, waiting, late = (
+        engine.submit(texts(1), [None], limits=limits, tiers=["default"], seconds=seconds)[0]
+        for seconds in (0.5, None, 9.0)
+    )
+    engine.step()
+    controller.update(force=True)
+    assert controller.budget().compute == 0.45
+    clock.now += 2.0  # its time is over
+    controller.update(force=True)
+    assert (running.done, controller.budget().compute) == (False, 1.0)
+    engine._waiting.remove(late)
+    engine._late.append(late)
+    clock.now += 6.9
+    controller.update(force=True)
+    assert controller.budget().compute == 1.0
+    engine.cancel(running)
+    assert waiting in engine.waiting
+
+
+def test_who_was_interrupted_does_not_count_as_one_that_waits_for_its_first_token(made: Path) -> None:
+    controller, _, clock = steered(made, Policy())
+    engine = controller.engine
+    (running,) = engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
+    engine.step()
+    clock.now += 30.0
+    engine.submit(texts(1), [None], limits=LIMITS)
+    clock.now += 1.0
+    (lane,) = engine._lanes.values()
+    engine._interrupt(lane, running, keep=False)
+    assert controller.signals.read()["queue.oldest_seconds"].value == pytest.approx(1.0)
 
 
 def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
@@ -198,6 +274,21 @@ def test_a_queue_that_is_long_is_no_lack_of_memory(made: Path) -> None:
     clock.now += 1.0
     controller.update(force=True)  # the next shortage begins anew
     assert requests[1].error is None
+
+
+def test_what_is_only_reserved_is_not_free(made: Path) -> None:
+    controller, told, _ = steered(made, Policy(memories=("host.memory_available", "gpu.memory_free")))
+    engine = controller.engine
+    engine.submit(texts(1), [None], limits=Limits(max_think_tokens=400, tau_threshold=None))
+    engine.step()
+    (lane,) = engine._lanes.values()
+    told.values["host.memory_available"] = 5e6
+    controller.update(force=True)
+    controller.readings["gpu.memory_free"] = controller.readings["host.memory_available"]
+    found = controller._values()
+    (request,) = engine.running
+    assert found["host.memory_available"] == 5e6 + 1e6 + request.length * lane.caches.token_bytes
+    assert found["gpu.memory_free"] == 5e6 + 1e6
 
 
 def test_a_graph_that_is_not_loaded_holds_no_memory(made: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -240,13 +241,39 @@ def test_caches_keep_what_they_hold_while_they_grow() -> None:
     assert first.shape == (1, 2, 8, 4)
     values = np.arange(2 * 8 * 4, dtype=np.float32).reshape(1, 2, 8, 4)
     first[:] = values
-    caches.reserve(2, 9)
+    caches.reserve(2, 9, [0, 8])
     assert caches.capacity == 12  # by half
     np.testing.assert_array_equal(caches.view(1, 1)["past_key_values.0.key"][:, :, :8], values)
     caches.move(1, 0, 5)
     np.testing.assert_array_equal(caches.view(0, 1)["past_key_values.0.key"][:, :, :5], values[:, :, :5])
     caches.reserve(1, 4)
     assert (caches.rows, caches.capacity) == (2, 12)
+
+
+def resident() -> int:
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_caches_take_what_was_written_and_give_it_back() -> None:
+    size = 1 << 20
+    names = ("past_key_values.0.key", "past_key_values.1.key")
+    caches = Caches(dict.fromkeys(names, (1, 16, "tensor(float)")))
+    before = resident()
+    caches.reserve(4, size // 16)  # 4 MB for each row and layer
+    assert (caches.resident_bytes, caches.unwritten(0, 10)) == (0, 10 * caches.token_bytes)
+    assert resident() - before < 3 << 20
+    caches.view(0, 1)[names[0]][:] = 1.0
+    caches.view(3, 1)[names[0]][:] = 1.0
+    caches.mark(0, size // 16)
+    assert caches.resident_bytes == 8 << 20
+    caches.reserve(4, size // 16 + 1, [100])
+    assert caches.view(0, 1)[names[0]][0, 0, :101, 0].tolist() == [1.0] * 100 + [0.0]
+    assert caches.resident_bytes == 100 * caches.token_bytes
+    assert resident() - before < 5 << 20  # neither rows that nobody has, nor layers that nobody wrote
+    caches.clear()
+    assert (caches.rows, caches.resident_bytes, resident() - before < 3 << 20) == (0, 0, True)
 
 
 def test_sampling_follows_its_distribution() -> None:

@@ -19,7 +19,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy as np
 import pytest
 
 from l2a_compress._cli import main
-from l2a_compress._machine import peak_of
+from l2a_compress._machine import peak_bytes, peak_of
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, OutOfMemoryError, SessionError
@@ -35,10 +35,11 @@ from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.reasoning import Reasoning
 from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Sampling, Server, Tier
 from l2a_compress.runtime.chooser import widths_of
-from l2a_compress.runtime.costs import CostTable, cached_path, cost_table
+from l2a_compress.runtime.costs import CostTable, cached_path, cost_table, measure
 from l2a_compress.runtime.decoder import GraphDecoder, session_error
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
+from l2a_compress.runtime.server import Stream
 from toy_models import new_artifact
 from toy_runtime import LIMITS, Told, finish, table, texts
 
@@ -389,23 +390,91 @@ def test_a_variant_that_does_not_load_is_replaced_by_a_smaller_one(made: Path, m
     assert [request.error for request in requests] == [None] * 3
 
 
+def within(folder: Path, total: list[float], **settings: Any) -> Engine:
+    """An engine whose keys and values are all that takes memory."""
+
+    def left() -> float:
+        return total[0] - made.resident_bytes
+
+    made = Engine(folder, threads=1, memory_left=left, **settings)
+    return made
+
+
 def test_a_request_waits_for_memory_and_is_refused_where_none_can_come(made: Path) -> None:
-    left = [math.inf]
-    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0])
+    total = [math.inf]
+    engine = within(made, total, max_rows=3)
     first = engine.submit(texts(1), [None], limits=LIMITS)
     engine.step()
-    left[0] = 100.0
-    more = engine.submit(texts(2), [None] * 2, limits=LIMITS)
+    (lane,) = engine._lanes.values()
+    total[0] = 1.8 * first[0].most_tokens * lane.caches.token_bytes
+    more = engine.submit(texts(1) * 2, [None] * 2, limits=LIMITS)
     engine.step()
-    assert engine.rows == 1  # the caches would have to grow
+    assert engine.rows == 1
     finish(engine)
     assert [request.error for request in first + more] == [None] * 3
-    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0])
+    total[0] = 100.0
     requests = engine.submit(texts(2), [None] * 2, limits=LIMITS)
     finish(engine)
     for request in requests:
         assert isinstance(request.error, OutOfMemoryError)
         assert "bytes for its keys and values" in str(request.error)
+
+
+def test_memory_is_looked_at_where_a_row_fits_into_what_is_reserved(made: Path) -> None:
+    total = [math.inf]
+    engine = within(made, total, max_rows=3)
+    limits = Limits(max_think_tokens=30, max_answer_tokens=4, tau_threshold=None)
+    first = engine.submit(texts(1) * 2, [None] * 2, limits=limits)
+    engine.step()
+    (lane,) = engine._lanes.values()
+    whole = first[0].most_tokens * lane.caches.token_bytes
+    assert lane.caches.rows == 3
+    assert engine.resident_bytes == sum(request.length for request in first) * lane.caches.token_bytes < whole
+    total[0] = 2.5 * whole
+    (third,) = engine.submit(texts(1), [None], limits=limits)
+    engine.step()
+    assert engine.rows == 2
+    total[0] = math.inf
+    engine.cancel(third)
+    engine._looked, total[0] = -math.inf, 1.8 * whole  # others take what was left
+    engine.step()
+    assert engine.running == first[:1]
+    finish(engine)
+    assert [request.error for request in first] == [None] * 2
+    assert first[0].written == first[1].written
+
+
+def test_what_a_long_prompt_is_computed_in_must_be_left(made: Path) -> None:
+    engine = within(made, [math.inf], max_rows=1)
+    long = [*[5] * 400, engine.tags.think]
+    (request,) = engine.submit([long], [None], limits=LIMITS)
+    lane = engine._lanes["if"]
+    caches, work = request.most_tokens * lane.caches.token_bytes, engine._scratch(lane, request)
+    assert work > 401 * engine.bundle.shape.intermediate_size * 4
+    for left, error in ((caches + work / 2, OutOfMemoryError), (caches + work, type(None))):
+        engine.memory_left = partial(float, left)
+        (request,) = engine.submit([long], [Budget(compute=0.45)], limits=LIMITS)
+        finish(engine)
+        assert isinstance(request.error, error)
+
+
+def test_caches_end_with_their_rows(made: Path) -> None:
+    engine = Engine(made, max_rows=4, max_graphs=2, threads=1, serve="variants")
+    engine.submit(texts(4), [Budget(compute=0.45)] * 4, limits=LIMITS)
+    finish(engine)
+    assert engine.resident_bytes == 0
+    assert [lane.caches.rows for lane in engine._lanes.values()] == [0]
+    long, short = Limits(max_think_tokens=300), Limits(max_think_tokens=1)
+    (request,) = engine.submit(texts(1), [Budget(compute=0.45)], limits=long)
+    engine.step()
+    engine.cancel(request)
+    engine.submit(texts(1), [None], limits=short)
+    engine.step()
+    assert [lane.caches.rows for lane in engine._lanes.values()] == [0, 1]
+    (request,) = engine.submit(texts(1), [Budget(compute=0.45)], limits=short)
+    engine.step()
+    (lane,) = (lane for lane in engine._lanes.values() if request in lane.requests)
+    assert lane.caches.capacity == request.most_tokens
 
 
 def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
@@ -415,7 +484,7 @@ def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
     engine.step()
     (lane,) = engine._lanes.values()
     (request,) = engine.submit(texts(1), [None], limits=LIMITS)
-    left[0] = lane.caches.growth(4, request.most_tokens)
+    left[0] = lane.caches.growth(4, request.most_tokens) + engine._scratch(lane, request)
     assert left[0] < lane.caches.growth(7, request.most_tokens)
     engine.step()
     assert engine.rows == 4
@@ -429,6 +498,46 @@ def test_a_request_that_brings_its_keys_and_values_has_computed_nothing(made: Pa
     engine.step()
     assert [step.prompt_tokens for step in engine.steps] == [len(request.prompt), 0]
     assert request.kept == widths_of(engine.bundle.variants[-1])
+
+
+def test_keys_and_values_that_cannot_be_kept_are_computed_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(made, max_rows=1, max_graphs=2, threads=1, serve="variants")
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+
+    def full(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("l2a_compress.runtime.lane.Lane.held", full)
+    engine.set_budget(request, Budget(compute=0.45))
+    engine.step()
+    assert [step.prompt_tokens for step in engine.steps] == [len(request.prompt), len(request.prompt) + 2]
+    finish(engine)
+    assert request.error is None
+
+
+@pytest.mark.parametrize(
+    "place", ["lane.Lane.prefill", "lane.Lane.decode", "sampling.Sampler.token", "caches.Caches.take"]
+)
+def test_no_lack_of_memory_of_numpy_leaves_a_step(made: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    engine = Engine(made, max_rows=2, max_graphs=2, threads=1, serve="variants")
+    requests = engine.submit(texts(4), [None] * 4, limits=LIMITS)
+    owner, name = place.rpartition(".")[::2]
+    target = f"l2a_compress.runtime.{owner}"
+    module, kind = target.rpartition(".")[::2]
+    whole, calls = getattr(getattr(sys.modules[module], kind), name), [0]
+
+    def sometimes(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] % 5 == 2:
+            raise MemoryError("no room")
+        return whole(*args)
+
+    monkeypatch.setattr(f"{target}.{name}", sometimes)
+    finish(engine, lambda step: engine.set_budget(requests[0], Budget(compute=(1.0, 0.45)[step % 2])))
+    assert all(request.done for request in requests)
+    for request in requests:
+        assert request.error is None or isinstance(request.error, OutOfMemoryError)
 
 
 def test_a_router_that_breaks_a_cap_is_not_followed(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -514,7 +623,7 @@ def test_the_cost_table_is_measured_once(made: Path) -> None:
     engine = Engine(made, max_rows=2, threads=1)
     said: list[str] = []
     found = cost_table(engine, progress=said.append)
-    assert len(said) == 1
+    assert (len(said), engine.resident_bytes) == (1, 0)
     assert cached_path(engine).is_file()
     assert cost_table(engine, progress=said.append) == found
     assert len(said) == 1
@@ -530,10 +639,38 @@ def test_the_cost_table_is_measured_once(made: Path) -> None:
     engine.provider = "cuda"
     assert cached_path(engine) != kept
     engine.provider = "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("onnxruntime.__version__", "0.1")
+        assert cached_path(engine) != kept
     (request,) = engine.submit(texts(1), [None])
     with pytest.raises(ConfigError, match="measure before"):
         engine.rehearse(Budget(), rows=1, prompt_tokens=4, new_tokens=1)
     engine.cancel(request)
+
+
+def test_no_second_model_is_loaded_where_memory_is_short(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def killed(code: str) -> int:
+        asked.append(code)
+        raise OutOfMemoryError("killed by signal 9")
+
+    monkeypatch.setattr("l2a_compress.runtime.costs.peak_of", killed)
+    left = [1e6]
+    engine = Engine(made, max_rows=1, threads=1, memory_left=lambda: left[0])
+    own = peak_bytes()
+    assert own is not None
+    for bytes_left, times in ((1e6, 0), (1e15, 1)):
+        left[0] = bytes_left
+        found = measure(engine, rounds=1)
+        assert len(asked) == times
+        assert all(step.memory_bytes >= own for step in found.steps)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_that_measures_memory_is_the_first_to_go() -> None:
+    code = "assert open('/proc/self/oom_score_adj').read().strip() == '1000'"
+    assert (peak_of(code) or 0) > 1e6
 
 
 def test_a_cost_table_that_cannot_be_kept_is_used(
@@ -602,6 +739,24 @@ def test_auto_is_the_least_of_what_is_asked_and_allowed(made: Path, monkeypatch:
     assert request.budget.compute == 0.8
 
 
+def test_a_budget_that_cannot_be_found_leaves_the_others_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2a_compress.runtime.runtime.cost_table", lambda *_, **__: table(1.0, 0.7))
+    runtime = Runtime.open(made, threads=1, sources=())
+    room = runtime.engine.bundle.positions
+    limits, small = Limits(max_think_tokens=room, max_answer_tokens=2, tau_threshold=None), Budget(think_tokens=2)
+    (other,) = runtime.submit([TEXT], ["auto"], limits=LIMITS)
+    (request,) = runtime.submit([TEXT], [small], limits=limits)
+    with pytest.raises(ConfigError, match="positions of the bundle"):
+        runtime.set_budget(request, "auto")
+    assert (request.ceiling, request.budget, request.tier) == (small, small, None)
+    request.ceiling, request.tier = Budget(), "default"  # as if it could not be seen at first
+    monkeypatch.setattr(runtime.controller, "_seconds", 0.0)
+    while not (other.done and request.done):
+        runtime.step()
+    assert (other.error, request.error) == (None, None)
+    assert len(request.reasoning.think) <= 2
+
+
 def test_many_callers_share_a_server(made: Path) -> None:
     limits = Limits(max_think_tokens=6, max_answer_tokens=3)
     runtime = Runtime.open(made, max_rows=3, threads=1)
@@ -659,19 +814,84 @@ def test_a_server_tells_what_went_wrong(made: Path, monkeypatch: pytest.MonkeyPa
     assert waiting.answer().think_tokens < 400  # closed: what was written
 
 
-def test_an_action_that_ends_as_the_wait_does_has_ended(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_action_that_fails_as_a_wait_does_is_its_own_error(made: Path) -> None:
+    def late() -> None:
+        raise TimeoutError("its own")
+
     with Server(Runtime.open(made, threads=1)) as server:
-        result, done = Future.result, threading.Event()
-
-        def late(future: Future[Any], timeout: float | None = None) -> Any:
-            if timeout is not None and not done.is_set():
-                result(future)
-                done.set()
-                raise TimeoutError
-            return result(future, timeout)
-
-        monkeypatch.setattr(Future, "result", late)
+        with pytest.raises(TimeoutError, match="its own"):
+            server.call(late)
         assert server.call(lambda: 7) == 7
+
+
+def test_a_text_that_cannot_be_told_ends_its_request_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.open(made, threads=1)
+    text, broken = runtime.text, []
+
+    def breaks(request: Request) -> str:
+        return str(1 / 0) if request in broken else text(request)
+
+    monkeypatch.setattr(runtime, "text", breaks)
+    with Server(runtime) as server:
+        stream = server.call(
+            lambda: (broken.append((new := server._submit(TEXT, None, tier="default")()).request), new)[1]
+        )
+        with pytest.raises(SessionError, match="cannot be told: division by zero"):
+            stream.answer()
+        assert server.stream(TEXT, limits=LIMITS).answer().answer
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_died(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = Server(Runtime.open(made, threads=1))
+    stream = server.stream(TEXT, limits=Limits(max_think_tokens=400, tau_threshold=None))
+
+    def dies(*_: Any) -> None:
+        raise SystemExit("the thread is gone")
+
+    monkeypatch.setattr(server.runtime.engine, "step", dies)
+    with pytest.raises(SessionError, match="thread has ended"):
+        stream.answer()
+    server._thread.join(10)
+    assert not server.alive
+    stream._items.clear()  # as if not even that could be told
+    monkeypatch.setattr("l2a_compress.runtime.server._ALIVE", 0.01)
+    with pytest.raises(SessionError, match="thread has ended"):
+        list(stream)
+    with pytest.raises(SessionError, match="closed"):
+        server.stream(TEXT)
+
+
+def test_a_task_that_is_cancelled_leaves_no_request(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime.open(made, max_rows=4, threads=1)
+    limits, step = Limits(max_think_tokens=400, tau_threshold=None), runtime.engine.step
+    (whole,) = runtime.generate([TEXT], limits=limits)
+    monkeypatch.setattr(runtime.engine, "step", lambda: (time.sleep(0.02), step())[1])
+
+    async def read(stream: Stream, seconds: float) -> None:
+        async for _ in stream:
+            await asyncio.sleep(seconds)
+
+    async def both(server: Server) -> list[Stream]:
+        streams = [await server.astream(TEXT, limits=limits) for _ in range(3)]
+        with pytest.raises(BudgetError):
+            await streams[2].aset_budget(Budget(compute=0.01))
+        tasks = [asyncio.create_task(read(stream, wait)) for stream, wait in zip(streams, (0, 60), strict=False)]
+        await asyncio.sleep(0.1)  # one waits for a piece, the other does something with one
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        async for _ in streams[2]:
+            break
+        return streams
+
+    with Server(runtime) as server:
+        first, second, third = asyncio.run(both(server))
+        assert first.answer().think_tokens < whole.think_tokens
+        assert second.answer().think_tokens < whole.think_tokens
+        assert not third.request.done  # who left its loop may come back
+        asyncio.run(third.acancel())
+        assert third.answer().think_tokens < whole.think_tokens
 
 
 def test_a_stream_keeps_its_tier(made: Path) -> None:

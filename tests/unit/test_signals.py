@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from l2a_compress.gpu import capability
 from l2a_compress.runtime.signals import (
     AwsSpot,
     AzureSpot,
@@ -115,6 +116,16 @@ def test_version_2_of_control_groups_counts_the_tightest_level(tmp_path: Path) -
     }
 
 
+def test_a_high_mark_of_version_2_is_a_limit_and_pages_that_nobody_maps_can_go(tmp_path: Path) -> None:
+    write(tmp_path, UNIFIED | {V2 + "pod/box/memory.high": "1300"})
+    assert values(Cgroup(tmp_path))["memory_available"] == 400  # of the box: 1300 - (1500 - 600)
+    for mapped, used in ((50, 500), (900, 900)):  # of 600 inactive and 450 active ones
+        stat = f"anon 450\ninactive_file 600\nactive_file 450\nfile_mapped {mapped}"
+        write(tmp_path, {V2 + "pod/box/memory.stat": stat})
+        found = values(Cgroup(tmp_path))
+        assert (found["memory_used"], found["memory_available"]) == (used, min(500, 1300 - used))
+
+
 def test_version_1_of_control_groups(tmp_path: Path) -> None:
     memory, cpu = "sys/fs/cgroup/memory/box/", "sys/fs/cgroup/cpu/box/"
     write(
@@ -124,7 +135,7 @@ def test_version_1_of_control_groups(tmp_path: Path) -> None:
             memory + "memory.limit_in_bytes": "2000",
             memory + "memory.soft_limit_in_bytes": "9223372036854771712",
             memory + "memory.usage_in_bytes": "1500",
-            memory + "memory.stat": "cache 1\ntotal_inactive_file 100",
+            memory + "memory.stat": "cache 1\ntotal_inactive_file 60\ntotal_active_file 70\ntotal_mapped_file 30",
             memory + "memory.failcnt": "7",
             memory + "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 2",
             cpu + "cpu.cfs_quota_us": "50000",
@@ -212,6 +223,57 @@ def test_a_gpu_is_read_value_by_value(device: int | str) -> None:
     assert values(gpu)["throttled"] == 0
     nvml.reasons = 4 | 8
     assert values(gpu)["throttled"] == 1
+
+
+class TwoGpus(FakeNvml):
+    """A machine of two."""
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
+        return f"handle {index}"
+
+    def nvmlDeviceGetUUID(self, handle: str) -> str:
+        return f"GPU-{handle[-1]}abc-def"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+        return SimpleNamespace(free=int(handle[-1]), total=10 << 30)
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle: str) -> str:
+        return "handle 1"
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:
+        return (8, int(handle[-1]))
+
+
+@pytest.mark.parametrize(
+    ("shown", "index"),
+    [
+        (None, 0),
+        ("1", 1),
+        ("1,0", 1),
+        ("GPU-1ab", 1),
+        ("GPU-0abc-def, 1", 0),
+        ("GPU-2", None),
+        ("", None),
+        ("-1", None),
+    ],
+)
+def test_the_gpu_is_the_first_that_cuda_shows(shown: str | None, index: int | None, monkeypatch: Any) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if shown is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    reading = Gpu(nvml=TwoGpus()).read()["gpu.memory_free"]
+    assert reading.value == index
+    assert capability(nvml=TwoGpus()) == (None if index is None else f"8.{index}")
+    if shown is not None and index is None:
+        assert ("no GPU has" if shown else "shows no GPU") in reading.why or shown == "-1"
+
+
+def test_a_mig_instance_has_the_capability_of_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1234")
+    assert capability(nvml=TwoGpus()) == "8.1"
 
 
 @pytest.fixture
@@ -352,6 +414,35 @@ def test_a_slow_source_never_makes_its_reader_wait() -> None:
     ended = source.read()["slow.count"].value
     time.sleep(0.6)
     assert source.read()["slow.count"].value == ended
+
+
+class Notice(Source):
+    """Announces an end once, and then does not answer."""
+
+    units = {"spot.seconds_left": "seconds"}  # noqa: RUF012
+    until = ("spot.seconds_left",)
+
+    def __init__(self, *answers: float) -> None:
+        self.answers = list(answers)
+
+    def _values(self) -> dict[str, float | str]:
+        return {"spot.seconds_left": self.answers.pop(0)}
+
+
+def test_an_end_that_was_announced_stays_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Notice(math.inf, 30.0)
+    with Background(source, 1e-3) as background:
+        deadline = time.monotonic() + 10
+        while source.answers and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        time.sleep(0.1)  # no answers from here on
+        reading = background.read()["spot.seconds_left"]
+    assert reading.value == pytest.approx(30.0, abs=5.0)
+    assert reading.value < 30.0 - 0.02
+    assert reading.why == ""
+    with Background(Notice(math.inf), 1e-3) as background:
+        time.sleep(0.1)
+        assert background.read()["spot.seconds_left"].value is None  # that nothing ends is not known any more
 
 
 def test_a_name_has_one_source() -> None:

@@ -34,7 +34,9 @@ def finish(engine: Engine, before: Callable[[int], object] = lambda _: None) -> 
 class Told(Source):
     """Readings that a test sets."""
 
-    units = MappingProxyType({"pressure.cpu_some": "share", "host.memory_available": "bytes"})
+    units = MappingProxyType(
+        {"pressure.cpu_some": "share", "host.memory_available": "bytes", "spot.seconds_left": "seconds"}
+    )
 
     def __init__(self) -> None:
         self.values: dict[str, float] = {}

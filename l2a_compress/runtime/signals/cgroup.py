@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from l2a_compress.runtime.signals.reading import Source, each
 
+Files = tuple[str, str, str]  # how memory.stat calls pages of files: inactive, active, and mapped ones among both
+_FILES_2: Files = ("inactive_file", "active_file", "file_mapped")
+_FILES_1: Files = ("total_inactive_file", "total_active_file", "total_mapped_file")
 _UNLIMITED = 1 << 60  # version 1 writes a number near 2^63 for no limit
 
 
@@ -16,11 +19,13 @@ class Cgroup(Source):
     """Memory and CPU limits and how they are used; of several nested groups the tightest limit counts.
 
     Readings: ``cgroup.memory_limit`` and ``cgroup.memory_high`` (infinite where there is none);
-    ``cgroup.memory_used`` without what the kernel can give back (inactive file pages), and
-    ``cgroup.memory_available``, the least that is left below a limit, all in bytes;
+    ``cgroup.memory_used`` without what the kernel can give back, and ``cgroup.memory_available``, the least that is
+    left below a limit or, in version 2, a high mark, above which tasks are held back, all in bytes;
     ``cgroup.memory_hits``, how often the limit or high mark was reached, and ``cgroup.oom_kills``, both since the group
     began; ``cgroup.cpu_limit`` in cores (infinite where there is none); ``cgroup.cpu_throttled``, seconds that its
     tasks were held back since the group began.
+
+    The kernel gives back pages of files that no process maps, be they active or not: what was read twice is active.
 
     Sources: https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html
 
@@ -81,8 +86,8 @@ def _version_2(levels: list[Path]) -> dict[str, float | str]:
         {
             "cgroup.memory_limit": lambda: _least(levels, "memory.max"),
             "cgroup.memory_high": lambda: _least(levels, "memory.high"),
-            "cgroup.memory_used": lambda: _used(_first(levels, "memory.current"), "inactive_file"),
-            "cgroup.memory_available": lambda: _left(levels, "memory.max", "memory.current", "inactive_file"),
+            "cgroup.memory_used": lambda: _used(_first(levels, "memory.current"), _FILES_2),
+            "cgroup.memory_available": lambda: _left(levels, ("memory.max", "memory.high"), "memory.current", _FILES_2),
             "cgroup.memory_hits": lambda: events("high", "max"),
             "cgroup.oom_kills": lambda: events("oom_kill"),
             "cgroup.cpu_limit": lambda: min(_quotas(levels), default=math.inf),
@@ -96,9 +101,9 @@ def _version_1(memory: list[Path], cpu: list[Path]) -> dict[str, float | str]:
         {
             "cgroup.memory_limit": lambda: _least(memory, "memory.limit_in_bytes"),
             "cgroup.memory_high": lambda: _least(memory, "memory.soft_limit_in_bytes"),
-            "cgroup.memory_used": lambda: _used(_first(memory, "memory.usage_in_bytes"), "total_inactive_file"),
+            "cgroup.memory_used": lambda: _used(_first(memory, "memory.usage_in_bytes"), _FILES_1),
             "cgroup.memory_available": lambda: _left(
-                memory, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+                memory, ("memory.limit_in_bytes",), "memory.usage_in_bytes", _FILES_1
             ),
             "cgroup.memory_hits": lambda: _number(_first(memory, "memory.failcnt").read_text()),
             "cgroup.oom_kills": lambda: float(_table(_first(memory, "memory.oom_control"))["oom_kill"]),
@@ -121,16 +126,22 @@ def _least(levels: list[Path], name: str) -> float:
     return min(_number((level / name).read_text()) for level in levels if (level / name).is_file())
 
 
-def _used(file: Path, reclaimable: str) -> float:
-    return max(0.0, _number(file.read_text()) - _table(file.with_name("memory.stat")).get(reclaimable, 0))
+def _used(file: Path, files: Files) -> float:
+    """Without what the kernel can give back."""
+    stat = _table(file.with_name("memory.stat"))
+    inactive, active, mapped = (stat.get(name, 0) for name in files)
+    return max(0.0, _number(file.read_text()) - max(inactive, inactive + active - mapped))
 
 
-def _left(levels: list[Path], limit: str, used: str, reclaimable: str) -> float:
+def _left(levels: list[Path], limits: Sequence[str], used: str, files: Files) -> float:
     """Groups around this one may be nearer to their limit than this one to its own."""
-    _first(levels, limit)
-    whole = [level for level in levels if (level / limit).is_file() and (level / used).is_file()]
-    rooms = (_number((level / limit).read_text()) - _used(level / used, reclaimable) for level in whole)
-    return max(0.0, min(rooms))
+    _first(levels, limits[0])
+    whole = [level for level in levels if (level / limits[0]).is_file() and (level / used).is_file()]
+    return max(0.0, min(_limit(level, limits) - _used(level / used, files) for level in whole))
+
+
+def _limit(level: Path, names: Sequence[str]) -> float:
+    return min(_number((level / name).read_text()) for name in names if (level / name).is_file())
 
 
 def _quotas(levels: list[Path]) -> Iterator[float]:

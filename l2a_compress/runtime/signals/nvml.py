@@ -7,6 +7,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
+from l2a_compress.gpu import handle, visible
 from l2a_compress.runtime.signals.reading import Source, each
 
 # Clocks that are low because there is nothing to do, because somebody set them, or because a GPU that is busy keeps to
@@ -24,7 +25,8 @@ class Gpu(Source):
     NVML is initialized at the first reading and never shut down, as other users of the process may need it.
 
     Args:
-        device: an index, or the UUID of a device or of a MIG instance (``MIG-...``), as in CUDA_VISIBLE_DEVICES.
+        device: an index, or the UUID of a device or of a MIG instance (``MIG-...``); None: the first of
+            ``CUDA_VISIBLE_DEVICES``, else 0.
         nvml: the module; None: ``pynvml``, where it is installed.
     """
 
@@ -37,7 +39,7 @@ class Gpu(Source):
         }
     )
 
-    def __init__(self, device: int | str = 0, nvml: Any = None) -> None:
+    def __init__(self, device: int | str | None = None, nvml: Any = None) -> None:
         self._device, self._nvml, self._handle = device, nvml, None
         self._lock = threading.Lock()
 
@@ -66,5 +68,4 @@ class Gpu(Source):
         if self._nvml is None:
             self._nvml = import_module("pynvml")
         self._nvml.nvmlInit()
-        by = "Index" if isinstance(self._device, int) else "UUID"
-        self._handle = getattr(self._nvml, f"nvmlDeviceGetHandleBy{by}")(self._device)
+        self._handle = handle(self._nvml, visible() if self._device is None else self._device)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-
-UNITS = ("bytes", "share", "seconds", "count", "cores")
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,11 @@ class Source(ABC):
 
     Attributes:
         units: The names of all its readings, with their units. They are always all there.
+        until: Names of those that count down to an end.
     """
 
     units: Mapping[str, str]
+    until: tuple[str, ...] = ()
 
     def read(self) -> dict[str, Reading]:
         """All readings, now. Never raises: what fails is not available, and says why."""
@@ -58,7 +59,8 @@ class Source(ABC):
 class Background(Source):
     """A source that is slow to answer, read by a thread of its own every ``seconds``; ``read`` gives the last answer.
 
-    A context manager; ``close`` ends the thread. Until the first answer nothing is available.
+    A context manager; ``close`` ends the thread. Until the first answer nothing is available. An end that the source
+    has announced (``until``) stays known where it does not answer any more.
     """
 
     def __init__(self, source: Source, seconds: float) -> None:
@@ -89,7 +91,7 @@ class Background(Source):
 
     def _run(self) -> None:
         while not self._ended.is_set():
-            self._last = self.source.read()
+            self._last = _known(self._last, self.source.read(), self.source.until)
             self._ended.wait(self._seconds)
 
 
@@ -116,6 +118,16 @@ def each(values: Mapping[str, Callable[[], float]]) -> dict[str, float | str]:
             found[name] = ask()
         except Exception as error:  # as in Source.read
             found[name] = _told(error)
+    return found
+
+
+def _known(last: Mapping[str, Reading], found: dict[str, Reading], until: Sequence[str]) -> dict[str, Reading]:
+    """What was found; an end that was announced does not go away because nobody answers."""
+    for name in until:
+        before, now = last[name], found[name]
+        if now.value is None and before.value is not None and math.isfinite(before.value):
+            left = max(0.0, before.value - (now.at - before.at))
+            found[name] = replace(now, value=left, why="")
     return found
 
 

@@ -15,10 +15,11 @@ class Service(Source):
     """Queue and pace of an engine.
 
     Readings: ``queue.depth``, the requests that wait and can still be in time; ``queue.oldest_seconds``, since the
-    first of them came; ``queue.late``, those that cannot be done by their deadline any more;
+    first of them came that has not begun; ``queue.late``, those that cannot be done by their deadline any more;
     ``service.ttft_seconds``, from a request's coming to its first token, and ``service.tpot_seconds``, from token to
     token, the medians of the last requests that ended; ``service.contention``, the share of the last second's time
-    that others took: 1 less what the steps should have taken by the cost table over what they did.
+    that others took: 1 less what the steps should have taken by the cost table over what they did. The table is
+    measured at short texts, so that long contexts look like others too.
 
     Args:
         engine: that is read. In the thread that steps it.
@@ -53,8 +54,9 @@ class Service(Source):
         )
 
     def _oldest(self) -> float:
-        waiting = self._engine.waiting
-        return self._engine.clock() - waiting[0].submitted if waiting else 0.0
+        fresh = (request for request in self._engine.waiting if request.started is None)
+        first = next(fresh, None)  # one that was interrupted has had its turn, however long ago it came
+        return 0.0 if first is None else self._engine.clock() - first.submitted
 
     def _ttft(self) -> float:
         return _median([each.started - each.submitted for each in self._engine.ended if each.started is not None])

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 class _Spot(Source):
     units = MappingProxyType({"spot.seconds_left": "seconds"})
+    until = ("spot.seconds_left",)
     endpoint: str
 
     def __init__(
