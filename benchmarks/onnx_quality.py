@@ -4,8 +4,8 @@
     python benchmarks/onnx_quality.py --artifact A --problems 64 --tokens 64   # any artifact: KL and agreement
 
 Every precision is exported to a bundle of its own, and its If graph is run at each budget. KL and agreement are of the
-next token, on greedy tokens of the fp32 graph; exact match is of answers that each graph writes itself, on held-out
-problems of the embedded task. Figures go to benchmarks/results/onnx_quality.json, under the base model's name.
+next token, on greedy tokens of the fp32 graph up to the end of its answer; exact match is of answers that each graph
+writes itself, on held-out problems of the embedded task. Figures go to benchmarks/results/onnx_quality.json, under the base model's name.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from measure import RESULTS, Results
 from onnx_speed import BUNDLES
@@ -43,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--artifact", type=Path, required=True)
     parser.add_argument("--problems", type=int, default=300, help="held-out problems (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=48, help="greedy tokens of each, for KL (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=48, help="most greedy tokens of each, for KL (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "onnx_quality.json", help="figures (%(default)s)")
     options = parser.parse_args()
@@ -68,6 +69,7 @@ def main() -> None:
                     )
                 )
     settings = {"problems": len(problems), "tokens": options.tokens, "seed": loaded.recipe.seed, "rows": ROWS}
+    settings |= {"scored": "until the answer ends"}
     Results(options.out).put(name, {"points": points}, settings, threads=options.threads)
     print(f"figures: {options.out}")
 
@@ -92,30 +94,40 @@ def _inputs(loaded: LoadedArtifact, budget: float, rows: int) -> dict[str, Any]:
     return graph_inputs(told, gated.shape.num_layers)
 
 
+def until_the_end(written: npt.NDArray[Any], ends: Sequence[int]) -> npt.NDArray[np.bool_]:
+    """[batch, tokens]: up to and with the first of the tokens that end a text. What stands behind nobody reads."""
+    ended = np.isin(written, ends)
+    found: npt.NDArray[np.bool_] = ended.cumsum(1) - ended == 0
+    return found
+
+
 def _likelihoods(
     loaded: LoadedArtifact, decoders: dict[str, GraphDecoder], problems: Sequence[Problem], budget: float, tokens: int
 ) -> Iterator[dict[str, Any]]:
     """KL of each precision from fp32, in nats a token, and how often the most likely token is the same."""
+    ends = [one for one in (read_tags(loaded.tokenizer).end_answer, loaded.tokenizer.eos_token_id) if one is not None]
     total = dict.fromkeys(decoders, 0.0)
     equal, allocations, count, rows_seen = dict.fromkeys(decoders, 0), dict.fromkeys(decoders, 0), 0, 0
     for rows, ids, mask in _batches(loaded, problems):
         inputs = _inputs(loaded, budget, len(rows))
         follow = _greedy(decoders["fp32"], ids, mask, dict(inputs), tokens)
+        scored = until_the_end(follow, ends)
         reference, chosen = graph_logits(decoders["fp32"], ids, mask, follow, inputs)
-        wanted = torch.from_numpy(reference).log_softmax(-1)
+        wanted = torch.from_numpy(reference[scored]).log_softmax(-1)
         for precision, decoder in decoders.items():
             logits, kept = graph_logits(decoder, ids, mask, follow, inputs)
-            found = torch.from_numpy(logits).log_softmax(-1)
+            found = torch.from_numpy(logits[scored]).log_softmax(-1)
             total[precision] += float((wanted.exp() * (wanted - found)).sum())
             equal[precision] += int((found.argmax(-1) == wanted.argmax(-1)).sum())
             allocations[precision] += int(np.equal(kept, chosen).all(1).sum())
-        count, rows_seen = count + follow.size, rows_seen + len(rows)
+        count, rows_seen = count + int(scored.sum()), rows_seen + len(rows)
     for precision in decoders:
         yield {
             "precision": precision,
             "budget": budget,
             "kl": max(total[precision] / count, 0.0),
             "agreement": equal[precision] / count,
+            "tokens_scored": count,
             "same_allocation": allocations[precision] / rows_seen,
         }
 
