@@ -5,7 +5,8 @@
 
 Every precision is exported to a bundle of its own, and its If graph is run at each budget. KL and agreement are of the
 next token, on greedy tokens of the fp32 graph up to the end of its answer; exact match is of answers that each graph
-writes itself, on held-out problems of the embedded task. Figures go to benchmarks/results/onnx_quality.json, under the base model's name.
+writes itself, on held-out problems of the embedded task. Figures go to benchmarks/results/onnx_quality.json, under the
+base model's name.
 """
 
 from __future__ import annotations

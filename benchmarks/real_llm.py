@@ -10,8 +10,9 @@
     python benchmarks/real_llm.py answers --data DIR           exact match of what the reference and L2A answer
     python benchmarks/real_llm.py report                       its tables, which frontier.py summary puts into docs
 
-Each goes on where it was cut off, and does nothing where it is done. Answers are written by the runtime, from bundles
-of 8 bits; the rest is measured in PyTorch. Data are GSM8K's training problems
+Each goes on where it was cut off, and does nothing where it is done with these settings. What was trained with others
+is refused; what was measured with others is measured anew, or refused where its artifact is not there. Answers are
+written by the runtime, from bundles of 8 bits; the rest is measured in PyTorch. Data are GSM8K's training problems
 (DIR/gsm8k/train.jsonl); those that are held out of training are what is measured.
 """
 
@@ -32,15 +33,18 @@ import torch
 from fetch_models import DEFAULT_CACHE, SOURCES, fetch
 from frontier_tables import real_tables
 from measure import RESULTS, likelihood, machine, progress
+from stale import differences, refuse_other, told, trained_settings
 from transformers import AutoTokenizer
 
+from l2a_compress.artifact import ARTIFACT_FILE
 from l2a_compress.budget import Budget
+from l2a_compress.bundle import Bundle
 from l2a_compress.evaluation.answers import matches
 from l2a_compress.evaluation.frontier import evaluate
 from l2a_compress.evaluation.prompts import Problem, held_out
 from l2a_compress.evaluation.statistics import wilson
 from l2a_compress.exporters.onnx import ExportOptions, export
-from l2a_compress.files import write_atomic
+from l2a_compress.files import sha256_of, write_atomic
 from l2a_compress.modeling.families import ATTENTION_PROJECTIONS, MLP_PROJECTIONS, attention_of, decoder_layers
 from l2a_compress.modeling.loading import load_base
 from l2a_compress.modeling.physical import sliced_linear
@@ -50,7 +54,6 @@ from l2a_compress.training.recipe import Recipe
 from l2a_compress.training.run import build, train
 from l2a_compress.training.store import load_artifact, save_artifact
 
-RESULT = RESULTS / "real_llm.json"
 KEPT = ("dropped_layers", "nll_by_problem", "agreement_by_problem")
 BUDGETS = tuple(math.ceil(1e4 * budget) / 1e4 for budget in (1.0, 0.875, 0.75, 2 / 3, 0.5625))
 STATIC = {
@@ -103,12 +106,21 @@ def trained(name: str, options: argparse.Namespace) -> Path:
     """The artifact of one run, trained where it is not there yet."""
     folder: Path = options.work / options.model / name
     began = time.time()
+    refuse_others(name, options)
     if not (folder / "artifact").is_dir():
         train(recipe_of(name, options), folder)
         print(f"{name}: {(time.time() - began) / 60:.0f} minutes, since it was started last")
     if name == "sft" and not (folder.parent / "base").is_dir():
         _merge(folder / "artifact", recipe_of(name, options), folder.parent / "base")
     return folder / "artifact"
+
+
+def refuse_others(name: str, options: argparse.Namespace) -> None:
+    """Ends the command where the run, or the fine-tuning behind its base, was trained with other settings."""
+    for run in ("sft", name):
+        artifact = options.work / options.model / run / "artifact"
+        if artifact.is_dir():
+            refuse_other(artifact, recipe_of(run, options))
 
 
 @torch.no_grad()
@@ -134,13 +146,15 @@ def _merge(artifact: Path, recipe: Recipe, target: Path) -> None:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measures every run that is trained and not measured yet, problem by problem against the dense reference."""
+    """Measures every run that is trained and not measured with these settings yet, against the dense reference."""
     content, found = _record(options)
     measured = found.setdefault("points", {})
+    todo = to_measure("measured", found, [name for name in (*GATED, *STATIC) if name in measured], options)
     for name in (*GATED, *STATIC):
         artifact = options.work / options.model / name / "artifact"
-        if not artifact.is_dir() or (name in measured and not options.again):
+        if not artifact.is_dir() or (name in measured and name not in todo):
             continue
+        refuse_others(name, options)
         loaded = load_artifact(artifact)
         static = loaded.config.metrics.get("static")
         budgets = (static["budget"],) if static else BUDGETS
@@ -152,8 +166,42 @@ def measure(options: argparse.Namespace) -> None:
             measured[title] = [likelihood(point) | {key: getattr(point, key) for key in KEPT} for point in points]
         found.setdefault("training", {})[name] = dict(loaded.config.metrics)
         found["settings"] = {"common": COMMON, **GATED, "steps": options.steps, "sft_steps": options.sft_steps}
-        write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
+        found.setdefault("measured", {})[name] = asked_of(name, options)
+        write_atomic(options.out, json.dumps(content, indent=1) + "\n")
     report_of(content)
+
+
+def asked_of(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All that the figures of one run depend on, as the record notes it."""
+    runs = {"sft": recipe_of("sft", options), "recipe": recipe_of(name, options)}
+    asked = {key: trained_settings(recipe) for key, recipe in runs.items()}
+    found: dict[str, Any] = json.loads(json.dumps({**asked, "problems": options.problems, "budgets": BUDGETS}))
+    return found
+
+
+def to_measure(key: str, found: dict[str, Any], names: Sequence[str], options: argparse.Namespace) -> list[str]:
+    """Which of what the record has is measured anew, and says why.
+
+    Ends the command where something else in the record was measured with other settings and cannot be measured anew:
+    the tables compare all runs of a record with each other.
+    """
+    todo, kept = [], []
+    for name in names:
+        noted, folder = found.get(key, {}).get(name), options.work / options.model / name
+        others = ["settings that it does not note"] if noted is None else differences(noted, asked_of(name, options))
+        if others and name != "reference" and not (folder / "artifact").is_dir():
+            kept.append(f"{name} ({told(others)})")
+        elif others or options.again:
+            todo.append(name)
+            print(f"{name}: measured anew ({told(others) or '--again'})", flush=True)
+        else:
+            print(f"{name}: is in {options.out} already; --again measures it anew", flush=True)
+    if kept:
+        raise SystemExit(
+            f"{options.out} has runs of other settings whose artifacts are not in {options.work}: {', '.join(kept)}. "
+            "Ask for the same settings, or for a record of its own with --out"
+        )
+    return todo
 
 
 def answers(options: argparse.Namespace) -> None:
@@ -166,16 +214,20 @@ def answers(options: argparse.Namespace) -> None:
         count=options.problems,
         seed=options.seed,
     )
+    answered = found.setdefault("answers", {})
+    todo = to_measure("answered", found, [name for name in ("reference", *GATED) if name in answered], options)
     for name in ("reference", *GATED):
         bundle = _bundle(name, options)
         if bundle is None:
             continue
+        if name in todo:
+            answered[name] = []
+        found.setdefault("answered", {})[name] = asked_of(name, options)
         for budget in BUDGETS[:1] if name == "reference" else BUDGETS:
-            points = found.setdefault("answers", {}).setdefault(name, [])
-            if options.again or budget not in [point["budget"] for point in points]:
-                points[:] = [point for point in points if point["budget"] != budget]
+            points = answered.setdefault(name, [])
+            if budget not in [point["budget"] for point in points]:
                 points.append(_asked(bundle, budget, problems, options.threads))
-                write_atomic(RESULT, json.dumps(content, indent=1) + "\n")
+                write_atomic(options.out, json.dumps(content, indent=1) + "\n")
                 print(f"{name} {budget}: {100 * points[-1]['accuracy']:.1f} % right", flush=True)
     report_of(content)
 
@@ -184,15 +236,25 @@ def _bundle(name: str, options: argparse.Namespace) -> Path | None:
     """Variants of 8 bits at every budget, of the reference one; None where nothing is trained yet."""
     folder: Path = options.work / options.model / name
     artifact, bundle = folder / "artifact", folder / "bundle"
+    refuse_others(name, options)
     if name == "reference" and not artifact.is_dir():  # adapters that do nothing yet
         recipe = recipe_of(name, options)
         gated, tokenizer, digest = build(recipe)
         save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics={})
+    budgets = BUDGETS[:1] if name == "reference" else BUDGETS
+    if bundle.is_dir() and not _is_of(bundle, artifact, budgets):
+        print(f"{bundle}: is of another artifact or of other budgets; made anew", flush=True)
+        shutil.rmtree(bundle)
     if artifact.is_dir() and not bundle.is_dir():
-        budgets = BUDGETS[:1] if name == "reference" else BUDGETS
         settings = ExportOptions(precision="int8", if_graph=False, positions=1024, budgets=budgets, calibration=32)
         export(artifact, bundle, settings)
     return bundle if bundle.is_dir() else None
+
+
+def _is_of(folder: Path, artifact: Path, budgets: Sequence[float]) -> bool:
+    bundle = Bundle.load(folder)
+    same = bundle.artifact == sha256_of(artifact / ARTIFACT_FILE)
+    return same and sorted(one.budget for one in bundle.variants) == sorted(budgets)
 
 
 def _asked(bundle: Path, budget: float, problems: Sequence[Problem], threads: int) -> dict[str, Any]:
@@ -217,7 +279,7 @@ def _asked(bundle: Path, budget: float, problems: Sequence[Problem], threads: in
 
 def _record(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
     """The whole content of the record, and its part for this model."""
-    content: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    content: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     found = content.setdefault(options.model, {})
     found["machine"] = machine(options.threads)
     return content, found
@@ -245,9 +307,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="measure again what was measured")
     parser.add_argument("--set", action="append", default=[], help="section.key=value, of the recipe")
+    parser.add_argument("--out", type=Path, default=RESULTS / "real_llm.json", help="the record (%(default)s)")
     options = parser.parse_args()
     if options.what == "report":
-        report_of(json.loads(RESULT.read_text()))
+        report_of(json.loads(options.out.read_text()))
         return
     if options.data is None:
         parser.error("--data names the folder that has gsm8k/train.jsonl")
