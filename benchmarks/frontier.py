@@ -22,6 +22,7 @@ from typing import Any, get_args
 
 import torch
 from frontier_summary import RECORDS, summarize
+from stale import differences, refuse_other, told
 
 from l2a_compress.embedded import MODEL_DIR, pretrain, task
 from l2a_compress.evaluation.frontier import evaluate
@@ -149,22 +150,27 @@ def run(name: str, args: argparse.Namespace) -> Path:
     folder = args.work / f"{'main' if name == 'untrained' else name}-s{args.seed}"
     began = time.time()
     artifact = folder / "artifact"
-    if not artifact.is_dir():
+    if artifact.is_dir():
+        refuse_other(artifact, recipe)
+    else:
         artifact = train(recipe, folder, quiet=True)
     loaded = load_artifact(artifact)
     torch.set_num_threads(args.threads)
-    target = RECORDS / f"{name}-s{args.seed}.json"
-    reports = json.loads(target.read_text())["reports"] if target.exists() else {}
+    target, problems = RECORDS / f"{name}-s{args.seed}.json", args.problems or problems
+    noted = [text.replace(f"{args.work}/", "") for text in settings[1:]]
+    reports = {}
+    if target.exists():
+        reports = kept_reports(json.loads(target.read_text()), noted, problems, whole=_is_whole(args))
     if args.budgets:
         experiment = replace(experiment, caps=args.budgets, means=args.budgets if experiment.means else ())
-    found = measure(loaded, experiment, args.problems or problems, args.parts.split(","))
+    found = measure(loaded, experiment, problems, args.parts.split(","))
     reports |= {part: _merged(reports.get(part), report) if args.budgets else report for part, report in found.items()}
     record = {
         "name": name,
         "about": experiment.about,
         "scale": "short" if experiment.short else "long",
         "seed": args.seed,
-        "settings": [text.replace(f"{args.work}/", "") for text in settings[1:]],
+        "settings": noted,
         "without": experiment.without,
         "base": _written(base) if base else None,
         "training": dict(loaded.config.metrics),
@@ -175,6 +181,33 @@ def run(name: str, args: argparse.Namespace) -> Path:
     RECORDS.mkdir(parents=True, exist_ok=True)
     write_atomic(target, json.dumps(record, indent=None, separators=(",", ":")) + "\n")
     return target
+
+
+PARTS = ("capped", "mean", "probes", "split")
+
+
+def _is_whole(args: argparse.Namespace) -> bool:
+    return not args.budgets and set(PARTS) <= set(args.parts.split(","))
+
+
+def kept_reports(record: dict[str, Any], settings: Sequence[str], problems: int, *, whole: bool) -> dict[str, Any]:
+    """The reports of a record that new ones are put beside: none where it is of other settings.
+
+    Ends the command where those would be mixed with what is measured now.
+    """
+    sides = ([text for text in one if not text.startswith("optim.threads=")] for one in (record["settings"], settings))
+    other = differences(*(dict(enumerate(map(str, side))) for side in sides))
+    reports: dict[str, Any] = record["reports"]
+    counts = {one["settings"]["problems"] for one in reports.values()} - {problems}
+    other += [f"problems: was {count}, now is {problems}" for count in sorted(counts)]
+    if not other:
+        return reports
+    if not whole:
+        raise SystemExit(
+            f"the record of {record['name']} is of other settings ({told(other)}): measure all of its parts"
+        )
+    print(f"the record of {record['name']} is of other settings ({told(other)}): measured anew", flush=True)
+    return {}
 
 
 def _base(work: Path, name: str, styles: Sequence[task.Style], threads: int) -> Path:
@@ -263,9 +296,7 @@ def main() -> None:
     one.add_argument("--batch-size", type=int, default=16)
     one.add_argument("--problems", type=int, help="other than the experiment's own")
     one.add_argument("--threads", type=int, default=1)
-    one.add_argument(
-        "--parts", default="capped,mean,probes,split", help="what to measure anew; the rest of a record stays"
-    )
+    one.add_argument("--parts", default=",".join(PARTS), help="what to measure anew; the rest of a record stays")
     one.add_argument(
         "--budgets",
         type=lambda text: tuple(map(float, text.split(","))),

@@ -2,6 +2,8 @@
 
     python benchmarks/head_trials.py --seed 0        and 1, 2; 20 minutes each, goes on where it was cut off
 
+Trials of other settings than these, or that do not note theirs, are measured anew.
+
 A network that has met any allocation alike (the exploration of `frontier.py run main`: 600 steps) is trained for a
 little while at each allocation, from the same weights and on the same samples, as the trials of the search are, and
 its loss is measured behind it. Layers go in the order that the search of `main` found for that seed. What is narrowed
@@ -24,6 +26,7 @@ from frontier import LONG
 from frontier_summary import RECORDS
 from frontier_tables import trials_table
 from measure import RESULTS, machine
+from stale import differences, refuse_other, told, trained_settings
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.files import write_atomic
@@ -73,7 +76,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = [f"seed={options.seed}", f"optim.threads={options.threads}", "optim.batch_size=16", *LONG, *EXPLORED]
     recipe = Recipe.named("mini", settings)
     folder = options.work / f"head-trials-s{options.seed}"
-    if not (folder / "artifact").is_dir():
+    if (folder / "artifact").is_dir():
+        refuse_other(folder / "artifact", recipe)
+    else:
         train(recipe, folder, quiet=True)
     torch.set_num_threads(options.threads)
     loaded = load_artifact(folder / "artifact")
@@ -86,8 +91,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     content: dict[str, Any] = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     found = content.setdefault(f"seed {options.seed}", {})
-    found["machine"] = machine(options.threads)
     noted = json.loads((RECORDS / f"main-s{options.seed}.json").read_text())["training"]["search"]["order"]
+    asked = trained_settings(recipe) | {"order": noted[:DEEPEST], "chosen_on": CHOSEN_ON, "at_once": AT_ONCE}
+    other = differences(found["settings"], asked) if "settings" in found else ["settings that are not noted"]
+    if found.get("trials") and other:
+        print(f"seed {options.seed}: trials are measured anew ({told(other)})", flush=True)
+        found["trials"] = {}
+    found |= {"machine": machine(options.threads), "settings": asked}
     shape, cost = gated.shape, gated.cost
     equal = round(cost.layer_units / cost.group_units) + shape.num_groups  # groups that cost what a layer does
     rows = found.setdefault("trials", {})

@@ -19,6 +19,7 @@ from typing import Any
 from fetch_models import DEFAULT_CACHE
 from measure import RESULTS, Peer, Results, ratio, shown
 from native import BUILD, HERE, PRECISIONS, build_bench, export_bundles
+from untrained import CHECKPOINT
 
 START = (
     "import ctypes, os, sys; os.environ.pop('GLIBC_TUNABLES', None); "
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=8, help="of each process (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "huge_pages.json", help="figures (%(default)s)")
     options = parser.parse_args()
+    options.checkpoint, options.work = CHECKPOINT, options.work / CHECKPOINT  # as native.py has them
     build_bench()
     export_bundles(options)
     results = Results(options.out)

@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("l2a-compress", "torch", "transformers", "peft", "accelerate", "gguf")
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-genai")  # those that are installed
 
 
 def interleaved(
@@ -97,9 +98,17 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "system": f"{platform.system()} {platform.machine()}",  # the kernel's name would be that of a host
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _PACKAGES},
+        "versions": {name: metadata.version(name) for name in _PACKAGES} | _runtimes(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _runtimes() -> dict[str, str]:
+    found = {}
+    for name in _RUNTIMES:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def progress(label: str, done: int, total: int) -> None:

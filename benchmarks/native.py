@@ -34,6 +34,7 @@ from typing import Any
 
 from fetch_models import DEFAULT_CACHE, SOURCES
 from measure import RESULTS, Peer, Results, ratio, shown, turned, verdict
+from stale import made
 from untrained import CHECKPOINT, allocation, untrained
 
 from l2a_compress.artifact import ArtifactConfig
@@ -100,14 +101,11 @@ def export_bundles(options: argparse.Namespace) -> None:
     """Bundles of one dense variant, of layers skipped, twice, and of fewer heads besides; made once."""
     for kind in ("dense", *BARS):
         heads = kind == "heads"
-        missing = [name for name in PRECISIONS if not (options.work / f"{kind}-{name}").exists()]
-        if not missing:
-            continue
         folder = options.work / f"artifact-{'heads' if heads else 'layers'}"
         artifact = untrained(folder, options.models, heads=heads, checkpoint=options.checkpoint)
         shape = ArtifactConfig.load(artifact).shape
         layers, groups = shape.num_layers, shape.num_groups
-        made = tuple(
+        kept = tuple(
             (
                 budget,
                 allocation(
@@ -121,12 +119,17 @@ def export_bundles(options: argparse.Namespace) -> None:
             for budget, (tenths, thirds) in LADDER.items()
             if kind != "dense" or budget == BUDGETS[0]
         )
-        for precision in missing:
-            print(f"exporting {kind} {precision}", flush=True)
+        for precision in PRECISIONS:
             settings = ExportOptions(
-                precision=precision, allocations=made, if_graph=kind != "dense", whole_cache=kind != "lean"
+                precision=precision, allocations=kept, if_graph=kind != "dense", whole_cache=kind != "lean"
             )
-            export(artifact, options.work / f"{kind}-{precision}", settings)
+            folder = options.work / f"{kind}-{precision}"
+            made(folder, {"export": repr(settings)}, functools.partial(_export, artifact, folder, settings))
+
+
+def _export(artifact: Path, folder: Path, settings: ExportOptions) -> None:
+    print(f"exporting {folder.name}", flush=True)
+    export(artifact, folder, settings)
 
 
 def _memory(options: argparse.Namespace, precision: str) -> dict[str, Any]:

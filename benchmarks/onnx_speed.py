@@ -20,6 +20,7 @@ output head and the attention over the context, which every budget pays, count a
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from typing import Any
 
 from fetch_models import DEFAULT_CACHE, fetch
 from measure import RESULTS, Peer, Results, ratio, shown, turned, verdict
+from stale import made
 from untrained import CHECKPOINT, GROUPS, LAYERS, allocation, untrained
 
 from l2a_compress.allocation import Allocation
@@ -176,12 +178,16 @@ def _bundles(options: argparse.Namespace, name: str) -> dict[str, Path]:
         **{kind: {"budgets": (), **more} for kind, more in IF_KINDS.items()},
         "heads": {"allocations": pruned, "if_graph": False},
     }
-    made = {kind: options.work / f"{name.replace('/', '-')}-{kind}" for kind in kinds}
+    folders = {kind: options.work / f"{name.replace('/', '-')}-{kind}" for kind in kinds}
     for kind, more in kinds.items():
-        if not made[kind].exists():
-            print(f"exporting {made[kind]}", flush=True)
-            export(artifact, made[kind], ExportOptions(**common, **more))
-    return made
+        settings = ExportOptions(**common, **more)
+        made(folders[kind], {"export": repr(settings)}, functools.partial(_export, artifact, folders[kind], settings))
+    return folders
+
+
+def _export(artifact: Path, folder: Path, settings: ExportOptions) -> None:
+    print(f"exporting {folder}", flush=True)
+    export(artifact, folder, settings)
 
 
 def _base(options: argparse.Namespace) -> Path:

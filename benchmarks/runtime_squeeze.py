@@ -77,7 +77,8 @@ def main() -> None:
         return
     results = Results(options.out)
     if not options.report:
-        results.put("squeeze", _squeeze(options), {"rows": options.rows, "left": options.left}, threads=1)
+        settings = {name: getattr(options, name) for name in ("rows", "spare", "left", "seconds")}
+        results.put("squeeze", _squeeze(options), settings, threads=1)
     found = results.sections["squeeze"]
     _judge(found)
     _draw(found)

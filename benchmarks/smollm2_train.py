@@ -15,6 +15,7 @@ from typing import Any
 
 from measure import likelihood, progress, verdict
 from smollm2_setup import Setup
+from stale import refuse_other
 
 from l2a_compress.evaluation.frontier import evaluate
 from l2a_compress.training.recipe import Recipe
@@ -103,11 +104,13 @@ def real_run(setup: Setup, overrides: list[str]) -> dict[str, Any]:
     out = setup.runs / "train"
     began, before = time.perf_counter(), last_checkpoint(out / CHECKPOINTS)
     artifact = out / "artifact"
-    if not artifact.exists():
+    if artifact.exists():
+        refuse_other(artifact, recipe)
+    else:
         train(recipe, out)
     minutes = (time.perf_counter() - began) / 60
     log = _log(out)
-    report = evaluate(load_artifact(artifact), metric="nll", batch_size=16, progress=progress)
+    report = evaluate(load_artifact(artifact), recipe.evaluation, metric="nll", batch_size=16, progress=progress)
     print(" " * 60, end="\r")
     points = {
         "dense": [likelihood(report.dense)],

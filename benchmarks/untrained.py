@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fetch_models import fetch
+from stale import made
 
 from l2a_compress.allocation import Allocation
 from l2a_compress.training.recipe import Recipe
@@ -19,13 +20,15 @@ _FIRST = 3  # of the layers that are skipped, one after another
 
 def untrained(folder: Path, models: Path, *, heads: bool, checkpoint: str = CHECKPOINT) -> Path:
     """The artifact, made once. Its gates say the same for every prompt, as training by search leaves them."""
-    if not folder.exists():
+
+    def make() -> None:
         file = fetch(checkpoint, models)
         recipe = Recipe.named(CHECKPOINT, [f'model.name="{file.parent}"', f'model.gguf_file="{file.name}"'])
         recipe = replace(recipe, gates=replace(recipe.gates, heads=heads))
         gated, tokenizer, digest = build(recipe)
         save_artifact(gated, tokenizer, recipe, folder, base_digest=digest, metrics={})
-    return folder
+
+    return made(folder, {"checkpoint": checkpoint, "heads": heads}, make)
 
 
 def allocation(
