@@ -117,7 +117,7 @@ def print_report(report: Report, files: Mapping[str, Path], console: Console | N
     console.print(table_of(report))
     console.print()
     for contract, check in report.frontier.items():
-        said = "monotone within the intervals" if check.monotone else "NOT monotone within the intervals"
+        said = "monotone within chance" if check.monotone else "NOT monotone, beyond chance"
         by = f"largest inversion {100 * check.largest_inversion:.1f} points"
         console.print(f"frontier under {contract}: {said} ({by})", soft_wrap=True)
     for path in files.values():

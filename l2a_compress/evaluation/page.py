@@ -76,7 +76,7 @@ def _inline(svg: str) -> str:
 def _checks(report: Report) -> str:
     said = []
     for contract, check in report.frontier.items():
-        text = f"{'no' if check.monotone else 'a'} smaller budget is better beyond the intervals"
+        text = f"{'no' if check.monotone else 'a'} smaller budget is better beyond chance"
         if check.largest_inversion > 0:
             low, high = check.between
             text += f" (largest inversion {100 * check.largest_inversion:.1f} points, between {low:g} and {high:g})"

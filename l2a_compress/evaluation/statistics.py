@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from l2a_compress.evaluation.values import Point
@@ -47,7 +48,9 @@ def clustered(hits: Sequence[int], trials: Sequence[int]) -> tuple[float, float]
     return wilson(share * effective, effective)
 
 
-def paired(outcomes: Sequence[str | float], others: Sequence[str | float]) -> tuple[float, float, float]:
+def paired(
+    outcomes: Sequence[str | float], others: Sequence[str | float], *, comparisons: int = 1
+) -> tuple[float, float, float]:
     """The mean difference of two points on the same problems, with its 95 % interval: (difference, low, high).
 
     Problems that both get right, or both wrong, say nothing about the difference, so it is known far better than two
@@ -57,6 +60,7 @@ def paired(outcomes: Sequence[str | float], others: Sequence[str | float]) -> tu
         outcomes: a digit a problem, 1 for a right answer (:attr:`Point.outcomes`), or a number a problem
             (:attr:`Point.nll_by_problem`).
         others: of what is compared with.
+        comparisons: how many are made at a time; the intervals are those that hold together (Bonferroni's).
 
     Raises:
         ValueError: they are not of the same problems.
@@ -66,7 +70,8 @@ def paired(outcomes: Sequence[str | float], others: Sequence[str | float]) -> tu
     gaps = [float(a) - float(b) for a, b in zip(outcomes, others, strict=True)]
     mean = sum(gaps) / len(gaps)
     spread = math.sqrt(sum((gap - mean) ** 2 for gap in gaps) / max(len(gaps) - 1, 1) / len(gaps))
-    return mean, mean - _Z95 * spread, mean + _Z95 * spread
+    half = spread * (_Z95 if comparisons == 1 else NormalDist().inv_cdf(1 - 0.025 / comparisons))
+    return mean, mean - half, mean + half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +79,9 @@ class FrontierCheck:
     """Whether more budget never means a lower quality than chance explains.
 
     Attributes:
-        monotone: No point lies below one of a smaller budget with intervals that do not overlap.
+        monotone: No point lies below one of a smaller budget by more than chance explains: problem by problem, by
+            intervals of 95 % for all pairs of points together; of points without outcomes their intervals do not
+            overlap.
         largest_inversion: The most by which a smaller budget was better, as a difference of shares; 0 for none.
         between: The two budgets of that inversion, the smaller first; empty for none.
     """
@@ -93,7 +100,7 @@ def check_frontier(points: Sequence[Point]) -> FrontierCheck:
     ordered = sorted(points, key=lambda point: point.budget)
     pairs = [(low, high) for at, low in enumerate(ordered) for high in ordered[at + 1 :]]
     worst = max(pairs, key=lambda pair: pair[0].accuracy - pair[1].accuracy, default=None)
-    apart = any(low.accuracy_low > high.accuracy_high for low, high in pairs)
+    apart = any(_is_below(high, low, len(pairs)) for low, high in pairs)
     if worst is None or worst[0].accuracy <= worst[1].accuracy:
         return FrontierCheck(monotone=not apart, largest_inversion=0.0)
     return FrontierCheck(
@@ -101,3 +108,13 @@ def check_frontier(points: Sequence[Point]) -> FrontierCheck:
         largest_inversion=worst[0].accuracy - worst[1].accuracy,
         between=(worst[0].budget, worst[1].budget),
     )
+
+
+def _is_below(point: Point, other: Point, comparisons: int) -> bool:
+    """Whether a point is worse than another beyond chance."""
+    if point.accuracy >= other.accuracy:
+        return False
+    ours, theirs = (one.outcomes or one.agreement_by_problem for one in (point, other))
+    if (point.seed, point.n, len(ours)) != (other.seed, other.n, len(theirs)) or not ours:
+        return point.accuracy_high < other.accuracy_low
+    return paired(ours, theirs, comparisons=comparisons)[2] < 0

@@ -125,6 +125,43 @@ def test_an_inversion_beyond_the_interval_is_not() -> None:
     assert check.between == (0.5, 1.0)
 
 
+def with_outcomes(*points: tuple[float, str]) -> list[Point]:
+    """Points of (budget, outcomes) whose own intervals overlap."""
+    return [
+        dataclasses.replace(POINT, budget=b, accuracy=o.count("1") / len(o), n=len(o), outcomes=o) for b, o in points
+    ]
+
+
+def test_points_of_the_same_problems_are_compared_problem_by_problem() -> None:
+    # 20 of 1000 are lost and none is won, far within what two separate intervals tell apart.
+    less, more = "1" * 800 + "0" * 200, "0" * 20 + "1" * 780 + "0" * 200
+    assert not check_frontier(with_outcomes((1.0, more), (0.5, less))).monotone
+    assert check_frontier(with_outcomes((1.0, less), (0.5, more))).monotone
+    other = [
+        dataclasses.replace(point, seed=seed) for seed, point in enumerate(with_outcomes((1.0, more), (0.5, less)))
+    ]
+    assert check_frontier(other).monotone  # other problems: nothing to pair
+
+
+def test_of_many_pairs_one_that_is_apart_by_chance_is_forgiven() -> None:
+    # 5 lost, none won: beyond the 95 % interval of one comparison, but not of 15.
+    less, more = "1" * 100, "0" * 5 + "1" * 95
+    assert not check_frontier(with_outcomes((1.0, more), (0.5, less))).monotone
+    six = with_outcomes((1.0, less), (0.9, more), (0.8, less), (0.7, less), (0.6, less), (0.5, less))
+    assert check_frontier(six).monotone
+
+
+def test_agreement_is_compared_problem_by_problem_too() -> None:
+    shares = tuple(0.5 + 0.001 * (place % 7) for place in range(50))
+    low, high = (
+        dataclasses.replace(
+            POINT, budget=b, accuracy=0.5 + shift, n=50, agreement_by_problem=tuple(s + shift for s in shares)
+        )
+        for b, shift in ((0.5, 0.02), (1.0, 0.0))
+    )
+    assert not check_frontier([low, high]).monotone
+
+
 def test_a_single_point_is_monotone() -> None:
     assert check_frontier(frontier((1.0, 0.5))).monotone
 
