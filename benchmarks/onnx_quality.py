@@ -5,8 +5,8 @@
 
 Every precision is exported to a bundle of its own, and its If graph is run at each budget. KL and agreement are of the
 next token, on greedy tokens of the fp32 graph up to the end of its answer; exact match is of answers that each graph
-writes itself, on held-out problems of the embedded task. Figures go to benchmarks/results/onnx_quality.json, under the
-base model's name.
+writes itself, on held-out problems of the embedded task, and its difference to fp32's problem by problem. Figures go
+to benchmarks/results/onnx_quality.json, under the base model's name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from onnx_speed import BUNDLES
 from l2a_compress.budget import Budget
 from l2a_compress.evaluation.answers import matches
 from l2a_compress.evaluation.prompts import Problem, held_out
-from l2a_compress.evaluation.statistics import wilson
+from l2a_compress.evaluation.statistics import paired, wilson
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.verify import graph_inputs, graph_logits, one_more, right_padded
 from l2a_compress.modeling.budgets import batch_budgets
@@ -62,6 +62,8 @@ def main() -> None:
             for point in _likelihoods(loaded, decoders, problems, budget, options.tokens):
                 if exact:
                     point |= _exact(loaded, decoders[point["precision"]], problems, budget)
+                    fp32 = next(one for one in [*points, point] if one["budget"] == budget)
+                    point["less_fp32"] = paired(point["outcomes"], fp32["outcomes"])
                 points.append(point)
                 print(
                     "  ".join(
@@ -148,16 +150,19 @@ def _greedy(decoder: GraphDecoder, ids: Any, mask: Any, inputs: dict[str, Any], 
 
 def _exact(loaded: LoadedArtifact, decoder: GraphDecoder, problems: Sequence[Problem], budget: float) -> dict[str, Any]:
     """Exact match of the answers between the tags; reasoning that does not end within its limit is wrong."""
-    tags, hits = read_tags(loaded.tokenizer), 0
+    tags, hits = read_tags(loaded.tokenizer), list[bool]()
     for rows, ids, mask in _batches(loaded, problems):
         limit = round(1.25 * max(row.length for row in rows)) + 24
         written = _greedy(decoder, ids, mask, _inputs(loaded, budget, len(rows)), limit)
         for row, tokens in zip(rows, written.tolist(), strict=True):
-            if tags.answer in tokens and tags.end_answer in tokens:
+            hit = tags.answer in tokens and tags.end_answer in tokens
+            if hit:
                 answer = tokens[tokens.index(tags.answer) + 1 : tokens.index(tags.end_answer)]
-                hits += matches(str(loaded.tokenizer.decode(answer, skip_special_tokens=True)), row.example.answer)
-    low, high = wilson(hits, len(problems))
-    return {"accuracy": hits / len(problems), "accuracy_low": low, "accuracy_high": high}
+                hit = matches(str(loaded.tokenizer.decode(answer, skip_special_tokens=True)), row.example.answer)
+            hits.append(hit)
+    low, high = wilson(sum(hits), len(hits))
+    outcomes = "".join(str(int(hit)) for hit in hits)
+    return {"accuracy": sum(hits) / len(hits), "accuracy_low": low, "accuracy_high": high, "outcomes": outcomes}
 
 
 if __name__ == "__main__":

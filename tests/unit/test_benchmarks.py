@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import frontier
 import numpy as np
 import pytest
 import real_llm
@@ -92,3 +93,18 @@ def test_a_record_of_other_settings_that_cannot_be_measured_anew_is_refused(aske
     found = {"measured": {"l2a-long": {"name": "l2a-long", "problems": 500}}}
     with pytest.raises(SystemExit, match=r"l2a-long \(problems: was 500, now is 250\).*--out"):
         real_llm.to_measure("measured", found, ["l2a-long"], asked)
+
+
+def _record(steps: int, problems: int) -> dict[str, Any]:
+    reports = {"capped": {"settings": {"problems": problems}}}
+    return {"name": "main", "settings": [f"optim.steps={steps}", "optim.threads=1"], "reports": reports}
+
+
+def test_reports_of_other_settings_are_not_kept_beside_new_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    asked, record = ["optim.steps=3", "optim.threads=2"], _record(3, 9)
+    assert frontier.kept_reports(record, asked, 9, whole=False) == record["reports"]
+    for other, told in ((_record(4, 9), "optim.steps=4"), (_record(3, 8), "problems: was 8, now is 9")):
+        assert frontier.kept_reports(other, asked, 9, whole=True) == {}
+        assert told in capsys.readouterr().out
+        with pytest.raises(SystemExit, match="measure all of its parts"):
+            frontier.kept_reports(other, asked, 9, whole=False)
