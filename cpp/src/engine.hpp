@@ -23,7 +23,7 @@ namespace l2a::core {
 struct EngineOptions {
     bool variants = false;  // served by static variants instead of the If graph
     std::int64_t max_rows = 8;
-    std::int64_t max_cache_bytes = 0;  // 0: any
+    std::int64_t max_cache_bytes = 0;     // 0: any
     std::function<double()> memory_left;  // bytes, NaN where nobody knows; none: of the machine
 };
 

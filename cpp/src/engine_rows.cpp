@@ -65,7 +65,7 @@ bool Engine::admit(Request& request) {
         throw Error(L2A_ERROR_OUT_OF_MEMORY,
                     "request " + std::to_string(request.id) + ": " + std::to_string(need) +
                         " bytes for its keys and values and to compute its prompt, of which " +
-                        std::to_string(static_cast<std::int64_t>(left)) +
+                        std::to_string(static_cast<std::int64_t>(std::max(left, 0.0))) +
                         " are left; free some, shorten the prompt, or lower its limits");
     }
     const std::int64_t many = std::min(options_.max_rows, 2 * rows - 1);

@@ -247,7 +247,10 @@ L2A_API l2a_status* l2a_engine_submit(l2a_engine* engine, const int64_t* prompt,
  * L2A_ERROR_SESSION or L2A_ERROR_OUT_OF_MEMORY; the old budget stays.
  */
 L2A_API l2a_status* l2a_engine_set_budget(l2a_engine* engine, uint64_t id, const l2a_budget* budget);
-/** Writes no more of a request; one that is done stays as it is. */
+/**
+ * Writes no more of a request; one that is done stays as it is. Its row is free at once, and with the last row all
+ * memory of keys and values.
+ */
 L2A_API l2a_status* l2a_engine_cancel(l2a_engine* engine, uint64_t id);
 
 /**

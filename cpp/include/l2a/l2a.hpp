@@ -150,7 +150,7 @@ class Request {
 /** Continuous batching over a runtime, which it keeps open. One thread at a time. */
 class Engine {
   public:
-    /** @param memory_left in the place of the option of this name, where given; one that throws knows nothing. */
+    /** @param memory_left in the place of the option of this name, where given; one that throws says NAN. */
     explicit Engine(const Runtime& runtime, EngineOptions options = {}, std::function<double()> memory_left = {}) {
         if (memory_left) {
             memory_left_ = std::make_unique<std::function<double()>>(std::move(memory_left));
