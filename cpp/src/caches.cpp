@@ -25,6 +25,12 @@ Caches::Caches(const std::vector<const Graph*>& graphs) {
     for (const auto& [place, buffer] : buffers_) token_bytes_ += buffer.groups * buffer.token_bytes;
 }
 
+void Caches::Buffer::mark(std::int64_t row, std::int64_t count, std::int64_t tokens) noexcept {
+    for (std::int64_t group = 0; group < count; ++group) {
+        marks[place(row, group)] = std::max(marks[place(row, group)], tokens);
+    }
+}
+
 std::int64_t Caches::grown(std::int64_t capacity) const noexcept {
     return capacity <= capacity_ ? capacity_ : std::max(capacity, capacity_ * 3 / 2);
 }
@@ -57,7 +63,8 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
     std::byte* free = next.data_.get();
     for (const auto& [place, old] : buffers_) {
         Buffer& buffer = next.buffers_[place];
-        buffer = {old.groups, old.token_bytes, free};
+        buffer = {old.groups, old.token_bytes, free, {}};
+        buffer.marks.resize(static_cast<std::size_t>(next.rows_ * old.groups));
         free += size(old);
         std::int64_t row = 0;
         for (const std::int64_t length : lengths) {
@@ -66,6 +73,7 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
                 const std::byte* written = at(old, row, group);
                 // A layer that is skipped is not written: its new pages stay untouched too.
                 if (!is_zero(written, bytes)) std::memcpy(next.at(buffer, row, group), written, bytes);
+                buffer.marks[old.place(row, group)] = std::min(old.marks[old.place(row, group)], length);
             }
             ++row;
         }
@@ -93,8 +101,33 @@ const OrtValues& Caches::view(const Graph& graph, std::int64_t start, std::int64
     return views_[key] = std::move(values);
 }
 
+void Caches::clear() noexcept {
+    views_.clear();
+    data_.reset();
+    rows_ = capacity_ = 0;
+}
+
+void Caches::mark(const Graph& graph, std::int64_t row, std::int64_t tokens) {
+    for (const CacheInput& cache : graph.caches()) {
+        buffers_.at({cache.layer, cache.is_key}).mark(row, cache.groups, tokens);
+    }
+}
+
+std::int64_t Caches::unwritten(const Graph& graph, std::int64_t row, std::int64_t tokens) const {
+    std::int64_t bytes = 0;
+    for (const CacheInput& cache : graph.caches()) {
+        const Buffer& buffer = buffers_.at({cache.layer, cache.is_key});
+        for (std::int64_t group = 0; group < cache.groups; ++group) {
+            const std::int64_t known = row >= 0 && row < rows_ ? buffer.marks[buffer.place(row, group)] : 0;
+            bytes += std::max<std::int64_t>(0, tokens - known) * buffer.token_bytes;
+        }
+    }
+    return bytes;
+}
+
 void Caches::copy(std::int64_t source, std::int64_t target, std::int64_t tokens) {
-    for (const auto& [place, buffer] : buffers_) {
+    for (auto& [place, buffer] : buffers_) {
+        buffer.mark(target, buffer.groups, tokens);
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
             std::memcpy(at(buffer, target, group), at(buffer, source, group),
                         static_cast<std::size_t>(tokens * buffer.token_bytes));
@@ -103,7 +136,9 @@ void Caches::copy(std::int64_t source, std::int64_t target, std::int64_t tokens)
 }
 
 void Caches::swap(std::int64_t one, std::int64_t other, std::int64_t tokens) {
-    for (const auto& [place, buffer] : buffers_) {
+    for (auto& [place, buffer] : buffers_) {
+        buffer.mark(one, buffer.groups, tokens);
+        buffer.mark(other, buffer.groups, tokens);
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
             std::byte* first = at(buffer, one, group);
             std::swap_ranges(first, first + tokens * buffer.token_bytes, at(buffer, other, group));

@@ -29,6 +29,12 @@ class Caches {
     // Rows [start, start + count) as a graph reads them; ends with the next reserve. A graph with fewer groups than the
     // buffers can read one row at a time: its groups are the first ones of each row.
     const OrtValues& view(const Graph& graph, std::int64_t start, std::int64_t count);
+    // Notes that a graph is writing the first tokens of a row.
+    void mark(const Graph& graph, std::int64_t row, std::int64_t tokens);
+    // Bytes that so many tokens of a graph will take beyond what was ever written of a row; -1: of a new one.
+    [[nodiscard]] std::int64_t unwritten(const Graph& graph, std::int64_t row, std::int64_t tokens) const;
+    // Gives all rows back.
+    void clear() noexcept;
     // Copies the first tokens of a row over another row.
     void copy(std::int64_t source, std::int64_t target, std::int64_t tokens);
     // Exchanges the first tokens of two rows.
@@ -39,6 +45,13 @@ class Caches {
         std::int64_t groups = 0;
         std::int64_t token_bytes = 0;  // of one group
         std::byte* data = nullptr;
+        std::vector<std::int64_t> marks;  // [rows, groups]: most tokens that were ever written
+
+        [[nodiscard]] std::size_t place(std::int64_t row, std::int64_t group) const noexcept {
+            return static_cast<std::size_t>(row * groups + group);
+        }
+        // Of the first groups.
+        void mark(std::int64_t row, std::int64_t count, std::int64_t tokens) noexcept;
     };
     using Place = std::pair<std::int64_t, bool>;  // layer, whether keys
 

@@ -32,7 +32,7 @@ const l2a::core::Request* found(const l2a_engine* engine, uint64_t id) noexcept 
 }  // namespace
 
 void l2a_engine_options_init(l2a_engine_options* options, size_t size) {
-    l2a::core::init_struct(options, size, l2a_engine_options{0, L2A_SERVE_IF, 8, 0});
+    l2a::core::init_struct(options, size, l2a_engine_options{0, L2A_SERVE_IF, 8, 0, nullptr, nullptr});
 }
 
 l2a_status* l2a_engine_create(l2a_runtime* runtime, const l2a_engine_options* options, l2a_engine** out) {
@@ -45,7 +45,10 @@ l2a_status* l2a_engine_create(l2a_runtime* runtime, const l2a_engine_options* op
             l2a::core::config_error("serve must be L2A_SERVE_IF or L2A_SERVE_VARIANTS");
         }
         if (asked.max_cache_bytes < 0) l2a::core::config_error("max_cache_bytes must be at least 0");
-        const l2a::core::EngineOptions wanted{asked.serve == L2A_SERVE_VARIANTS, asked.max_rows, asked.max_cache_bytes};
+        l2a::core::EngineOptions wanted{asked.serve == L2A_SERVE_VARIANTS, asked.max_rows, asked.max_cache_bytes, {}};
+        if (asked.memory_left != nullptr) {
+            wanted.memory_left = [asked] { return asked.memory_left(asked.memory_context); };
+        }
         *out = new l2a_engine{l2a::core::Engine(l2a::core::runtime_of(runtime), wanted)};
     });
 }

@@ -1,15 +1,11 @@
 #include "engine.hpp"
 
 #include <algorithm>
-#include <chrono>
+
+#include "signals.hpp"
 
 namespace l2a::core {
 namespace {
-
-double now() {
-    const auto since = std::chrono::steady_clock::now().time_since_epoch();
-    return std::chrono::duration<double>(since).count();
-}
 
 std::vector<const Graph*> serving(const Runtime& runtime, bool variants) {
     std::vector<const Graph*> found;
@@ -33,6 +29,7 @@ void Limits::check() const {
 Engine::Engine(std::shared_ptr<const Runtime> runtime, const EngineOptions& options)
     : runtime_(std::move(runtime)), options_(options), graphs_(serving(*runtime_, options.variants)), caches_(graphs_) {
     if (options_.max_rows < 1) config_error("max_rows must be at least 1, found " + std::to_string(options_.max_rows));
+    if (!options_.memory_left) options_.memory_left = memory_source("");
     rows_.reserve(static_cast<std::size_t>(options_.max_rows));
 }
 
@@ -46,7 +43,7 @@ std::uint64_t Engine::submit(std::vector<std::int64_t> prompt, const Budget& bud
     const std::uint64_t id = next_++;
     auto made = std::make_unique<Request>(id, std::move(prompt), budget, limits, what, manifest.tags, sampling);
     made->asks_gate = limits.tau_threshold >= 0 && manifest.tokens;
-    made->submitted = now();
+    made->submitted = steady_seconds();
     made->reserve(limits.cap(budget));
     Request* request = (requests_[id] = std::move(made)).get();
     try {
@@ -81,12 +78,13 @@ void Engine::set_budget(Request& request, const Budget& budget) {
 void Engine::cancel(Request& request) {
     if (!request.done()) end(request);
     waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &request), waiting_.end());
+    full_ = -1;  // what it waited for is nothing to the next one
+    if (request.row >= 0) leave(request);
 }
 
 void Engine::forget(std::uint64_t id) {
     Request& found = request(id);
     cancel(found);
-    if (found.row >= 0) remove(found.row);
     requests_.erase(id);
 }
 
@@ -105,7 +103,7 @@ bool Engine::busy() const {
 }
 
 double Engine::oldest_seconds() const {
-    return waiting_.empty() ? 0.0 : now() - waiting_.front()->submitted;
+    return waiting_.empty() ? 0.0 : steady_seconds() - waiting_.front()->submitted;
 }
 
 Told Engine::told(const Budget& budget) const {

@@ -9,6 +9,8 @@
 #pragma once
 
 #include <deque>
+#include <functional>
+#include <limits>
 #include <memory>
 #include <unordered_map>
 
@@ -21,7 +23,8 @@ namespace l2a::core {
 struct EngineOptions {
     bool variants = false;  // served by static variants instead of the If graph
     std::int64_t max_rows = 8;
-    std::int64_t max_cache_bytes = 0;  // 0: any
+    std::int64_t max_cache_bytes = 0;     // 0: any
+    std::function<double()> memory_left;  // bytes, NaN where nobody knows; none: of the machine
 };
 
 class Engine {
@@ -62,6 +65,7 @@ class Engine {
     std::uint64_t next_ = 0;
     std::int64_t copied_ = 0;
     std::int64_t recomputed_ = 0;
+    double looked_ = -std::numeric_limits<double>::infinity();  // at the memory that is left, seconds
 
     // Inputs and outputs of one run.
     struct Arrays {
@@ -87,11 +91,15 @@ class Engine {
     void admit_all();
     bool admit(Request& request);
     [[nodiscard]] bool beyond(std::int64_t rows, std::int64_t tokens) const;
+    [[nodiscard]] std::int64_t unwritten(const Request* more = nullptr) const;
+    [[nodiscard]] std::int64_t scratch(const Request& request) const;
+    void squeeze();
     void make_room(std::int64_t rows, std::int64_t tokens);
     void prefill(Request& request);
     void failed(Request& request, const Error& error);
     void interrupt(Request& request);
     void retire();
+    void leave(const Request& request);
     void remove(std::int64_t row);
     void arrange();
     void decode();

@@ -2,11 +2,13 @@
 #include <algorithm>
 
 #include "engine.hpp"
+#include "signals.hpp"
 
 namespace l2a::core {
 namespace {
 
-constexpr int kTries = 3;  // of a run that fails for another reason than memory
+constexpr int kTries = 3;      // of a run that fails for another reason than memory
+constexpr double kLook = 0.2;  // seconds between two looks at the memory that is left for rows that run
 
 // A lack of memory of this library's own is like one of ONNX Runtime's.
 template <typename Action>
@@ -23,13 +25,11 @@ auto with_memory(Action&& action) {
 }  // namespace
 
 void Engine::step() {
-    retire();
     admit_all();
     retire();
-    if (rows_.empty()) return;
-    decode();
-    const auto done = [](const Request* request) { return request->done(); };
-    if (waiting_.empty() && std::all_of(rows_.begin(), rows_.end(), done)) give_back();  // what prompts took
+    squeeze();
+    if (!rows_.empty()) decode();
+    retire();
 }
 
 void Engine::admit_all() {
@@ -57,9 +57,20 @@ bool Engine::admit(Request& request) {
     const auto used = static_cast<std::int64_t>(rows_.size());
     std::int64_t rows = used + 1;
     const std::int64_t tokens = request.most_tokens();
-    if (used == 0 && beyond(rows, tokens)) caches_ = Caches(graphs_);  // what others needed does not count
+    if (used == 0) caches_.clear();  // what others needed does not count
+    const std::int64_t need = unwritten(&request) + scratch(request);
+    const double left = options_.memory_left();
+    if (static_cast<double>(need) > left) {
+        if (used > 0) return false;
+        throw Error(L2A_ERROR_OUT_OF_MEMORY,
+                    "request " + std::to_string(request.id) + ": " + std::to_string(need) +
+                        " bytes for its keys and values and to compute its prompt, of which " +
+                        std::to_string(static_cast<std::int64_t>(std::max(left, 0.0))) +
+                        " are left; free some, shorten the prompt, or lower its limits");
+    }
     const std::int64_t many = std::min(options_.max_rows, 2 * rows - 1);
-    if (rows > caches_.rows() && !beyond(many, tokens)) rows = many;  // to grow seldom
+    const bool fits = !beyond(many, tokens) && !(static_cast<double>(caches_.bytes_for(many, tokens)) > left);
+    if (rows > caches_.rows() && fits) rows = many;  // to grow seldom
     if (beyond(rows, tokens)) {
         const std::int64_t bytes = caches_.bytes_for(rows, tokens);
         if (used > 0) return false;
@@ -74,6 +85,39 @@ bool Engine::admit(Request& request) {
 
 bool Engine::beyond(std::int64_t rows, std::int64_t tokens) const {
     return options_.max_cache_bytes > 0 && caches_.bytes_for(rows, tokens) > options_.max_cache_bytes;
+}
+
+// Bytes that keys and values of all rows may still take, and of one more where it is given. Where buffers must grow for
+// it, what rows hold is there twice for a moment.
+std::int64_t Engine::unwritten(const Request* more) const {
+    const auto used = static_cast<std::int64_t>(rows_.size());
+    const bool anew = more != nullptr && caches_.bytes_for(used + 1, more->most_tokens()) > caches_.bytes();
+    const auto bytes = [&](const Request& request, std::int64_t row) {
+        return caches_.unwritten(*request.graph, anew ? -1 : row, request.most_tokens());
+    };
+    std::int64_t total = more == nullptr ? 0 : bytes(*more, used);
+    for (const Request* request : rows_) total += bytes(*request, request->row);
+    return total;
+}
+
+// Bytes that computing a request's tokens takes for a while: twice what one layer makes of them, at fp32.
+std::int64_t Engine::scratch(const Request& request) const {
+    const Shape& shape = runtime_->manifest().shape;
+    const auto tokens = static_cast<std::int64_t>(request.prompt.size() + request.written.size());
+    return 2 * 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size);
+}
+
+// Interrupts the newest rows, where what all rows may still write does not fit any more.
+void Engine::squeeze() {
+    const double now = steady_seconds();
+    if (rows_.size() < 2 || now - looked_ < kLook) return;
+    looked_ = now;
+    const double left = options_.memory_left();
+    const auto older = [](const Request* one, const Request* other) { return one->id < other->id; };
+    while (rows_.size() > 1 && static_cast<double>(unwritten()) > left) {
+        interrupt(**std::max_element(rows_.begin(), rows_.end(), older));
+        full_ = static_cast<std::int64_t>(rows_.size());  // a row that ends makes room
+    }
 }
 
 // Makes room in the caches for so many rows of so many tokens; the rows keep what they have written.
@@ -93,6 +137,7 @@ void Engine::prefill(Request& request) {
     Run run = run_of(1, size, size);
     const auto row = static_cast<std::int64_t>(rows_.size());
     run.caches = &caches_.view(*request.graph, row, 1);
+    caches_.mark(*request.graph, row, size);
     request.graph->run(run);
     if (request.kept.empty()) request.kept = arrays_.kept;
     remember(request, request.told, request.kept);
@@ -121,9 +166,17 @@ void Engine::interrupt(Request& request) {
 
 void Engine::retire() {
     for (std::size_t row = rows_.size(); row-- > 0;) {
-        if (rows_[row]->done()) remove(static_cast<std::int64_t>(row));
+        if (rows_[row]->done()) leave(*rows_[row]);
     }
     if (rows_.empty()) full_ = -1;
+}
+
+// A request that is done gives its row to others, and the last one all memory back.
+void Engine::leave(const Request& request) {
+    remove(request.row);
+    if (!rows_.empty()) return;
+    caches_.clear();
+    if (waiting_.empty()) give_back();  // what prompts took
 }
 
 // The last row takes the place of one that leaves.
@@ -213,6 +266,7 @@ void Engine::run_rows(std::size_t start, std::size_t count) {
     const Graph& graph = *requests.front()->graph;
     Run run = run_of(static_cast<std::int64_t>(count), 1, total);
     run.caches = &caches_.view(graph, static_cast<std::int64_t>(start), static_cast<std::int64_t>(count));
+    for (const Request* request : requests) caches_.mark(graph, request->row, request->length + 1);
     graph.run(run);
     for (std::size_t row = 0; row < count; ++row) {
         take(*requests[row], row);

@@ -106,7 +106,7 @@ double left(const Levels& levels, const std::string& limit, const std::string& h
         any = true;
         double most = number_in(level + "/" + limit);
         if (!high.empty() && is_file(level + "/" + high)) most = std::min(most, number_in(level + "/" + high));
-        found = std::min(found, most - used(level, current, files));
+        if (most < kNoLimit) found = std::min(found, most - used(level, current, files));
     }
     if (!any) throw std::runtime_error("no group has both " + limit + " and " + current);
     return std::max(0.0, found);
@@ -141,7 +141,7 @@ bool is_directory(const std::string& path) {
 
 class Cgroup : public Source {
   public:
-    explicit Cgroup(const std::string& root) : root_(root) {}
+    Cgroup(const std::string& root, const std::string& only) : Source(only), root_(root) {}
     void read(std::vector<Reading>& into) override {
         const std::string mount = root_ + "/sys/fs/cgroup";
         std::map<std::string, std::string> groups;  // path of this process's group by controller; version 2: ""
@@ -198,7 +198,7 @@ class Cgroup : public Source {
         return found;
     }
 
-    static void version_2(std::vector<Reading>& into, const Found& at) {
+    void version_2(std::vector<Reading>& into, const Found& at) const {
         add(into, "cgroup.memory_limit", "bytes", [&] { return least(at.get(), "memory.max"); });
         add(into, "cgroup.memory_high", "bytes", [&] { return least(at.get(), "memory.high"); });
         add(into, "cgroup.memory_used", "bytes",
@@ -215,7 +215,7 @@ class Cgroup : public Source {
             [&] { return entry(first(at.get(), "cpu.stat"), "throttled_usec") / 1e6; });
     }
 
-    static void version_1(std::vector<Reading>& into, const Found& memory, const Found& cpu) {
+    void version_1(std::vector<Reading>& into, const Found& memory, const Found& cpu) const {
         add(into, "cgroup.memory_limit", "bytes", [&] { return least(memory.get(), "memory.limit_in_bytes"); });
         add(into, "cgroup.memory_high", "bytes", [&] { return least(memory.get(), "memory.soft_limit_in_bytes"); });
         add(into, "cgroup.memory_used", "bytes", [&] {
@@ -235,8 +235,8 @@ class Cgroup : public Source {
 
 }  // namespace
 
-std::unique_ptr<Source> cgroup_source(const std::string& root) {
-    return std::make_unique<Cgroup>(root);
+std::unique_ptr<Source> cgroup_source(const std::string& root, const std::string& only) {
+    return std::make_unique<Cgroup>(root, only);
 }
 
 }  // namespace l2a::core

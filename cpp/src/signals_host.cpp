@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <charconv>
 #include <chrono>
+#include <cmath>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -14,18 +15,13 @@
 namespace l2a::core {
 namespace {
 
-double steady_seconds() {
-    const auto since = std::chrono::steady_clock::now().time_since_epoch();
-    return std::chrono::duration<double>(since).count();
-}
-
 double cores() {
     return static_cast<double>(std::max(1L, sysconf(_SC_NPROCESSORS_ONLN)));
 }
 
 class Host : public Source {
   public:
-    explicit Host(const std::string& root) : proc_(root + "/proc") {}
+    Host(const std::string& root, const std::string& only) : Source(only), proc_(root + "/proc") {}
     void read(std::vector<Reading>& into) override {
         add(into, "host.memory_available", "bytes", [&] { return memory("MemAvailable:"); });
         add(into, "host.memory_total", "bytes", [&] { return memory("MemTotal:"); });
@@ -102,7 +98,9 @@ class Pressure : public Source {
 
 }  // namespace
 
-void Source::add(std::vector<Reading>& into, const char* name, const char* unit, const std::function<double()>& value) {
+void Source::add(std::vector<Reading>& into, const char* name, const char* unit,
+                 const std::function<double()>& value) const {
+    if (!only_.empty() && only_ != name) return;
     try {
         into.push_back({name, unit, value(), {}});
     } catch (const std::exception& error) {
@@ -110,11 +108,28 @@ void Source::add(std::vector<Reading>& into, const char* name, const char* unit,
     }
 }
 
-std::unique_ptr<Source> host_source(const std::string& root) {
-    return std::make_unique<Host>(root);
+std::unique_ptr<Source> host_source(const std::string& root, const std::string& only) {
+    return std::make_unique<Host>(root, only);
 }
 std::unique_ptr<Source> pressure_source(const std::string& root, std::function<double()> clock) {
     return std::make_unique<Pressure>(root, clock ? std::move(clock) : steady_seconds);
+}
+
+std::function<double()> memory_source(const std::string& root) {
+    const std::vector<std::shared_ptr<Source>> sources{host_source(root, "host.memory_available"),
+                                                       cgroup_source(root, "cgroup.memory_available")};
+    return [sources] {
+        std::vector<Reading> readings;
+        for (const auto& source : sources) source->read(readings);
+        double left = std::numeric_limits<double>::quiet_NaN();
+        for (const Reading& reading : readings) left = std::fmin(left, reading.value);
+        return left;
+    };
+}
+
+double steady_seconds() {
+    const auto since = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(since).count();
 }
 
 std::vector<std::string> lines_of(const std::string& path) {

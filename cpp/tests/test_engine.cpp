@@ -144,6 +144,7 @@ TEST_CASE("options may be older or newer than the library") {
     l2a_engine_options_init(&longer.options, sizeof longer);
     CHECK(longer.options.struct_size == sizeof longer);
     CHECK(longer.options.max_cache_bytes == 0);
+    CHECK((longer.options.memory_left == nullptr));
     CHECK(longer.beyond[0] == 0);
     longer.options.max_rows = 2;
     const l2a::Runtime runtime = cases::open("int8");

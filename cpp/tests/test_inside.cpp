@@ -111,6 +111,32 @@ TEST_CASE("caches that grow keep the tokens of rows that run, and touch nothing 
     CHECK(*at(1, 0) == std::byte{0});
 }
 
+TEST_CASE("what a row may still write is counted by what each graph has written of it") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_VARIANTS});
+    const core::Graph& dense = *runtime.graphs().front();
+    const core::Graph& narrow = *runtime.graphs().back();
+    core::Caches caches({&dense, &narrow});
+    const std::int64_t all = caches.unwritten(dense, -1, 1);
+    const std::int64_t some = caches.unwritten(narrow, -1, 1);
+    REQUIRE(some < all);
+    caches.reserve(2, 100, {});
+    CHECK(caches.bytes() == 2 * 100 * all);
+    caches.mark(narrow, 0, 30);
+    CHECK(caches.unwritten(narrow, 0, 50) == 20 * some);
+    CHECK(caches.unwritten(dense, 0, 50) == 50 * all - 30 * some);
+    CHECK(caches.unwritten(dense, 0, 10) == 10 * (all - some));
+    CHECK(caches.unwritten(dense, 1, 50) == 50 * all);
+    CHECK(caches.unwritten(dense, 2, 50) == 50 * all);  // a row that there is no room for yet
+    caches.copy(0, 1, 20);
+    CHECK(caches.unwritten(dense, 1, 50) == 30 * all);
+    caches.reserve(3, 100, {25});
+    CHECK(caches.unwritten(dense, 0, 50) == 50 * all - 25 * some);
+    CHECK(caches.unwritten(dense, 1, 50) == 50 * all);
+    caches.clear();
+    CHECK(caches.bytes() == 0);
+    CHECK(caches.unwritten(dense, 0, 50) == 50 * all);
+}
+
 TEST_CASE("JSON is read strictly") {
     CHECK(core::parse_json(R"({"a": [1, 2.5, "x", null, true]})")["a"].size() == 5);
     for (const char* text : {"", "{", R"({"a": 1, "a": 2})", "NaN", "1e999", "99999999999999999999", "\xEF\xBB\xBF{}",

@@ -144,6 +144,22 @@ TEST_CASE("a control group of version 2 within one that is tighter") {
     CHECK(tree.read()["cgroup.memory_used"].value == 800);
 }
 
+TEST_CASE("memory that is left is the lower of host and control group, as far as one is known") {
+    const Tree tree;
+    const auto left = l2a::core::memory_source(tree.root);
+    CHECK(std::isnan(left()));
+    tree.put("proc/meminfo", "MemTotal: 9 kB\nMemAvailable: 2 kB\n");
+    CHECK(left() == 2048);
+    tree.put("proc/self/cgroup", "0::/\n");
+    tree.put("sys/fs/cgroup/cgroup.controllers", "memory\n");
+    tree.put("sys/fs/cgroup/memory.max", "3000\n");
+    tree.put("sys/fs/cgroup/memory.current", "2600\n");
+    tree.put("sys/fs/cgroup/memory.stat", "inactive_file 100\n");
+    CHECK(left() == 500);
+    tree.put("sys/fs/cgroup/memory.max", "max\n");
+    CHECK(left() == 2048);
+}
+
 TEST_CASE("a control group of version 1, seen as the root of the mount") {
     const Tree tree;
     tree.put("proc/self/cgroup", "5:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n");

@@ -193,6 +193,14 @@ typedef struct l2a_engine_options {
     int32_t serve;           /**< L2A_SERVE_IF is the default */
     int32_t max_rows;        /**< most requests at a time, default 8; others wait */
     int64_t max_cache_bytes; /**< most bytes of keys and values; 0 (the default) for any */
+    /**
+     * Bytes that the process may still take, now; NAN where nobody knows and INFINITY for any amount, which both turn
+     * admission by memory off. NULL (the default): of the control group and the host, whichever has less. Asked for
+     * each request that gets a row, and five times a second while several run; by l2a_engine_step alone, on its
+     * thread. It must neither throw nor call the engine.
+     */
+    double (*memory_left)(void* context);
+    void* memory_context; /**< given to memory_left */
 } l2a_engine_options;
 
 L2A_API void l2a_engine_options_init(l2a_engine_options* options, size_t size);
@@ -239,7 +247,10 @@ L2A_API l2a_status* l2a_engine_submit(l2a_engine* engine, const int64_t* prompt,
  * L2A_ERROR_SESSION or L2A_ERROR_OUT_OF_MEMORY; the old budget stays.
  */
 L2A_API l2a_status* l2a_engine_set_budget(l2a_engine* engine, uint64_t id, const l2a_budget* budget);
-/** Writes no more of a request; one that is done stays as it is. */
+/**
+ * Writes no more of a request; one that is done stays as it is. Its row is free at once, and with the last row all
+ * memory of keys and values.
+ */
 L2A_API l2a_status* l2a_engine_cancel(l2a_engine* engine, uint64_t id);
 
 /**

@@ -19,6 +19,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <stdexcept>
@@ -149,7 +150,13 @@ class Request {
 /** Continuous batching over a runtime, which it keeps open. One thread at a time. */
 class Engine {
   public:
-    explicit Engine(const Runtime& runtime, const EngineOptions& options = {}) {
+    /** @param memory_left in the place of the option of this name, where given; one that throws says NAN. */
+    explicit Engine(const Runtime& runtime, EngineOptions options = {}, std::function<double()> memory_left = {}) {
+        if (memory_left) {
+            memory_left_ = std::make_unique<std::function<double()>>(std::move(memory_left));
+            options.memory_left = ask;
+            options.memory_context = memory_left_.get();
+        }
         l2a_engine* made = nullptr;
         check(l2a_engine_create(runtime.get(), &options, &made));
         engine_.reset(made);
@@ -178,6 +185,14 @@ class Engine {
     struct Free {
         void operator()(l2a_engine* engine) const noexcept { l2a_engine_free(engine); }
     };
+    static double ask(void* function) noexcept {
+        try {
+            return (*static_cast<std::function<double()>*>(function))();
+        } catch (...) {
+            return std::numeric_limits<double>::quiet_NaN();
+        }
+    }
+    std::unique_ptr<std::function<double()>> memory_left_;
     std::unique_ptr<l2a_engine, Free> engine_;
 };
 
