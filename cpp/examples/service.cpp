@@ -92,11 +92,10 @@ class Service {
             for (Job& job : jobs_) attempt(job, [&] { steer(job); });
             try {
                 engine_.step();
-            } catch (...) {  // a fault of the library: nobody waits for it for ever
-                const std::exception_ptr fault = std::current_exception();
-                for (Job& job : jobs_) {
-                    if (job.request) attempt(job, [&] { std::rethrow_exception(fault); });
-                }
+            } catch (const l2a::Error& error) {
+                if (error.code() != L2A_ERROR_OUT_OF_MEMORY) fail_all();  // else the step may be tried again
+            } catch (...) {
+                fail_all();
             }
             for (Job& job : jobs_) attempt(job, [&] { finish(job); });
             jobs_.erase(std::remove_if(jobs_.begin(), jobs_.end(), [](const Job& job) { return !job.request; }),
@@ -105,6 +104,14 @@ class Service {
         const auto closed = std::make_exception_ptr(std::runtime_error("the service is closed"));
         for (Job& job : jobs_) job.answer.set_exception(closed);
         for (Job& job : inbox_) job.answer.set_exception(closed);
+    }
+
+    // A fault of the library: nobody waits for it for ever.
+    void fail_all() {
+        const std::exception_ptr fault = std::current_exception();
+        for (Job& job : jobs_) {
+            if (job.request) attempt(job, [&] { std::rethrow_exception(fault); });
+        }
     }
 
     // Submits what has come, and waits for it where nothing runs. False at the end.
@@ -155,12 +162,17 @@ class Service {
         job.request = engine_.submit(prompt, options);
     }
 
-    // A cap on reasoning is for requests that have not begun: this one has been told its own.
+    // A cap on reasoning is for requests that have not begun: this one has been told its own. Where the budget cannot be
+    // changed the old one stays.
     void steer(const Job& job) {
         if (!job.steered()) return;
         l2a::Budget budget = steering_->decide(engine_.statistics(), 0).budget;
         budget.think_tokens = job.request->info().budget.think_tokens;
-        job.request->set_budget(budget);
+        try {
+            job.request->set_budget(budget);
+        } catch (const l2a::Error& error) {
+            std::cerr << error.what() << '\n';
+        }
     }
 
     void finish(Job& job) {

@@ -38,7 +38,7 @@ class Steering {
         std::vector<l2a::Reading> readings = signals_.read();
         for (l2a::Reading& reading : readings) {  // what this process holds would be free for another step
             if (reading.name.find("memory_available") != std::string::npos) {
-                reading.value += held_ + static_cast<double>(engine.cache_bytes);
+                reading.value += held_ + static_cast<double>(engine.held_bytes);
             }
         }
         readings.push_back({"queue.depth", "count", static_cast<double>(engine.waiting), ""});

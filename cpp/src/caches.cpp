@@ -12,6 +12,16 @@ bool is_zero(const std::byte* data, std::size_t bytes) noexcept {
     return bytes == 0 || (*data == std::byte{0} && std::memcmp(data, data + 1, bytes - 1) == 0);
 }
 
+std::uintptr_t up(std::uintptr_t bytes, std::uintptr_t page) noexcept {
+    return (bytes + page - 1) / page * page;
+}
+
+// Chunks from one on are so long at least.
+void longer(std::vector<std::int64_t>& chunks, std::int64_t first, std::int64_t count, std::int64_t tokens) {
+    const auto start = chunks.begin() + first;
+    std::transform(start, start + count, start, [&](std::int64_t known) { return std::max(known, tokens); });
+}
+
 }  // namespace
 
 Caches::Caches(const std::vector<const Graph*>& graphs) {
@@ -22,13 +32,14 @@ Caches::Caches(const std::vector<const Graph*>& graphs) {
             buffer.token_bytes = cache.head_dim * static_cast<std::int64_t>(element_bytes(cache.type));
         }
     }
-    for (const auto& [place, buffer] : buffers_) token_bytes_ += buffer.groups * buffer.token_bytes;
+    for (const auto& [place, buffer] : buffers_) {
+        token_bytes_ += buffer.groups * buffer.token_bytes;
+        written_[place];
+    }
 }
 
-void Caches::Buffer::mark(std::int64_t row, std::int64_t count, std::int64_t tokens) noexcept {
-    for (std::int64_t group = 0; group < count; ++group) {
-        marks[place(row, group)] = std::max(marks[place(row, group)], tokens);
-    }
+std::size_t Caches::Buffer::size(std::int64_t rows, std::int64_t capacity) const noexcept {
+    return up(static_cast<std::size_t>(rows * groups * capacity * token_bytes), kPage);
 }
 
 std::int64_t Caches::grown(std::int64_t capacity) const noexcept {
@@ -48,12 +59,8 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
     Caches next({});
     next.rows_ = std::max(rows, rows_);
     next.capacity_ = grown(capacity);
-    const auto size = [&](const Buffer& buffer) {  // of whole pages, for those of a layer to be its own
-        const auto bytes = static_cast<std::size_t>(next.rows_ * buffer.groups * next.capacity_ * buffer.token_bytes);
-        return (bytes + kPage - 1) / kPage * kPage;
-    };
     std::size_t total = 0;
-    for (const auto& [place, old] : buffers_) total += size(old);
+    for (const auto& [place, old] : buffers_) total += old.size(next.rows_, next.capacity_);
     next.data_ = zeroed(total);
     if (!next.data_ && total > 0) {
         throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(total) +
@@ -63,9 +70,9 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
     std::byte* free = next.data_.get();
     for (const auto& [place, old] : buffers_) {
         Buffer& buffer = next.buffers_[place];
-        buffer = {old.groups, old.token_bytes, free, {}};
-        buffer.marks.resize(static_cast<std::size_t>(next.rows_ * old.groups));
-        free += size(old);
+        buffer = {old.groups, old.token_bytes, free};
+        next.written_[place].resize(static_cast<std::size_t>(next.rows_ * old.groups));
+        free += old.size(next.rows_, next.capacity_);
         std::int64_t row = 0;
         for (const std::int64_t length : lengths) {
             const auto bytes = static_cast<std::size_t>(length * old.token_bytes);
@@ -73,13 +80,15 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
                 const std::byte* written = at(old, row, group);
                 // A layer that is skipped is not written: its new pages stay untouched too.
                 if (!is_zero(written, bytes)) std::memcpy(next.at(buffer, row, group), written, bytes);
-                buffer.marks[old.place(row, group)] = std::min(old.marks[old.place(row, group)], length);
+                const auto chunk = static_cast<std::size_t>(row * old.groups + group);
+                next.written_[place][chunk] = std::min(written_[place][chunk], length);
             }
             ++row;
         }
     }
     views_.clear();
     buffers_ = std::move(next.buffers_);
+    written_ = std::move(next.written_);
     data_ = std::move(next.data_);
     rows_ = next.rows_;
     capacity_ = next.capacity_;
@@ -105,29 +114,72 @@ void Caches::clear() noexcept {
     views_.clear();
     data_.reset();
     rows_ = capacity_ = 0;
+    for (auto& [place, chunks] : written_) chunks.clear();
+}
+
+std::int64_t Caches::taken(std::int64_t rows, std::int64_t capacity, std::uintptr_t start,
+                           const Written& written) const {
+    static const bool huge = has_huge_pages();
+    std::uintptr_t end = start;
+    for (const auto& [place, buffer] : buffers_) end += buffer.size(rows, capacity);
+    const std::uintptr_t low = up(start, kHugePage);
+    const std::uintptr_t high = huge ? end / kHugePage * kHugePage : low;  // between them all pages are huge
+    std::uintptr_t counted = start;                                        // all before it is
+    std::uintptr_t base = start;
+    std::int64_t found = 0;
+    for (const auto& [place, buffer] : buffers_) {
+        const auto stride = static_cast<std::uintptr_t>(capacity * buffer.token_bytes);
+        std::uintptr_t first = base;
+        for (const std::int64_t tokens : written.at(place)) {
+            const std::uintptr_t last = first + static_cast<std::uintptr_t>(tokens * buffer.token_bytes);
+            if (tokens > 0) {
+                const std::uintptr_t from = first >= low && first < high ? first / kHugePage * kHugePage : first;
+                const std::uintptr_t to = last > low && last < high ? up(last, kHugePage) : last;
+                found += static_cast<std::int64_t>(std::max(to, counted) - std::max(from, counted));
+                counted = std::max(to, counted);
+            }
+            first += stride;
+        }
+        base += buffer.size(rows, capacity);
+    }
+    return found;
+}
+
+std::int64_t Caches::held() const {
+    return taken(rows_, capacity_, reinterpret_cast<std::uintptr_t>(data_.get()), written_);
+}
+
+std::int64_t Caches::unwritten(const std::vector<Extent>& extents) const {
+    std::int64_t capacity = capacity_;
+    for (const Extent& extent : extents) capacity = std::max(capacity, grown(extent.tokens));
+    const std::int64_t rows = std::max(rows_, static_cast<std::int64_t>(extents.size()));
+    const bool anew = rows > rows_ || capacity > capacity_;
+    Written wanted;
+    for (const auto& [place, buffer] : buffers_) {
+        if (anew) wanted[place].resize(static_cast<std::size_t>(rows * buffer.groups));
+        else wanted[place] = written_.at(place);
+    }
+    std::int64_t row = 0;
+    for (const Extent& extent : extents) note(wanted, *extent.graph, row++, extent.tokens);
+    if (anew) return taken(rows, capacity, 0, wanted);
+    return taken(rows, capacity, reinterpret_cast<std::uintptr_t>(data_.get()), wanted) - held();
 }
 
 void Caches::mark(const Graph& graph, std::int64_t row, std::int64_t tokens) {
-    for (const CacheInput& cache : graph.caches()) {
-        buffers_.at({cache.layer, cache.is_key}).mark(row, cache.groups, tokens);
-    }
+    note(written_, graph, row, tokens);
 }
 
-std::int64_t Caches::unwritten(const Graph& graph, std::int64_t row, std::int64_t tokens) const {
-    std::int64_t bytes = 0;
+// That the first groups of a row, as many as a graph has, are so long at least.
+void Caches::note(Written& written, const Graph& graph, std::int64_t row, std::int64_t tokens) const {
     for (const CacheInput& cache : graph.caches()) {
-        const Buffer& buffer = buffers_.at({cache.layer, cache.is_key});
-        for (std::int64_t group = 0; group < cache.groups; ++group) {
-            const std::int64_t known = row >= 0 && row < rows_ ? buffer.marks[buffer.place(row, group)] : 0;
-            bytes += std::max<std::int64_t>(0, tokens - known) * buffer.token_bytes;
-        }
+        const Place place{cache.layer, cache.is_key};
+        longer(written.at(place), row * buffers_.at(place).groups, cache.groups, tokens);
     }
-    return bytes;
 }
 
 void Caches::copy(std::int64_t source, std::int64_t target, std::int64_t tokens) {
-    for (auto& [place, buffer] : buffers_) {
-        buffer.mark(target, buffer.groups, tokens);
+    for (const auto& [place, buffer] : buffers_) {
+        longer(written_.at(place), target * buffer.groups, buffer.groups, tokens);
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
             std::memcpy(at(buffer, target, group), at(buffer, source, group),
                         static_cast<std::size_t>(tokens * buffer.token_bytes));
@@ -136,9 +188,10 @@ void Caches::copy(std::int64_t source, std::int64_t target, std::int64_t tokens)
 }
 
 void Caches::swap(std::int64_t one, std::int64_t other, std::int64_t tokens) {
-    for (auto& [place, buffer] : buffers_) {
-        buffer.mark(one, buffer.groups, tokens);
-        buffer.mark(other, buffer.groups, tokens);
+    for (const auto& [place, buffer] : buffers_) {
+        for (const std::int64_t row : {one, other}) {
+            longer(written_.at(place), row * buffer.groups, buffer.groups, tokens);
+        }
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
             std::byte* first = at(buffer, one, group);
             std::swap_ranges(first, first + tokens * buffer.token_bytes, at(buffer, other, group));

@@ -12,9 +12,16 @@
 namespace l2a::core {
 
 // A buffer is [rows, groups, capacity, head_dim] of a layer's keys or values. Pages that nothing was written to take no
-// memory: layers that are skipped without keys and values stay empty.
+// memory: layers that are skipped without keys and values stay empty. Those that are begun are taken whole, and most of
+// them are huge: where a group's tokens are less than that, those of its neighbours come with it.
 class Caches {
   public:
+    // What a row is to hold.
+    struct Extent {
+        const Graph* graph = nullptr;
+        std::int64_t tokens = 0;
+    };
+
     // Room for what any of the graphs reads.
     explicit Caches(const std::vector<const Graph*>& graphs);
 
@@ -31,8 +38,11 @@ class Caches {
     const OrtValues& view(const Graph& graph, std::int64_t start, std::int64_t count);
     // Notes that a graph is writing the first tokens of a row.
     void mark(const Graph& graph, std::int64_t row, std::int64_t tokens);
-    // Bytes that so many tokens of a graph will take beyond what was ever written of a row; -1: of a new one.
-    [[nodiscard]] std::int64_t unwritten(const Graph& graph, std::int64_t row, std::int64_t tokens) const;
+    // Bytes of memory that what was written holds.
+    [[nodiscard]] std::int64_t held() const;
+    // Bytes that the first rows will take beyond what is held, until they are as long as given. Where buffers must grow
+    // for it, what rows hold is there twice for a moment.
+    [[nodiscard]] std::int64_t unwritten(const std::vector<Extent>& extents) const;
     // Gives all rows back.
     void clear() noexcept;
     // Copies the first tokens of a row over another row.
@@ -45,17 +55,15 @@ class Caches {
         std::int64_t groups = 0;
         std::int64_t token_bytes = 0;  // of one group
         std::byte* data = nullptr;
-        std::vector<std::int64_t> marks;  // [rows, groups]: most tokens that were ever written
 
-        [[nodiscard]] std::size_t place(std::int64_t row, std::int64_t group) const noexcept {
-            return static_cast<std::size_t>(row * groups + group);
-        }
-        // Of the first groups.
-        void mark(std::int64_t row, std::int64_t count, std::int64_t tokens) noexcept;
+        // Bytes, of whole pages, for those of a layer to be its own.
+        [[nodiscard]] std::size_t size(std::int64_t rows, std::int64_t capacity) const noexcept;
     };
-    using Place = std::pair<std::int64_t, bool>;  // layer, whether keys
+    using Place = std::pair<std::int64_t, bool>;                     // layer, whether keys
+    using Written = std::map<Place, std::vector<std::int64_t>>;  // [rows, groups]: most tokens that were ever written
 
     std::map<Place, Buffer> buffers_;
+    Written written_;
     Pages data_;  // of all of them
     std::int64_t rows_ = 0;
     std::int64_t capacity_ = 0;
@@ -63,6 +71,10 @@ class Caches {
     std::map<std::tuple<const Graph*, std::int64_t, std::int64_t>, OrtValues> views_;
 
     [[nodiscard]] std::int64_t grown(std::int64_t capacity) const noexcept;
+    // Bytes of memory of what is written, in buffers of so many rows of so many tokens, one behind another from `start`.
+    [[nodiscard]] std::int64_t taken(std::int64_t rows, std::int64_t capacity, std::uintptr_t start,
+                                     const Written& written) const;
+    void note(Written& written, const Graph& graph, std::int64_t row, std::int64_t tokens) const;
     [[nodiscard]] std::byte* at(const Buffer& buffer, std::int64_t row, std::int64_t group) const noexcept;
 };
 

@@ -149,8 +149,9 @@ l2a_status* l2a_engine_forget(l2a_engine* engine, uint64_t id) {
 l2a_status* l2a_engine_statistics(const l2a_engine* engine, l2a_engine_stats* stats) {
     return l2a::core::guarded([&] {
         const l2a::core::Engine& used = given(engine, "engine").engine;
-        l2a::core::write_struct<l2a_engine_stats>({0, used.waiting(), used.running(), used.oldest_seconds(),
-                                                   used.cache_bytes(), used.copied_rows(), used.recomputed_rows()},
-                                                  stats);
+        l2a::core::write_struct<l2a_engine_stats>(
+            {0, used.waiting(), used.running(), used.oldest_seconds(), used.cache_bytes(), used.copied_rows(),
+             used.recomputed_rows(), used.held_bytes()},
+            stats);
     });
 }

@@ -103,7 +103,9 @@ bool Engine::busy() const {
 }
 
 double Engine::oldest_seconds() const {
-    return waiting_.empty() ? 0.0 : steady_seconds() - waiting_.front()->submitted;
+    const auto new_one = [](const Request* request) { return request->written.empty(); };  // not interrupted
+    const auto first = std::find_if(waiting_.begin(), waiting_.end(), new_one);
+    return first == waiting_.end() ? 0.0 : steady_seconds() - (*first)->submitted;
 }
 
 Told Engine::told(const Budget& budget) const {

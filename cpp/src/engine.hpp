@@ -49,6 +49,7 @@ class Engine {
     [[nodiscard]] std::int64_t running() const;
     [[nodiscard]] double oldest_seconds() const;
     [[nodiscard]] std::int64_t cache_bytes() const { return caches_.bytes(); }
+    [[nodiscard]] std::int64_t held_bytes() const { return caches_.held(); }
     [[nodiscard]] std::int64_t copied_rows() const { return copied_; }
     [[nodiscard]] std::int64_t recomputed_rows() const { return recomputed_; }
 

@@ -87,17 +87,12 @@ bool Engine::beyond(std::int64_t rows, std::int64_t tokens) const {
     return options_.max_cache_bytes > 0 && caches_.bytes_for(rows, tokens) > options_.max_cache_bytes;
 }
 
-// Bytes that keys and values of all rows may still take, and of one more where it is given. Where buffers must grow for
-// it, what rows hold is there twice for a moment.
+// Bytes that keys and values of all rows may still take, and of one more where it is given.
 std::int64_t Engine::unwritten(const Request* more) const {
-    const auto used = static_cast<std::int64_t>(rows_.size());
-    const bool anew = more != nullptr && caches_.bytes_for(used + 1, more->most_tokens()) > caches_.bytes();
-    const auto bytes = [&](const Request& request, std::int64_t row) {
-        return caches_.unwritten(*request.graph, anew ? -1 : row, request.most_tokens());
-    };
-    std::int64_t total = more == nullptr ? 0 : bytes(*more, used);
-    for (const Request* request : rows_) total += bytes(*request, request->row);
-    return total;
+    std::vector<Caches::Extent> extents;
+    for (const Request* request : rows_) extents.push_back({request->graph, request->most_tokens()});
+    if (more != nullptr) extents.push_back({more->graph, more->most_tokens()});
+    return caches_.unwritten(extents);
 }
 
 // Bytes that computing a request's tokens takes for a while: twice what one layer makes of them, at fp32.
@@ -230,7 +225,7 @@ bool Engine::grow() {
     const auto rows = static_cast<std::int64_t>(rows_.size());
     if (tokens <= caches_.capacity()) return true;
     try {
-        if (!beyond(rows, tokens)) {
+        if (!beyond(rows, tokens) && !(static_cast<double>(unwritten()) > options_.memory_left())) {
             with_memory([&] { make_room(rows, tokens); });
             return true;
         }

@@ -17,13 +17,27 @@
 namespace l2a::core {
 namespace {
 
-constexpr std::uintptr_t kSize = 2U << 20U;  // of a huge page; elsewhere the kernel refuses
 constexpr std::ptrdiff_t kMostly = 448;      // pages of 512: what is emptier would take more memory than it did
 // mallopt(3): once a block is freed, blocks up to its size come from the heap. No larger one counts.
 constexpr std::size_t kLargest = (32U << 20U) - (64U << 10U);
 constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers do not name
 
-bool are_wanted() {
+// Collapses each whole huge page of a span that is in use already.
+void collapse([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uintptr_t end) {
+#ifdef __linux__
+    std::array<unsigned char, kHugePage / kPage> present{};
+    for (std::uintptr_t place = (start + kHugePage - 1) / kHugePage * kHugePage; place + kHugePage <= end; place += kHugePage) {
+        auto* memory = reinterpret_cast<void*>(place);
+        if (mincore(memory, kHugePage, present.data()) != 0) continue;
+        const auto used = std::count_if(present.begin(), present.end(), [](unsigned char page) { return page & 1U; });
+        if (used >= kMostly) madvise(memory, kHugePage, kCollapse);
+    }
+#endif
+}
+
+}  // namespace
+
+bool has_huge_pages() {
 #ifdef __linux__
     std::string setting;
     std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
@@ -34,22 +48,7 @@ bool are_wanted() {
 #endif
 }
 
-// Collapses each whole huge page of a span that is in use already.
-void collapse([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uintptr_t end) {
-#ifdef __linux__
-    std::array<unsigned char, kSize / kPage> present{};
-    for (std::uintptr_t place = (start + kSize - 1) / kSize * kSize; place + kSize <= end; place += kSize) {
-        auto* memory = reinterpret_cast<void*>(place);
-        if (mincore(memory, kSize, present.data()) != 0) continue;
-        const auto used = std::count_if(present.begin(), present.end(), [](unsigned char page) { return page & 1U; });
-        if (used >= kMostly) madvise(memory, kSize, kCollapse);
-    }
-#endif
-}
-
-}  // namespace
-
-HugePages::HugePages() : wanted_(are_wanted()) {
+HugePages::HugePages() : wanted_(has_huge_pages()) {
     void* volatile block = std::malloc(kLargest);  // volatile: or a compiler leaves both calls out
     std::free(block);
     if (wanted_) before_ = spans();

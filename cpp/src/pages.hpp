@@ -10,6 +10,10 @@
 namespace l2a::core {
 
 constexpr std::size_t kPage = 4096;
+constexpr std::uintptr_t kHugePage = 2U << 20U;  // elsewhere the kernel refuses
+
+// Whether the system has huge pages and gives them to who asks.
+bool has_huge_pages();
 
 // Ends a mapping.
 struct Unmap {

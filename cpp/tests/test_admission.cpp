@@ -139,6 +139,39 @@ TEST_CASE("where others take memory the newest rows wait, and are computed again
     CHECK(told.engine.statistics().recomputed_rows == 1);
 }
 
+TEST_CASE("a request that was interrupted is not one that waits for its turn") {
+    const l2a::Runtime runtime = cases::open("fp32");
+    Told told(runtime, 2);
+    const std::vector<l2a::Request> requests{told.submit(long_one()), told.submit(long_one())};
+    CHECK(told.engine.statistics().oldest_seconds > 0);
+    CHECK(told.engine.statistics().held_bytes == 0);
+    told.engine.step();
+    CHECK(told.engine.statistics().held_bytes > 0);
+    CHECK(told.engine.statistics().held_bytes < told.engine.statistics().cache_bytes);
+    told.leave(0);
+    Told::wait();
+    told.engine.step();
+    CHECK(told.engine.statistics().waiting == 1);
+    CHECK(told.engine.statistics().oldest_seconds == 0);
+}
+
+TEST_CASE("caches grow for a raised cap only into memory that is left") {
+    const l2a::Runtime runtime = cases::open("fp32");
+    cases::Case one = long_one();
+    one.options.budget.think_tokens = 20;
+    Told told(runtime, 1);
+    const l2a::Request request = told.submit(one);
+    told.engine.step();
+    const int64_t before = told.engine.statistics().cache_bytes;
+    l2a_budget more = one.options.budget;
+    more.think_tokens = 60;
+    request.set_budget(more);
+    told.leave(0);
+    while (told.engine.step()) CHECK(told.engine.statistics().cache_bytes <= before);
+    CHECK(request.info().error == L2A_ERROR_OUT_OF_MEMORY);
+    CHECK(request.tokens().size() > 20);  // what there was room for
+}
+
 TEST_CASE("memory that a row of before has taken counts as taken") {
     const l2a::Runtime runtime = cases::open("fp32");
     const Sizes sizes(runtime);

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "caches.hpp"
@@ -18,6 +20,20 @@
 #include "sampling.hpp"
 
 namespace core = l2a::core;
+
+namespace {
+
+// Memory of this process that stands on no file.
+long anonymous_bytes() {
+    std::ifstream file("/proc/self/smaps_rollup");
+    for (std::string name; file >> name;) {
+        long kilobytes = 0;
+        if (name == "Anonymous:" && file >> kilobytes) return kilobytes * 1024;
+    }
+    return 0;
+}
+
+}  // namespace
 
 TEST_SUITE_BEGIN("inside");
 
@@ -116,25 +132,62 @@ TEST_CASE("what a row may still write is counted by what each graph has written 
     const core::Graph& dense = *runtime.graphs().front();
     const core::Graph& narrow = *runtime.graphs().back();
     core::Caches caches({&dense, &narrow});
-    const std::int64_t all = caches.unwritten(dense, -1, 1);
-    const std::int64_t some = caches.unwritten(narrow, -1, 1);
+    const auto unwritten = [&](const core::Graph& graph, std::size_t row, std::int64_t tokens) {
+        std::vector<core::Caches::Extent> extents(row + 1, {&graph, 0});
+        extents[row].tokens = tokens;
+        return caches.unwritten(extents);
+    };
+    const std::int64_t all = unwritten(dense, 0, 1);
+    const std::int64_t some = unwritten(narrow, 0, 1);
     REQUIRE(some < all);
     caches.reserve(2, 100, {});
     CHECK(caches.bytes() == 2 * 100 * all);
     caches.mark(narrow, 0, 30);
-    CHECK(caches.unwritten(narrow, 0, 50) == 20 * some);
-    CHECK(caches.unwritten(dense, 0, 50) == 50 * all - 30 * some);
-    CHECK(caches.unwritten(dense, 0, 10) == 10 * (all - some));
-    CHECK(caches.unwritten(dense, 1, 50) == 50 * all);
-    CHECK(caches.unwritten(dense, 2, 50) == 50 * all);  // a row that there is no room for yet
+    CHECK(caches.held() == 30 * some);
+    CHECK(unwritten(narrow, 0, 50) == 20 * some);
+    CHECK(unwritten(dense, 0, 50) == 50 * all - 30 * some);
+    CHECK(unwritten(dense, 0, 10) == 10 * (all - some));
+    CHECK(unwritten(dense, 1, 50) == 50 * all);
+    CHECK(unwritten(dense, 2, 50) == 50 * all);  // a row that there is no room for yet
     caches.copy(0, 1, 20);
-    CHECK(caches.unwritten(dense, 1, 50) == 30 * all);
+    CHECK(unwritten(dense, 1, 50) == 30 * all);
     caches.reserve(3, 100, {25});
-    CHECK(caches.unwritten(dense, 0, 50) == 50 * all - 25 * some);
-    CHECK(caches.unwritten(dense, 1, 50) == 50 * all);
+    CHECK(unwritten(dense, 0, 50) == 50 * all - 25 * some);
+    CHECK(unwritten(dense, 1, 50) == 50 * all);
     caches.clear();
     CHECK(caches.bytes() == 0);
-    CHECK(caches.unwritten(dense, 0, 50) == 50 * all);
+    CHECK(unwritten(dense, 0, 50) == 50 * all);
+}
+
+TEST_CASE("what short rows of long buffers hold is counted by the pages that they begin") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
+    const core::Graph& graph = *runtime.first(core::Kind::any);
+    for (const std::int64_t capacity : {3000, 100000}) {  // groups within a huge page, and over several
+        core::Caches caches({&graph});
+        caches.reserve(4, capacity, {});
+        CHECK(caches.held() == 0);
+        const std::int64_t wanted = caches.unwritten({{&graph, 0}, {&graph, 20}});
+        const long before = anonymous_bytes();
+        for (std::size_t cache = 0; cache < graph.caches().size(); ++cache) {
+            const core::CacheInput& input = graph.caches()[cache];
+            const auto token = static_cast<std::size_t>(input.head_dim) * core::element_bytes(input.type);
+            void* data = nullptr;
+            const core::Ort ort;
+            ort.check(ort->GetTensorMutableData(caches.view(graph, 1, 1)[cache].get(), &data), "a view");
+            for (std::int64_t group = 0; group < input.groups; ++group) {
+                auto* first = static_cast<std::byte*>(data) + static_cast<std::size_t>(group * capacity) * token;
+                std::fill_n(first, 20 * token, std::byte{7});
+            }
+        }
+        caches.mark(graph, 1, 20);
+        const long taken = anonymous_bytes() - before;
+        const long small = static_cast<long>(graph.caches().size() * 8 * core::kPage) + 300000;  // and what the test takes
+        CAPTURE(capacity);
+        CHECK(caches.held() == wanted);
+        CHECK(taken <= caches.held() + small);
+        CHECK(caches.held() <= taken + small);
+        CHECK(caches.unwritten({{&graph, 20}, {&graph, 20}}) <= caches.unwritten({{&graph, 20}, {&graph, 40}}));
+    }
 }
 
 TEST_CASE("JSON is read strictly") {

@@ -301,10 +301,11 @@ typedef struct l2a_engine_stats {
     uint32_t struct_size;
     int64_t waiting;         /**< requests */
     int64_t running;         /**< requests that have a row */
-    double oldest_seconds;   /**< since the first of those that wait came */
+    double oldest_seconds;   /**< since the first of those that wait came that has not begun */
     int64_t cache_bytes;     /**< that the caches of all rows may take */
     int64_t copied_rows;     /**< rows whose keys and values were copied for another row's sake, since the start */
     int64_t recomputed_rows; /**< requests that were computed again from their tokens, since the start */
+    int64_t held_bytes;      /**< of memory that the caches of all rows have taken */
 } l2a_engine_stats;
 
 /** Fills the structure, whose struct_size the caller has set to its size. */
