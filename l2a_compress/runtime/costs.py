@@ -13,7 +13,7 @@ import logging
 import os
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from l2a_compress import _validate
 from l2a_compress._machine import held_bytes, peak_bytes, peak_of, processor
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import MANIFEST_FILE
-from l2a_compress.errors import ConfigError, OutOfMemoryError, StorageError
+from l2a_compress.errors import ConfigError, OutOfMemoryError, SessionError, StorageError
 from l2a_compress.files import write_atomic
-from l2a_compress.runtime.engine import Engine, Rehearsal
+from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.request import Limits
+from l2a_compress.runtime.sampling import Endless
 from l2a_compress.runtime.selector import Step
 
 PROMPT, TOKENS, ROUNDS = 64, 12, 5
@@ -155,7 +157,7 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         SessionError: a graph cannot be loaded or run.
     """
     rows, ladder = engine.max_rows, engine.ladder
-    alone: dict[float, list[Rehearsal]] = {budget: [] for budget in ladder}
+    alone: dict[float, list[Step]] = {budget: [] for budget in ladder}
     full: dict[float, list[float]] = {budget: [] for budget in ladder}
     for number in range(rounds + 1):
         for budget in ladder:
@@ -169,24 +171,46 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
     steps = []
     for budget in ladder:
         decode = statistics.median(one.decode_seconds for one in alone[budget])
-        ran = alone[budget][0]
         steps.append(
-            Step(
-                budget=budget,
-                layers=ran.layers,
-                heads=ran.heads,
+            replace(
+                alone[budget][0],
                 prefill_seconds=statistics.median(one.prefill_seconds for one in alone[budget]),
                 decode_seconds=decode,
                 row_seconds=max(0.0, statistics.median(full[budget]) - decode) / max(1, rows - 1),
                 memory_bytes=peaks[budget] if budget in peaks else _peak(engine, budget),
-                cache_bytes=ran.cache_bytes,
             )
         )
     return CostTable(device=processor(), threads=engine.threads, serve=engine.serve, rows=rows, steps=tuple(steps))
 
 
-def _rehearse(engine: Engine, budget: float, *, rows: int) -> Rehearsal:
-    return engine.rehearse(Budget(compute=budget), rows=rows, prompt_tokens=PROMPT, new_tokens=TOKENS)
+def _rehearse(engine: Engine, budget: float, *, rows: int) -> Step:
+    """What so many rows of made-up text cost: of all of them, where it is the time of a step."""
+    if engine.busy:
+        raise ConfigError("requests are running; measure before they come: `l2a bench`, or `Runtime.controller`")
+    text = [1 + place % (engine.bundle.shape.vocab_size - 1) for place in range(PROMPT - 1)]
+    limits = Limits(max_think_tokens=TOKENS + 1, max_answer_tokens=1, tau_threshold=None)
+    requests = engine.submit([[*text, engine.tags.think]] * rows, [Budget(compute=budget)] * rows, limits=limits)
+    for request in requests:
+        request.sampler = Endless(engine.tags)
+    engine.steps.clear()
+    for _ in range(TOKENS):
+        engine.step()
+    steps, lane, kept = list(engine.steps), engine.lanes.of(requests[0]), requests[0].kept or ()
+    failed = next((request.error for request in requests if request.error is not None), None)
+    for request in requests:
+        engine.cancel(request)
+    engine.steps.clear()
+    if failed is not None or lane is None:
+        raise failed or SessionError(f"{engine.folder}: no row could run")
+    return Step(
+        budget=budget,
+        prefill_seconds=sum(step.prompt_seconds for step in steps) / (rows * PROMPT),
+        decode_seconds=sum(step.seconds for step in steps) / TOKENS,
+        layers=sum(1 for count in kept if count),
+        heads=sum(kept),
+        memory_bytes=0,
+        cache_bytes=lane.caches.token_bytes,
+    )
 
 
 def _peak(engine: Engine, budget: float) -> float:

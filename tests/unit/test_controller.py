@@ -170,8 +170,8 @@ def test_who_cannot_be_in_time_any_more_holds_nobody_down(made: Path) -> None:
     clock.now += 2.0  # its time is over
     controller.update(force=True)
     assert (running.done, controller.budget().compute) == (False, 1.0)
-    engine._waiting.remove(late)
-    engine._late.append(late)
+    engine._scheduler.waiting.remove(late)
+    engine._scheduler.late.append(late)
     clock.now += 6.9
     controller.update(force=True)
     assert controller.budget().compute == 1.0
@@ -187,8 +187,7 @@ def test_who_was_interrupted_does_not_count_as_one_that_waits_for_its_first_toke
     clock.now += 30.0
     engine.submit(texts(1), [None], limits=LIMITS)
     clock.now += 1.0
-    (lane,) = engine._lanes.values()
-    engine._interrupt(lane, running, keep=False)
+    engine._scheduler.preempt(running, keep=False)
     assert controller.signals.read()["queue.oldest_seconds"].value == pytest.approx(1.0)
 
 
@@ -204,7 +203,7 @@ def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
     order = []
     finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
     assert order == [first, free, fresh, second]  # the first one had begun
-    assert engine.late == 0
+    assert not engine.hopeless
     assert second.reasoning.answer
     assert second.error is None
     assert not third.written
@@ -215,7 +214,7 @@ def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
     clock.now += 10.0
     finish(engine)
     assert slow.done
-    assert engine._service == pytest.approx(1.0)
+    assert engine._scheduler.service == pytest.approx(1.0)
     hopeless, hopeful = (engine.submit(texts(1), [None], limits=LIMITS, seconds=seconds)[0] for seconds in (0.9, 1.1))
     order = []
     finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
@@ -281,7 +280,7 @@ def test_what_is_only_reserved_is_not_free(made: Path) -> None:
     engine = controller.engine
     engine.submit(texts(1), [None], limits=Limits(max_think_tokens=400, tau_threshold=None))
     engine.step()
-    (lane,) = engine._lanes.values()
+    (lane,) = engine.lanes
     told.values["host.memory_available"] = 5e6
     controller.update(force=True)
     controller.readings["gpu.memory_free"] = controller.readings["host.memory_available"]
@@ -319,6 +318,6 @@ def test_who_has_waited_is_told_its_cap_like_any_other(made: Path) -> None:
     clock.now += 5.0
     (third,) = engine.submit(texts(1), [None], limits=LIMITS)
     engine.step()
-    assert engine.late == 1
+    assert len(engine.hopeless) == 1
     assert third in engine.running
     assert not first.done

@@ -46,7 +46,7 @@ class Service(Source):
             {
                 "queue.depth": lambda: float(len(self._engine.waiting)),
                 "queue.oldest_seconds": self._oldest,
-                "queue.late": lambda: float(self._engine.late),
+                "queue.late": lambda: float(len(self._engine.hopeless)),
                 "service.ttft_seconds": self._ttft,
                 "service.tpot_seconds": self._tpot,
                 "service.contention": self._contention,
@@ -72,7 +72,7 @@ class Service(Source):
             if done.ended < now - self._SECONDS:
                 break
             step = next((step for step in self._steps if step.budget <= done.budget), self._steps[-1])
-            expected += done.prompt_tokens * step.prefill_seconds + step.step_seconds(done.rows)
+            expected += step.step_seconds(done.rows)
             taken += done.seconds
             count += 1
         if count < self._LEAST:
