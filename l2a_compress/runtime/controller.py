@@ -69,7 +69,7 @@ class Controller:
         if engine.serve == "if" and all(graph.kind != "router" for graph in engine.bundle.graphs):
             raise BundleError(f"{engine.folder}: has no router graph to steer requests with; export it again")
         self.engine, self.table, self.policy = engine, table, policy or Policy()
-        self.signals = Signals([*sources, Service(engine, table.steps)])
+        self.signals = Signals([*sources, Service(engine, table)])
         self.readings: dict[str, Reading] = {}
         self.switches = 0
         self._seconds, self._last = seconds, float("-inf")

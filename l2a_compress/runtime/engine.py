@@ -53,6 +53,7 @@ class StepTime:
         prompt_tokens: That were computed to give requests rows.
         prompt_seconds: That it took, loading of graphs among them.
         rows: That were decoded.
+        context: Tokens that they have in the caches, all together.
         seconds: That it took.
     """
 
@@ -61,6 +62,7 @@ class StepTime:
     prompt_tokens: int
     prompt_seconds: float
     rows: int
+    context: int
     seconds: float
 
 
@@ -311,7 +313,8 @@ class Engine:
                 self._decode(lane)
         if running:
             now, budget = self.clock(), max(request.budget.compute for request in running)
-            self.steps.append(StepTime(now, budget, prompt_tokens, admitted - began, len(running), now - admitted))
+            rows, context = len(running), sum(request.length for request in running)
+            self.steps.append(StepTime(now, budget, prompt_tokens, admitted - began, rows, context, now - admitted))
         if not self.busy:
             self._rest()
 

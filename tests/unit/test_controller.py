@@ -12,7 +12,10 @@ from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, OutOfMemoryError
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.runtime import Limits, Policy, Tier
+from l2a_compress.runtime.chooser import Serve
 from l2a_compress.runtime.controller import Controller
+from l2a_compress.runtime.costs import measure
+from l2a_compress.runtime.decoder import Array, GraphDecoder
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
 from toy_models import new_artifact
@@ -237,6 +240,35 @@ def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:
     controller.update(force=True)
     contention = controller.readings["service.contention"].value
     assert contention == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("serve", ["if", "variants"])
+def test_long_contexts_are_not_others(made: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
+    clock, others = Clock(), [1.0]
+    step = GraphDecoder.step
+
+    def timed(self: GraphDecoder, tokens: Array, mask: Array, **inputs: Any) -> Any:
+        clock.now += others[0] * (0.01 * tokens.size + 1e-4 * int(mask.sum()))
+        return step(self, tokens, mask, **inputs)
+
+    monkeypatch.setattr(GraphDecoder, "step", timed)
+    monkeypatch.setattr("l2a_compress.runtime.costs.peak_of", lambda _: 1)
+    engine = Engine(made, max_rows=2, threads=1, clock=clock, serve=serve)
+    controller = Controller(engine, measure(engine, rounds=1))
+
+    def contention() -> float | None:
+        for _ in range(12):
+            engine.step()
+        return controller.signals.read()["service.contention"].value
+
+    long = [*[5] * 400, engine.tags.think]
+    engine.submit([long], [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
+    assert contention() == pytest.approx(0.0, abs=0.05)
+    engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
+    assert contention() == pytest.approx(0.0, abs=0.05)
+    others[0] = 2.0
+    clock.now += 2.0
+    assert contention() == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_bundle_without_a_router_is_not_steered(made: Path) -> None:
