@@ -86,6 +86,26 @@ def test_memory_that_is_short_pauses_admission_and_patience_ends(made: Path) -> 
     assert request.error is None
 
 
+def test_as_many_rows_run_as_memory_has_room_for(made: Path) -> None:
+    controller, _, clock = steered(made, Policy(patience_seconds=3.0))
+    engine, (text,) = controller.engine, texts(1)
+    controller.table = table(1.0)
+    room = 1e6 + 2.5 * 10 * (len(text) + controller._new)  # for two rows, by the table
+    controller._values = lambda: {"host.memory_available": room}  # type: ignore[method-assign]
+    requests = engine.submit([text] * 4, [None] * 4, limits=LIMITS, tiers=["default"] * 4)
+    for rows in range(3):
+        controller.update(force=True)
+        assert (engine.rows, engine.paused) == (rows, rows == 2)
+        engine.max_rows = rows + 1
+        engine.step()
+        engine.max_rows = 4
+    for _ in range(40):
+        clock.now += 0.1
+        controller.update()
+        engine.step()
+    assert [(request.done, request.error) for request in requests] == [(True, None)] * 4
+
+
 def test_stale_readings_decide_nothing(made: Path) -> None:
     controller, told, clock = steered(made, Policy(stale_seconds=5.0, pressures=("pressure.cpu_some",)))
     told.values["pressure.cpu_some"] = 0.9
