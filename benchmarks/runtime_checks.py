@@ -33,8 +33,8 @@ from l2a_compress.evaluation.statistics import wilson
 from l2a_compress.modeling.generation import GenerationConfig, generate
 from l2a_compress.runtime import Limits, Policy, Runtime, Sampling
 from l2a_compress.runtime.costs import cost_table
-from l2a_compress.runtime.engine import Endless
 from l2a_compress.runtime.request import Request
+from l2a_compress.runtime.sampling import Endless
 from l2a_compress.runtime.selector import State, Work, select
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import LoadedArtifact, load_artifact
@@ -140,7 +140,7 @@ def _overhead(options: argparse.Namespace, runtime: Runtime) -> dict[str, Any]:
     """The engine's step over the run of the session in it, the selector and the import."""
     found: dict[str, Any] = {}
     engine = runtime.engine
-    (lane,) = engine._lanes.values()
+    (lane,) = engine.lanes
     session, spent = lane._decoder.session, [0.0]
 
     class Timed:

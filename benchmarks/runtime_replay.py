@@ -190,7 +190,7 @@ def _replay(options: argparse.Namespace, kind: str, arrivals: Sequence[Arrival],
                     {
                         "second": second,
                         "budget": statistics.fmean(budgets) if budgets else 1.0,
-                        "waiting": len(engine.waiting) + engine.late,
+                        "waiting": len(engine.waiting) + len(engine.hopeless),
                         "hog": float(hogs.runs),
                     }
                 )

@@ -18,7 +18,7 @@ from l2a_compress.runtime.costs import CostTable
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.policy import Policy
 from l2a_compress.runtime.request import TAGS, Request
-from l2a_compress.runtime.selector import Decision, State, Work, select
+from l2a_compress.runtime.selector import Decision, State, Work, admits, select
 from l2a_compress.runtime.signals.reading import Reading, Signals, Source
 from l2a_compress.runtime.signals.service import Service
 
@@ -69,7 +69,7 @@ class Controller:
         if engine.serve == "if" and all(graph.kind != "router" for graph in engine.bundle.graphs):
             raise BundleError(f"{engine.folder}: has no router graph to steer requests with; export it again")
         self.engine, self.table, self.policy = engine, table, policy or Policy()
-        self.signals = Signals([*sources, Service(engine, table.steps)])
+        self.signals = Signals([*sources, Service(engine, table)])
         self.readings: dict[str, Reading] = {}
         self.switches = 0
         self._seconds, self._last = seconds, float("-inf")
@@ -118,7 +118,9 @@ class Controller:
             for request in requests:
                 self._apply(request, partial(self._give, budget=self._tiers[name].budget))
         default = self._tiers["default"].decision
-        engine.paused = not default.admit
+        waiting = [request for request in known if request.tier == "default"]
+        more = replace(self._work(waiting), rows=min(engine.max_rows, engine.rows + 1))
+        engine.paused = not admits(self.table.steps, values, more, policy)
         if not engine.paused:
             self._short_since = None
             return

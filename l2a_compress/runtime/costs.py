@@ -13,7 +13,8 @@ import logging
 import os
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,15 @@ from l2a_compress import _validate
 from l2a_compress._machine import held_bytes, peak_bytes, peak_of, processor
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import MANIFEST_FILE
-from l2a_compress.errors import ConfigError, OutOfMemoryError, StorageError
+from l2a_compress.errors import ConfigError, OutOfMemoryError, SessionError, StorageError
 from l2a_compress.files import write_atomic
-from l2a_compress.runtime.engine import Engine, Rehearsal
+from l2a_compress.runtime.engine import Engine
+from l2a_compress.runtime.request import TAGS, Limits
+from l2a_compress.runtime.sampling import Endless
 from l2a_compress.runtime.selector import Step
 
 PROMPT, TOKENS, ROUNDS = 64, 12, 5
+FAR = 8 * PROMPT  # the context at which it is measured what more of it costs
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +45,8 @@ class CostTable:
         threads: Of one operator; None: onnxruntime's choice.
         serve: ``if`` or ``variants``.
         rows: The most rows that were measured together.
-        steps: From the largest budget to the smallest.
+        steps: From the largest budget to the smallest, measured behind short contexts.
+        context_seconds: That a step of the largest budget takes longer for each token more in a row's caches.
     """
 
     device: str
@@ -49,15 +54,27 @@ class CostTable:
     serve: str
     rows: int
     steps: tuple[Step, ...]
+    context_seconds: float
 
     def __post_init__(self) -> None:
         if not self.steps:
             raise ConfigError("steps: a cost table holds at least one")
+        if self.context_seconds != 0:
+            _validate.positive(self.context_seconds, "context_seconds", ConfigError)
         for place, step in enumerate(self.steps):
             for name, value in asdict(step).items():
                 zero = name in ("memory_bytes", "row_seconds", "cache_bytes") and value == 0
                 if not zero:
                     _validate.positive(value, f"steps[{place}].{name}", ConfigError)
+
+    def step_seconds(self, budget: float, rows: int, context: int) -> float:
+        """Of one token of each of so many rows that have ``context`` tokens in the caches, all together.
+
+        Attention reads the caches of the groups that are kept, so that they share what a longer context costs.
+        """
+        step = next((step for step in self.steps if step.budget <= budget), self.steps[-1])
+        longer = max(0, context - rows * (PROMPT + TOKENS // 2))
+        return step.step_seconds(rows) + longer * self.context_seconds * step.heads / self.steps[0].heads
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` turns back into an equal table."""
@@ -155,8 +172,10 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         SessionError: a graph cannot be loaded or run.
     """
     rows, ladder = engine.max_rows, engine.ladder
-    alone: dict[float, list[Rehearsal]] = {budget: [] for budget in ladder}
+    alone: dict[float, list[Step]] = {budget: [] for budget in ladder}
     full: dict[float, list[float]] = {budget: [] for budget in ladder}
+    far = min(FAR, engine.bundle.positions - TOKENS - 2 - TAGS)  # as long as the bundle allows
+    longer: list[float] = []
     for number in range(rounds + 1):
         for budget in ladder:
             if engine.serve == "variants":  # loading does not count
@@ -165,28 +184,61 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
             if number:  # the first round warms up
                 alone[budget].append(one)
                 full[budget].append(many.decode_seconds)
+            if number and budget == ladder[0] and far > PROMPT:
+                with suppress(OutOfMemoryError):
+                    behind = _rehearse(engine, budget, rows=1, prompt_tokens=far)
+                    longer.append((behind.decode_seconds - one.decode_seconds) / (far - PROMPT))
     peaks = dict.fromkeys(ladder, _peak(engine, ladder[0])) if engine.serve == "if" else {}
     steps = []
     for budget in ladder:
         decode = statistics.median(one.decode_seconds for one in alone[budget])
-        ran = alone[budget][0]
         steps.append(
-            Step(
-                budget=budget,
-                layers=ran.layers,
-                heads=ran.heads,
+            replace(
+                alone[budget][0],
                 prefill_seconds=statistics.median(one.prefill_seconds for one in alone[budget]),
                 decode_seconds=decode,
                 row_seconds=max(0.0, statistics.median(full[budget]) - decode) / max(1, rows - 1),
                 memory_bytes=peaks[budget] if budget in peaks else _peak(engine, budget),
-                cache_bytes=ran.cache_bytes,
             )
         )
-    return CostTable(device=processor(), threads=engine.threads, serve=engine.serve, rows=rows, steps=tuple(steps))
+    return CostTable(
+        device=processor(),
+        threads=engine.threads,
+        serve=engine.serve,
+        rows=rows,
+        steps=tuple(steps),
+        context_seconds=max(0.0, statistics.median(longer or [0.0])),
+    )
 
 
-def _rehearse(engine: Engine, budget: float, *, rows: int) -> Rehearsal:
-    return engine.rehearse(Budget(compute=budget), rows=rows, prompt_tokens=PROMPT, new_tokens=TOKENS)
+def _rehearse(engine: Engine, budget: float, *, rows: int, prompt_tokens: int = PROMPT) -> Step:
+    """What so many rows of made-up text cost: of all of them, where it is the time of a step."""
+    if engine.busy:
+        raise ConfigError("requests are running; measure before they come: `l2a bench`, or `Runtime.controller`")
+    text = [1 + place % (engine.bundle.shape.vocab_size - 1) for place in range(prompt_tokens - 1)]
+    limits = Limits(max_think_tokens=TOKENS + 1, max_answer_tokens=1, tau_threshold=None)
+    requests = engine.submit([[*text, engine.tags.think]] * rows, [Budget(compute=budget)] * rows, limits=limits)
+    for request in requests:
+        request.sampler = Endless(engine.tags)
+    engine.steps.clear()
+    for _ in range(TOKENS):
+        engine.step()
+    steps, lane, kept = list(engine.steps), engine.lanes.of(requests[0]), requests[0].kept or ()
+    failed = next((request.error for request in requests if request.error is not None), None)
+    for request in requests:
+        engine.cancel(request)
+    engine.steps.clear()
+    if failed is not None or lane is None:
+        raise failed or SessionError(f"{engine.folder}: no row could run")
+    return Step(
+        budget=budget,
+        prefill_seconds=sum(step.prompt_seconds for step in steps) / (rows * prompt_tokens),
+        decode_seconds=sum(step.seconds for step in steps) / TOKENS,
+        layers=sum(1 for count in kept if count),
+        heads=sum(kept),
+        memory_bytes=0,
+        cache_bytes=lane.caches.token_bytes,
+    )
 
 
 def _peak(engine: Engine, budget: float) -> float:

@@ -14,7 +14,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,52 +21,49 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from l2a_compress.budget import Budget
-from l2a_compress.bundle import Bundle, GraphEntry
-from l2a_compress.errors import BundleError, ConfigError, L2AError, OutOfMemoryError, SessionError
+from l2a_compress.bundle import Bundle
+from l2a_compress.errors import ConfigError, L2AError, OutOfMemoryError, SessionError
 from l2a_compress.limits import Contract
 from l2a_compress.reasoning import Reasoning, Tags
-from l2a_compress.runtime.chooser import Chooser, Decoder, Serve, decision, widths_of
-from l2a_compress.runtime.decoder import GraphDecoder, predicates, session_error
+from l2a_compress.runtime.chooser import Chooser, Serve
+from l2a_compress.runtime.decoder import session_error
 from l2a_compress.runtime.engine_lane import EngineLane, OpenEngine
 from l2a_compress.runtime.lane import Lane
+from l2a_compress.runtime.lanes import Lanes
 from l2a_compress.runtime.native import Native
 from l2a_compress.runtime.pages import give_back
 from l2a_compress.runtime.providers import Provider
 from l2a_compress.runtime.request import TAGS, Limits, Request, Told
 from l2a_compress.runtime.sampling import Sampler, Sampling
-from l2a_compress.runtime.tensorrt import EngineDecoder
+from l2a_compress.runtime.scheduler import Scheduler
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Runs = Literal["python", "native"]
 LADDER = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a bundle without variants
-_SLOW = 0.1  # weight of the newest request in what requests have taken lately
-_LOOK = 0.2  # seconds between two looks at the memory that is left for rows that run
 _TRIES = 3  # of a run that fails for another reason than memory
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """What one step of the engine did: its largest budget, tokens of prompts, rows that were decoded, and seconds.
+    """What one step of the engine did.
 
-    Seconds are without those of loading a graph.
+    Attributes:
+        ended: Seconds of the engine's clock.
+        budget: The largest of its rows.
+        prompt_tokens: That were computed to give requests rows.
+        prompt_seconds: That it took, loading of graphs among them.
+        rows: That were decoded.
+        context: Tokens that they have in the caches, all together.
+        seconds: That it took.
     """
 
     ended: float
     budget: float
     prompt_tokens: int
+    prompt_seconds: float
     rows: int
+    context: int
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rehearsal:
-    """What rows of one budget cost: seconds of a token of a prompt and of a step, layers, groups, bytes of a token."""
-
-    prefill_seconds: float
-    decode_seconds: float
-    layers: int
-    heads: int
-    cache_bytes: int
 
 
 class Engine:
@@ -90,10 +86,10 @@ class Engine:
 
     Attributes:
         ladder: Budgets to choose from, falling.
-        memory_left: Bytes that may still be taken, now; None where nobody knows.
         ended: The last requests that are done, the newest at the end.
         steps: What the last steps did.
         paused: Whether those that wait stay so.
+        lanes: The graphs that are loaded, and the requests that run on each.
 
     Raises:
         BundleError: the folder is not a whole bundle, or has not the graphs to serve it so.
@@ -126,44 +122,23 @@ class Engine:
         self.folder, self.threads, self.clock = Path(folder), threads, clock
         self.bundle = bundle = Bundle.load(self.folder)
         self.max_rows = max_rows if open_engine is None else 1
-        self.contract, self.serve, self._max_graphs = contract, serve, max_graphs
+        self.contract, self.serve, self.engine = contract, serve, engine
         self.provider, self.open_engine = provider, open_engine
         names = ("think", "end_think", "answer", "end_answer")
         think, end_think, answer, end_answer = (bundle.tags[name] for name in names)
         self.tags = Tags(think=think, end_think=end_think, answer=answer, end_answer=end_answer)
-        self._chooser = Chooser(self.folder, bundle, contract=contract, serve=serve, decoder=self._decoder)
+        native = Native(self.folder, threads=threads, contract=contract) if engine == "native" else None
+        self.lanes = Lanes(self.folder, bundle, serve, max_graphs, threads, provider, native, open_engine)
+        self._chooser = Chooser(self.folder, bundle, contract=contract, serve=serve, decoder=self.lanes.decoder)
         budgets = {entry.budget for entry in bundle.variants if entry.budget is not None}
         self.ladder = tuple(
             budget for budget in sorted(budgets or LADDER, reverse=True) if self._chooser.serves(budget)
         )
         self.ended: deque[Request] = deque(maxlen=64)
         self.steps: deque[StepTime] = deque(maxlen=512)
-        self.memory_left = memory_left or (lambda: None)
-        self._lanes: dict[str, Lane | EngineLane] = {}
-        self._waiting: deque[Request] = deque()
-        self._late: deque[Request] = deque()  # that could not be in time any more
-        self._service = 0.0  # seconds that requests have taken lately, from the first token to the last
-        self._held: dict[int, dict[str, Array]] = {}  # keys and values of those that wait for another graph
-        self._loading = 0.0  # seconds of the step
-        self._looked = float("-inf")  # at the memory that is left
-        self._full: int | None = None  # so many rows were too many
         self.paused = False
         self._numbers = itertools.count()
-        self._whole = bundle.if_graph if open_engine is None else bundle.told_graph
-        missing = (self._whole if serve == "if" else bundle.variants) or None
-        dialect = "ort" if open_engine is None else "standard"
-        if missing is None or bundle.dialect != dialect:
-            option = {"if": "--if-graph", "variants": "--variants"}[serve]
-            raise BundleError(
-                f"{folder}: has no graphs of the dialect {dialect} to serve; export with {option} "
-                + (f"--dialect {dialect}" if open_engine is None else "--target trt")
-            )
-        self.engine, self._native = engine, None
-        if engine == "native":
-            self._native = Native(self.folder, threads=threads, contract=contract)
-            self._max_graphs = len(bundle.graphs)
-        if serve == "if" and self._whole is not None:
-            self._open(self._whole)
+        self._scheduler = Scheduler(self.lanes, memory_left=memory_left or (lambda: None), clock=clock)
 
     def submit(
         self,
@@ -217,7 +192,7 @@ class Engine:
                     stops=stops,
                 )
             )
-        self._waiting.extend(made)
+        self._scheduler.waiting.extend(made)
         return made
 
     def set_budget(self, request: Request, budget: Budget) -> None:
@@ -238,15 +213,12 @@ class Engine:
         if kept is None or kept == request.kept:
             return
         before, request.kept = request.kept or (), kept
-        lane = self._lane_of(request)
         grows = any(new > old for new, old in zip(kept, before, strict=True))
-        if self.serve == "variants":
-            if lane is not None:
-                self._interrupt(lane, request, keep=not grows)
-            elif grows:
-                self._held.pop(request.number, None)
-        elif grows and lane is not None and not self.bundle.whole_cache:
-            self._interrupt(lane, request, keep=False)
+        variants, runs = self.serve == "variants", self.lanes.of(request) is not None
+        if runs and (variants or (grows and not self.bundle.whole_cache)):
+            self._scheduler.preempt(request, keep=variants and not grows)
+        elif grows:
+            self._scheduler.held.pop(request.number, None)
 
     def check(self, request: Request, budget: Budget) -> Told:
         """The budget as the inputs of a graph, if the request can have it.
@@ -262,137 +234,98 @@ class Engine:
         """Writes no more of a request; ``error`` says why."""
         if not request.done:
             self._end(request, error)
-            for queue in (self._waiting, self._late):
+            for queue in (self._scheduler.waiting, self._scheduler.late):
                 if request in queue:
                     queue.remove(request)
+            if not self.busy:  # no step would follow
+                self._rest()
+
+    def memory_left(self) -> float | None:
+        """Bytes that may still be taken, now; None where nobody knows."""
+        return self._scheduler.memory_left()
 
     @property
     def rows(self) -> int:
         """How many requests run."""
-        return sum(len(lane.requests) for lane in self._lanes.values())
+        return self.lanes.rows
 
     @property
     def running(self) -> list[Request]:
         """The requests that have a row and are not done."""
-        return [request for lane in self._lanes.values() for request in lane.requests if not request.done]
+        return self.lanes.running
 
     @property
     def waiting(self) -> Sequence[Request]:
         """The requests that wait for a row and can still be in time, the next one first."""
-        return self._waiting
+        return self._scheduler.waiting
 
     @property
     def queued(self) -> Iterator[Request]:
         """All that wait for a row, in the order they get one."""
-        return itertools.chain(self._waiting, self._late)
+        return itertools.chain(self._scheduler.waiting, self._scheduler.late)
 
     @property
     def hopeless(self) -> Sequence[Request]:
         """The requests that cannot be done by their deadline any more; they run when no other waits."""
-        return self._late
-
-    @property
-    def late(self) -> int:
-        """How many cannot be done by their deadline any more."""
-        return len(self._late)
+        return self._scheduler.late
 
     @property
     def busy(self) -> bool:
         """Whether a request waits or runs."""
-        return bool(self._waiting or self._late or self.running)
+        return bool(self.waiting or self.hopeless or self.running)
 
     @property
     def graphs(self) -> list[str]:
         """Names of the graphs that are loaded."""
-        return list(self._lanes)
+        return [lane.entry.name for lane in self.lanes]
 
     @property
     def loaded_budgets(self) -> set[float]:
         """The budgets of the ladder whose graphs are loaded: all, where one graph serves them or all share one copy."""
-        if self.serve == "if" or self._native is not None:
+        if self.serve == "if" or self.engine == "native":
             return set(self.ladder)
-        return {lane.entry.budget for lane in self._lanes.values() if lane.entry.budget is not None}
+        return {lane.entry.budget for lane in self.lanes if lane.entry.budget is not None}
 
     @property
     def runs_on(self) -> str:
         """What the graphs that are loaded run on, as it was found, for people."""
-        return "; ".join(f"{name}: {lane.runs_on}" for name, lane in self._lanes.items()) or "nothing that is loaded"
+        return "; ".join(f"{lane.entry.name}: {lane.runs_on}" for lane in self.lanes) or "nothing that is loaded"
 
     @property
     def resident_bytes(self) -> int:
         """Bytes of the host that keys and values have really taken; what is only reserved for them takes none."""
-        kept = sum(part.nbytes for held in self._held.values() for part in held.values())
-        return kept + sum(lane.resident_bytes for lane in self._lanes.values())
+        kept = sum(part.nbytes for held in self._scheduler.held.values() for part in held.values())
+        return kept + sum(lane.resident_bytes for lane in self.lanes)
 
     def step(self) -> None:
         """Admits what there is room for and decodes one token of every row. No failure of a session leaves it.
 
         A request that fails for good is done, and its ``error`` says why.
         """
-        began, self._loading = self.clock(), 0.0
-        self._retire()
+        began = self.clock()
+        self._scheduler.retire()
         prompt_tokens = self._admit_all()
-        self._retire()
-        self._squeeze()
-        running = self.running
-        for lane in list(self._lanes.values()):
+        self._scheduler.retire()
+        self._scheduler.squeeze()
+        admitted, running = self.clock(), self.running
+        for lane in list(self.lanes):
             if lane.requests:
                 self._decode(lane)
         if running:
             now, budget = self.clock(), max(request.budget.compute for request in running)
-            self.steps.append(StepTime(now, budget, prompt_tokens, len(running), now - began - self._loading))
+            rows, context = len(running), sum(request.length for request in running)
+            self.steps.append(StepTime(now, budget, prompt_tokens, admitted - began, rows, context, now - admitted))
         if not self.busy:
-            self._retire()
-            self._free()
-            if running:
-                give_back()  # what prompts took
-
-    def rehearse(self, budget: Budget, *, rows: int, prompt_tokens: int, new_tokens: int) -> Rehearsal:
-        """Runs so many rows of made-up text and says what they cost.
-
-        Raises:
-            ConfigError: requests are running.
-            SessionError: a graph cannot be loaded or run.
-        """
-        if self.busy:
-            raise ConfigError("requests are running; measure before they come: `l2a bench`, or `Runtime.controller`")
-        text = [1 + place % (self.bundle.shape.vocab_size - 1) for place in range(prompt_tokens - 1)]
-        limits = Limits(max_think_tokens=new_tokens + 1, max_answer_tokens=1, tau_threshold=None)
-        requests = self.submit([[*text, self.tags.think]] * rows, [budget] * rows, limits=limits)
-        for request in requests:
-            request.sampler = Endless(self.tags)
-        began = self.clock()
-        self._admit_all()
-        admitted = self.clock()
-        for _ in range(new_tokens):
-            self.step()
-        ended = self.clock()
-        failed = next((request.error for request in requests if request.error is not None), None)
-        lane, kept = self._lane_of(requests[0]), requests[0].kept or ()
-        for request in requests:
-            self.cancel(request)
-        self._retire()
-        self._free()
-        self.steps.clear()
-        if failed is not None or lane is None:
-            raise failed or SessionError(f"{self.folder}: no row could run")
-        return Rehearsal(
-            prefill_seconds=(admitted - began) / (rows * prompt_tokens),
-            decode_seconds=(ended - admitted) / new_tokens,
-            layers=sum(1 for count in kept if count),
-            heads=sum(kept),
-            cache_bytes=lane.caches.token_bytes,
-        )
+            self._rest()
 
     def close(self) -> None:
         """Ends all requests and frees graphs and caches."""
-        for request in [*self._waiting, *self._late, *self.running]:
+        for request in [*self.queued, *self.running]:
             self._end(request)
-        self._waiting.clear()
-        self._late.clear()
-        self._lanes.clear()
+        self._scheduler.waiting.clear()
+        self._scheduler.late.clear()
+        self.lanes.clear()
         self._chooser.close()
-        self._native = None
         give_back()
 
     def _check(self, prompt: Sequence[int], new_tokens: int) -> None:
@@ -408,74 +341,17 @@ class Engine:
                 "positions of the bundle; shorten it or lower its limits"
             )
 
-    # Graphs
-
-    def _open(self, entry: GraphEntry) -> Lane | EngineLane | None:
-        """The lane of a graph; None where other graphs are in use and no more may be loaded."""
-        lane = self._lanes.pop(entry.name, None)
-        if lane is None:
-            idle = [name for name, other in self._lanes.items() if not other.requests]  # the oldest first
-            for name in idle[: max(0, len(self._lanes) + 1 - self._max_graphs)]:
-                del self._lanes[name]  # before the new graph is loaded: there may be no room for both
-            if len(self._lanes) >= self._max_graphs:
-                return None
-            began = self.clock()
-            decoder = self._decoder(entry)
-            if isinstance(decoder, EngineDecoder):
-                lane = EngineLane(decoder, entry)
-            else:
-                lane = Lane(self.folder / entry.file, entry, decoder)
-            self._loading += self.clock() - began
-        self._lanes[entry.name] = lane
-        return lane
-
-    def _decoder(self, entry: GraphEntry) -> Decoder:
-        if self.open_engine is not None:
-            return self.open_engine(self.folder, self.bundle, entry.name)
-        if self._native is not None:
-            return self._native.decoder(entry.name)
-        return GraphDecoder(self.folder / entry.file, threads=self.threads, provider=self.provider)
-
-    def _lane_of(self, request: Request) -> Lane | EngineLane | None:
-        return next((lane for lane in self._lanes.values() if request in lane.requests), None)
-
-    def _entry(self, request: Request) -> GraphEntry:
-        """The graph that a request runs on."""
-        if request.kept is None and (self.serve == "variants" or self.open_engine is not None):
-            request.kept = self._chooser.choose(request, request.budget, request.told)
-        if self.serve == "if" and self._whole is not None:
-            return self._whole
-        return next(entry for entry in self.bundle.variants if widths_of(entry) == request.kept)
-
-    def _inputs(self, lane: Lane | EngineLane, requests: Sequence[Request]) -> dict[str, Array]:
-        """What a graph reads beside tokens and mask; an allocation of -1 asks the gates."""
-        if lane.entry.kind not in ("if", "told"):
-            return {}
-        layers, told = self.bundle.shape.num_layers, decision([request.told for request in requests])
-        kept = np.array([request.kept or (-1,) * layers for request in requests], dtype=np.int64)
-        if lane.entry.kind == "if":
-            return {**told, "allocation": kept}
-        runs = predicates(kept, self.bundle.gates["stem_layers"], self.bundle.widths)
-        shown = {"budget": told["budget"]} if self.bundle.gates["tokens"] else {}
-        return {**shown, "allocation": kept, **runs}
-
     # Requests
 
     def _admit_all(self) -> int:
         """Gives rows to those that wait. Returns how many tokens were computed for it."""
         tokens = 0
-        while (
-            (queue := self._queue())
-            and not self.paused
-            and self.rows < self.max_rows
-            and (self._full is None or self.rows < self._full)
-        ):
-            self._full = None
+        while (queue := self._scheduler.queue()) and not self.paused and self.rows < self.max_rows:
             request = queue.popleft()
             try:
                 admitted = self._admit(request)
             except (L2AError, MemoryError) as error:
-                if (lane := self._lane_of(request)) is not None:
+                if (lane := self.lanes.of(request)) is not None:
                     lane.remove(request)
                 self._failed(request, self._ours(error))
                 if not request.done:
@@ -483,42 +359,23 @@ class Engine:
                 continue
             if admitted is None:
                 queue.appendleft(request)
-                self._full = self.rows
+                self._scheduler.crowded()
                 break
             tokens += admitted
         return tokens
 
-    def _queue(self) -> deque[Request]:
-        """Where the next one comes from. Who will be late gives way to those that can still be in time."""
-        waiting, ends = self._waiting, self.clock() + self._service
-        while waiting and waiting[0].started is None and (end := waiting[0].deadline) is not None and end <= ends:
-            self._late.append(waiting.popleft())
-            self._full = None  # what it waited for is nothing to the next one
-        return waiting or self._late
-
     def _admit(self, request: Request) -> int | None:
         """Computes a request's tokens and says how many; None where it must wait for memory or for another graph."""
-        lane = self._open(self._entry(request))
-        if lane is None:
+        if request.kept is None and (self.serve == "variants" or self.open_engine is not None):
+            request.kept = self._chooser.choose(request, request.budget, request.told)
+        lane = self.lanes.open(self.lanes.graph(request.kept))
+        if lane is None or not self._scheduler.reserve(lane, request, self.max_rows):
             return None
-        self._free()  # what others needed does not count
-        need, left = self._unwritten(lane, request) + self._scratch(lane, request), self.memory_left()
-        if left is not None and need > left:
-            if self.rows:
-                return None
-            raise OutOfMemoryError(
-                f"request {request.number}: {need} bytes for its keys and values and to compute its prompt, of "
-                f"which {left:g} are left; free some, shorten the prompt, or lower its limits"
-            )
-        least = len(lane.requests) + 1
-        many = least if least <= lane.caches.rows else min(self.max_rows, 2 * least - 1)  # to grow seldom
-        fits = left is None or lane.caches.growth(many, request.most_tokens) <= left
-        lane.reserve(many if fits else least, request.most_tokens)
-        held = self._held.get(request.number)
-        if held is not None and isinstance(lane, Lane):
-            lane.resume(request, self._held.pop(request.number))
+        held = self._scheduler.held
+        if request.number in held and isinstance(lane, Lane):
+            lane.resume(request, held.pop(request.number))
             return 0
-        outputs = lane.prefill(request, self._inputs(lane, [request]))
+        outputs = lane.prefill(request, self.lanes.inputs(lane, [request]))
         if request.kept is None:
             request.kept = tuple(outputs["kept_groups"][0].tolist())
         self._chooser.remember(request, request.told, request.kept)
@@ -531,7 +388,7 @@ class Engine:
         """What becomes of the first that waits when it cannot run: it waits, is tried again, gets less, or ends."""
         short = isinstance(error, OutOfMemoryError)
         if short and self.rows:
-            self._full = self.rows  # a row that ends makes room
+            self._scheduler.crowded()
             return
         request.failures += 1
         if isinstance(error, SessionError) and not short and request.failures < _TRIES:
@@ -557,7 +414,7 @@ class Engine:
     def _decode(self, lane: Lane | EngineLane) -> None:
         """One token of every row of a graph."""
         try:
-            outputs = lane.decode(self._inputs(lane, lane.requests))
+            outputs = lane.decode(self.lanes.inputs(lane, lane.requests))
         except (SessionError, MemoryError) as error:
             self._stumbled(lane, self._ours(error))
             return
@@ -565,36 +422,6 @@ class Engine:
         for row, request in enumerate(lane.requests):
             if not request.done:
                 self._take(request, outputs, row)
-
-    def _free(self) -> None:
-        """Graphs without rows give their caches back."""
-        for lane in self._lanes.values():
-            lane.free()
-
-    def _unwritten(self, to: Lane | EngineLane | None = None, more: Request | None = None) -> int:
-        """Bytes that keys and values of all rows may still take, and of one more in a lane."""
-        return sum(lane.unwritten(more if lane is to else None) for lane in self._lanes.values())
-
-    def _scratch(self, lane: Lane | EngineLane, request: Request) -> int:
-        """Bytes that computing a request's tokens takes for a while: twice what one layer makes of them, at fp32.
-
-        As measured, within a fifth from a thousand tokens on. Attention keeps no scores of all pairs of tokens.
-        """
-        if request.number in self._held or not isinstance(lane, Lane):
-            return 0
-        shape, tokens = self.bundle.shape, len(request.prompt) + len(request.written)
-        return 2 * 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-
-    def _squeeze(self) -> None:
-        """Interrupts the newest rows, where what all rows may still write does not fit any more."""
-        if self.rows < 2 or self.clock() - self._looked < _LOOK:
-            return
-        self._looked, left = self.clock(), self.memory_left()
-        while left is not None and len(self.running) > 1 and self._unwritten() > left:
-            newest = max(self.running, key=lambda request: request.number)
-            if (lane := self._lane_of(newest)) is not None:
-                self._interrupt(lane, newest, keep=False)
-            self._full = self.rows  # a row that ends makes room
 
     def _ours(self, error: L2AError | MemoryError) -> L2AError:
         """NumPy's lack of memory as one of ours."""
@@ -604,8 +431,8 @@ class Engine:
         """A step that failed is run again: with a row less or a smaller budget where memory was short."""
         newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
         if short and len(lane.requests) > 1:
-            self._interrupt(lane, newest, keep=False)
-            self._full = self.rows  # a row that ends makes room
+            self._scheduler.preempt(newest, keep=False)
+            self._scheduler.crowded()
             return
         lane.failures += 1
         if (short and self._lower(newest)) or (not short and lane.failures < _TRIES):
@@ -614,13 +441,13 @@ class Engine:
         for request in lane.requests:
             self._end(request, error)
 
-    def _interrupt(self, lane: Lane | EngineLane, request: Request, *, keep: bool) -> None:
-        """Takes a request out of its row to the head of the queue, with its keys and values or without."""
-        if keep and isinstance(lane, Lane):
-            with suppress(MemoryError):  # without them it is computed again
-                self._held[request.number] = lane.held(request)
-        lane.remove(request)
-        self._waiting.appendleft(request)
+    def _rest(self) -> None:
+        """Nobody waits or runs: rows and caches end, and what prompts took goes back."""
+        rows = self.rows
+        self._scheduler.retire()
+        self.lanes.free()
+        if rows:
+            give_back()
 
     def _end(self, request: Request, error: L2AError | None = None) -> None:
         forget: BaseException | None = error
@@ -628,15 +455,7 @@ class Engine:
             forget.__traceback__ = None
             forget = forget.__cause__ or forget.__context__
         request.reasoning.stage, request.error, request.ended = "done", error, self.clock()
-        self._held.pop(request.number, None)
-
-    def _retire(self) -> None:
-        """Rows that are done leave."""
-        for lane in self._lanes.values():
-            for request in [request for request in lane.requests if request.done]:
-                lane.remove(request)
-        if not self.rows:
-            self._full = None
+        self._scheduler.held.pop(request.number, None)
 
     def _take(self, request: Request, outputs: Mapping[str, Array], row: int) -> None:
         """What the graph says becomes the token that is fed next."""
@@ -655,18 +474,4 @@ class Engine:
             self._end(request)
             self.ended.append(request)
             if request.started is not None and request.ended is not None:
-                self._service += _SLOW * (request.ended - request.started - self._service)
-
-
-class Endless(Sampler):
-    """Takes the most likely token that is no tag."""
-
-    def __init__(self, tags: Tags) -> None:
-        super().__init__(Sampling())
-        self._tags = [tags.think, tags.end_think, tags.answer, tags.end_answer]
-
-    def token(self, logits: Array) -> int:
-        """One token from ``logits`` [vocabulary]."""
-        logits = logits.copy()
-        logits[self._tags] = -np.inf
-        return super().token(logits)
+                self._scheduler.ended(request.ended - request.started)

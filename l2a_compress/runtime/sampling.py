@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from l2a_compress.errors import ConfigError, SessionError
+from l2a_compress.reasoning import Tags
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -70,3 +71,17 @@ class Sampler:
             order = order[: int(np.searchsorted(weights.cumsum(), settings.top_p)) + 1]
             weights = weights[: len(order)] / weights[: len(order)].sum()
         return int(order[np.searchsorted(weights.cumsum(), self._draw.random(), side="right").clip(0, len(order) - 1)])
+
+
+class Endless(Sampler):
+    """Takes the most likely token that is no tag."""
+
+    def __init__(self, tags: Tags) -> None:
+        super().__init__(Sampling())
+        self._tags = [tags.think, tags.end_think, tags.answer, tags.end_answer]
+
+    def token(self, logits: Array) -> int:
+        """One token from ``logits`` [vocabulary]."""
+        logits = logits.copy()
+        logits[self._tags] = -np.inf
+        return super().token(logits)

@@ -258,6 +258,12 @@ def _terms(
         yield Term(name="pressure", budget=_below(steps, wanted).budget, reason=f"{name} is {known[name]:g}")
 
 
+def admits(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy) -> bool:
+    """Whether so many rows fit into memory at some step, or nothing is known of it."""
+    memory = _memory(steps, readings, work, policy)
+    return memory is None or memory.budget > 0
+
+
 def _memory(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy) -> Term | None:
     """The largest step that fits into what is left; budget 0 where none does. None where nothing is known."""
     rooms = [value for name in policy.memories if (value := readings.get(name)) is not None and value < math.inf]

@@ -12,7 +12,10 @@ from l2a_compress.budget import Budget
 from l2a_compress.errors import BundleError, OutOfMemoryError
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.runtime import Limits, Policy, Tier
+from l2a_compress.runtime.chooser import Serve
 from l2a_compress.runtime.controller import Controller
+from l2a_compress.runtime.costs import measure
+from l2a_compress.runtime.decoder import Array, GraphDecoder
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
 from toy_models import new_artifact
@@ -81,6 +84,26 @@ def test_memory_that_is_short_pauses_admission_and_patience_ends(made: Path) -> 
     controller.update()
     finish(engine)
     assert request.error is None
+
+
+def test_as_many_rows_run_as_memory_has_room_for(made: Path) -> None:
+    controller, _, clock = steered(made, Policy(patience_seconds=3.0))
+    engine, (text,) = controller.engine, texts(1)
+    controller.table = table(1.0)
+    room = 1e6 + 2.5 * 10 * (len(text) + controller._new)  # for two rows, by the table
+    controller._values = lambda: {"host.memory_available": room}  # type: ignore[method-assign]
+    requests = engine.submit([text] * 4, [None] * 4, limits=LIMITS, tiers=["default"] * 4)
+    for rows in range(3):
+        controller.update(force=True)
+        assert (engine.rows, engine.paused) == (rows, rows == 2)
+        engine.max_rows = rows + 1
+        engine.step()
+        engine.max_rows = 4
+    for _ in range(40):
+        clock.now += 0.1
+        controller.update()
+        engine.step()
+    assert [(request.done, request.error) for request in requests] == [(True, None)] * 4
 
 
 def test_stale_readings_decide_nothing(made: Path) -> None:
@@ -170,8 +193,8 @@ def test_who_cannot_be_in_time_any_more_holds_nobody_down(made: Path) -> None:
     clock.now += 2.0  # its time is over
     controller.update(force=True)
     assert (running.done, controller.budget().compute) == (False, 1.0)
-    engine._waiting.remove(late)
-    engine._late.append(late)
+    engine._scheduler.waiting.remove(late)
+    engine._scheduler.late.append(late)
     clock.now += 6.9
     controller.update(force=True)
     assert controller.budget().compute == 1.0
@@ -187,8 +210,7 @@ def test_who_was_interrupted_does_not_count_as_one_that_waits_for_its_first_toke
     clock.now += 30.0
     engine.submit(texts(1), [None], limits=LIMITS)
     clock.now += 1.0
-    (lane,) = engine._lanes.values()
-    engine._interrupt(lane, running, keep=False)
+    engine._scheduler.preempt(running, keep=False)
     assert controller.signals.read()["queue.oldest_seconds"].value == pytest.approx(1.0)
 
 
@@ -204,7 +226,7 @@ def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
     order = []
     finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
     assert order == [first, free, fresh, second]  # the first one had begun
-    assert engine.late == 0
+    assert not engine.hopeless
     assert second.reasoning.answer
     assert second.error is None
     assert not third.written
@@ -215,7 +237,7 @@ def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
     clock.now += 10.0
     finish(engine)
     assert slow.done
-    assert engine._service == pytest.approx(1.0)
+    assert engine._scheduler.service == pytest.approx(1.0)
     hopeless, hopeful = (engine.submit(texts(1), [None], limits=LIMITS, seconds=seconds)[0] for seconds in (0.9, 1.1))
     order = []
     finish(engine, lambda _: order.extend(r for r in engine.running if r not in order))
@@ -238,6 +260,35 @@ def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:
     controller.update(force=True)
     contention = controller.readings["service.contention"].value
     assert contention == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("serve", ["if", "variants"])
+def test_long_contexts_are_not_others(made: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve) -> None:
+    clock, others = Clock(), [1.0]
+    step = GraphDecoder.step
+
+    def timed(self: GraphDecoder, tokens: Array, mask: Array, **inputs: Any) -> Any:
+        clock.now += others[0] * (0.01 * tokens.size + 1e-4 * int(mask.sum()))
+        return step(self, tokens, mask, **inputs)
+
+    monkeypatch.setattr(GraphDecoder, "step", timed)
+    monkeypatch.setattr("l2a_compress.runtime.costs.peak_of", lambda _: 1)
+    engine = Engine(made, max_rows=2, threads=1, clock=clock, serve=serve)
+    controller = Controller(engine, measure(engine, rounds=1))
+
+    def contention() -> float | None:
+        for _ in range(12):
+            engine.step()
+        return controller.signals.read()["service.contention"].value
+
+    long = [*[5] * 400, engine.tags.think]
+    engine.submit([long], [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
+    assert contention() == pytest.approx(0.0, abs=0.05)
+    engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
+    assert contention() == pytest.approx(0.0, abs=0.05)
+    others[0] = 2.0
+    clock.now += 2.0
+    assert contention() == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_bundle_without_a_router_is_not_steered(made: Path) -> None:
@@ -281,7 +332,7 @@ def test_what_is_only_reserved_is_not_free(made: Path) -> None:
     engine = controller.engine
     engine.submit(texts(1), [None], limits=Limits(max_think_tokens=400, tau_threshold=None))
     engine.step()
-    (lane,) = engine._lanes.values()
+    (lane,) = engine.lanes
     told.values["host.memory_available"] = 5e6
     controller.update(force=True)
     controller.readings["gpu.memory_free"] = controller.readings["host.memory_available"]
@@ -319,6 +370,6 @@ def test_who_has_waited_is_told_its_cap_like_any_other(made: Path) -> None:
     clock.now += 5.0
     (third,) = engine.submit(texts(1), [None], limits=LIMITS)
     engine.step()
-    assert engine.late == 1
+    assert len(engine.hopeless) == 1
     assert third in engine.running
     assert not first.done

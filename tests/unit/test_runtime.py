@@ -274,11 +274,11 @@ def test_a_request_moves_between_variants(made: Path) -> None:
     (one,) = first.submit(texts(1), [None], limits=LIMITS)
     for _ in range(2):
         first.step()
-    (lane,) = first._lanes.values()
+    (lane,) = first.lanes
     held = lane.held(one)
     first.set_budget(one, Budget(compute=0.45))
     first.step()
-    (lane,) = first._lanes.values()
+    (lane,) = first.lanes
     assert lane.entry.budget == 0.45
     for name, values in lane.held(one).items():
         groups, tokens = values.shape[0], held[name].shape[1]
@@ -405,7 +405,7 @@ def test_a_request_waits_for_memory_and_is_refused_where_none_can_come(made: Pat
     engine = within(made, total, max_rows=3)
     first = engine.submit(texts(1), [None], limits=LIMITS)
     engine.step()
-    (lane,) = engine._lanes.values()
+    (lane,) = engine.lanes
     total[0] = 1.8 * first[0].most_tokens * lane.caches.token_bytes
     more = engine.submit(texts(1) * 2, [None] * 2, limits=LIMITS)
     engine.step()
@@ -426,7 +426,7 @@ def test_memory_is_looked_at_where_a_row_fits_into_what_is_reserved(made: Path) 
     limits = Limits(max_think_tokens=30, max_answer_tokens=4, tau_threshold=None)
     first = engine.submit(texts(1) * 2, [None] * 2, limits=limits)
     engine.step()
-    (lane,) = engine._lanes.values()
+    (lane,) = engine.lanes
     whole = first[0].most_tokens * lane.caches.token_bytes
     assert lane.caches.rows == 3
     assert engine.resident_bytes == sum(request.length for request in first) * lane.caches.token_bytes < whole
@@ -436,7 +436,7 @@ def test_memory_is_looked_at_where_a_row_fits_into_what_is_reserved(made: Path) 
     assert engine.rows == 2
     total[0] = math.inf
     engine.cancel(third)
-    engine._looked, total[0] = -math.inf, 1.8 * whole  # others take what was left
+    engine._scheduler._looked, total[0] = -math.inf, 1.8 * whole  # others take what was left
     engine.step()
     assert engine.running == first[:1]
     finish(engine)
@@ -448,11 +448,11 @@ def test_what_a_long_prompt_is_computed_in_must_be_left(made: Path) -> None:
     engine = within(made, [math.inf], max_rows=1)
     long = [*[5] * 400, engine.tags.think]
     (request,) = engine.submit([long], [None], limits=LIMITS)
-    lane = engine._lanes["if"]
-    caches, work = request.most_tokens * lane.caches.token_bytes, engine._scratch(lane, request)
+    (lane,) = engine.lanes
+    caches, work = request.most_tokens * lane.caches.token_bytes, engine._scheduler.scratch(lane, request)
     assert work > 401 * engine.bundle.shape.intermediate_size * 4
     for left, error in ((caches + work / 2, OutOfMemoryError), (caches + work, type(None))):
-        engine.memory_left = partial(float, left)
+        engine._scheduler.memory_left = partial(float, left)
         (request,) = engine.submit([long], [Budget(compute=0.45)], limits=LIMITS)
         finish(engine)
         assert isinstance(request.error, error)
@@ -463,18 +463,43 @@ def test_caches_end_with_their_rows(made: Path) -> None:
     engine.submit(texts(4), [Budget(compute=0.45)] * 4, limits=LIMITS)
     finish(engine)
     assert engine.resident_bytes == 0
-    assert [lane.caches.rows for lane in engine._lanes.values()] == [0]
+    assert [lane.caches.rows for lane in engine.lanes] == [0]
     long, short = Limits(max_think_tokens=300), Limits(max_think_tokens=1)
     (request,) = engine.submit(texts(1), [Budget(compute=0.45)], limits=long)
     engine.step()
     engine.cancel(request)
     engine.submit(texts(1), [None], limits=short)
     engine.step()
-    assert [lane.caches.rows for lane in engine._lanes.values()] == [0, 1]
+    assert [lane.caches.rows for lane in engine.lanes] == [0, 1]
     (request,) = engine.submit(texts(1), [Budget(compute=0.45)], limits=short)
     engine.step()
-    (lane,) = (lane for lane in engine._lanes.values() if request in lane.requests)
+    (lane,) = (lane for lane in engine.lanes if request in lane.requests)
     assert lane.caches.capacity == request.most_tokens
+
+
+def test_what_is_cancelled_last_gives_its_memory_back_at_once(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr("l2a_compress.runtime.engine.give_back", lambda: returned.append(1))
+    engine = Engine(made, max_rows=2, threads=1)
+    first, second = engine.submit(texts(2), [None] * 2, limits=LIMITS)
+    engine.step()
+    (lane,) = engine.lanes
+    engine.cancel(first)
+    assert (engine.running, lane.caches.rows, returned) == ([second], 2, [])  # the other one needs its own
+    engine.cancel(second)
+    assert (engine.rows, engine.resident_bytes, lane.caches.rows, returned) == (0, 0, 0, [1])
+    engine.cancel(second)
+    (waits,) = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.cancel(waits)
+    assert returned == [1]  # nothing has run
+    # While a step goes on, too: whoever is asked whether a text ends may cancel it.
+    requests = engine.submit(texts(2), [None] * 2, limits=LIMITS, stops=lambda request: bool(engine.cancel(request)))
+    finish(engine)
+    assert [len(request.written) for request in requests] == [1, 1]
+    assert (engine.rows, engine.resident_bytes) == (0, 0)
+    (again,) = engine.submit(texts(1), [None], limits=LIMITS)
+    finish(engine)
+    assert again.written
 
 
 def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
@@ -482,9 +507,9 @@ def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
     engine = Engine(made, max_rows=8, threads=1, memory_left=lambda: left[0])
     engine.submit(texts(1) * 3, [None] * 3, limits=LIMITS)
     engine.step()
-    (lane,) = engine._lanes.values()
+    (lane,) = engine.lanes
     (request,) = engine.submit(texts(1), [None], limits=LIMITS)
-    left[0] = lane.caches.growth(4, request.most_tokens) + engine._scratch(lane, request)
+    left[0] = lane.caches.growth(4, request.most_tokens) + engine._scheduler.scratch(lane, request)
     assert left[0] < lane.caches.growth(7, request.most_tokens)
     engine.step()
     assert engine.rows == 4
@@ -545,7 +570,7 @@ def test_a_router_that_breaks_a_cap_is_not_followed(made: Path, monkeypatch: pyt
     whole, middle, small = engine.bundle.variants
     same = tuple(dataclasses.replace(entry, budget=1.0) for entry in (whole, middle, small))
     graphs = (*same, *(graph for graph in engine.bundle.graphs if graph.kind != "variant"))
-    engine.bundle = engine._chooser.bundle = dataclasses.replace(engine.bundle, graphs=graphs)
+    engine.bundle = engine._chooser.bundle = engine.lanes.bundle = dataclasses.replace(engine.bundle, graphs=graphs)
     kept = np.array([widths_of(small)])
     answer = {"variant": np.array([0]), "kept_groups": kept}
     monkeypatch.setattr(engine._chooser, "_route", lambda *_: answer)
@@ -644,7 +669,7 @@ def test_the_cost_table_is_measured_once(made: Path) -> None:
         assert cached_path(engine) != kept
     (request,) = engine.submit(texts(1), [None])
     with pytest.raises(ConfigError, match="measure before"):
-        engine.rehearse(Budget(), rows=1, prompt_tokens=4, new_tokens=1)
+        measure(engine)
     engine.cancel(request)
 
 
@@ -965,7 +990,7 @@ def test_two_hundred_failures_end_no_process_and_lose_no_request(made: Path, mon
                 )
                 ends["errors" if request.error else "answers"] += 1
             assert engine.rows == 0 or not engine.busy
-            assert not engine._held
+            assert not engine._scheduler.held
     assert injected[0] == 200
     assert ends["answers"] > 5 * ends["errors"] > 0
     for engine in engines:  # and then all is as before

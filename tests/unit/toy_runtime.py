@@ -58,7 +58,7 @@ def table(*budgets: float, serve: str = "if") -> CostTable:
         )
         for budget in budgets
     )
-    return CostTable(device="d", threads=1, serve=serve, rows=4, steps=steps)
+    return CostTable(device="d", threads=1, serve=serve, rows=4, steps=steps, context_seconds=0.0)
 
 
 class Clock:

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Sequence
 from types import MappingProxyType
 
+from l2a_compress.runtime.costs import CostTable
 from l2a_compress.runtime.engine import Engine
-from l2a_compress.runtime.selector import Step
 from l2a_compress.runtime.signals.reading import Source, each
 
 
@@ -18,12 +18,12 @@ class Service(Source):
     first of them came that has not begun; ``queue.late``, those that cannot be done by their deadline any more;
     ``service.ttft_seconds``, from a request's coming to its first token, and ``service.tpot_seconds``, from token to
     token, the medians of the last requests that ended; ``service.contention``, the share of the last second's time
-    that others took: 1 less what the steps should have taken by the cost table over what they did. The table is
-    measured at short texts, so that long contexts look like others too.
+    that others took: 1 less what decoding should have taken by the cost table, at its rows and contexts, over what it
+    did.
 
     Args:
         engine: that is read. In the thread that steps it.
-        steps: its cost table.
+        table: what its budgets cost.
     """
 
     units = MappingProxyType(
@@ -38,15 +38,15 @@ class Service(Source):
     )
     _SECONDS, _LEAST = 1.0, 4  # the window, and how many steps it must hold
 
-    def __init__(self, engine: Engine, steps: Sequence[Step]) -> None:
-        self._engine, self._steps = engine, steps
+    def __init__(self, engine: Engine, table: CostTable) -> None:
+        self._engine, self._table = engine, table
 
     def _values(self) -> dict[str, float | str]:
         return each(
             {
                 "queue.depth": lambda: float(len(self._engine.waiting)),
                 "queue.oldest_seconds": self._oldest,
-                "queue.late": lambda: float(self._engine.late),
+                "queue.late": lambda: float(len(self._engine.hopeless)),
                 "service.ttft_seconds": self._ttft,
                 "service.tpot_seconds": self._tpot,
                 "service.contention": self._contention,
@@ -71,8 +71,7 @@ class Service(Source):
         for done in reversed(self._engine.steps):
             if done.ended < now - self._SECONDS:
                 break
-            step = next((step for step in self._steps if step.budget <= done.budget), self._steps[-1])
-            expected += done.prompt_tokens * step.prefill_seconds + step.step_seconds(done.rows)
+            expected += self._table.step_seconds(done.budget, done.rows, done.context)
             taken += done.seconds
             count += 1
         if count < self._LEAST:
