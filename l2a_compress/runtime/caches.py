@@ -3,7 +3,8 @@
 A buffer is [rows, groups, capacity, head_dim] for each layer and part. As rows stand one after another in memory, one
 row is a view that a prefill of its own writes into while the others keep what they have; decoding reads the first rows
 together. Buffers grow by half when a row needs more room, and end with the last row. Pages that nothing was written to
-take no memory: those of layers that a graph skips without keys and values stay empty, when buffers grow too.
+take no memory: those of layers that a graph skips without keys and values stay empty, when buffers grow too. Those that
+are begun are taken whole, and most are huge: where a group's tokens are less than one, its neighbours' come with it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from l2a_compress.runtime.decoder import CACHE_TYPES
-from l2a_compress.runtime.pages import zeros
+from l2a_compress.runtime.pages import mapped, taken, zeros
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,17 +46,37 @@ class Caches:
 
     @property
     def resident_bytes(self) -> int:
-        """That were written to, at most: what is only reserved takes no memory."""
-        return sum(self._marks) * self.token_bytes
+        """That what was written takes of memory, at most; what is only reserved takes none."""
+        return self._taken(self.rows, self.capacity, self._marks)
 
     def mark(self, row: int, tokens: int) -> None:
         """Notes that so many tokens of a row are being written."""
         self._marks[row] = max(self._marks[row], tokens)
 
-    def unwritten(self, row: int, tokens: int) -> int:
-        """Bytes that a row of so many tokens will take beyond those it has."""
-        known = self._marks[row] if row < self.rows else 0
-        return max(0, tokens - known) * self.token_bytes
+    def unwritten(self, lengths: Sequence[int]) -> int:
+        """Bytes that the first rows will take beyond those they have, until they have so many tokens.
+
+        Where buffers must grow for it, what rows hold is there twice for a moment.
+        """
+        most = max(lengths, default=0)
+        if self.growth(len(lengths), most):
+            return self._taken(*self._grown(len(lengths), most), lengths)
+        wanted = [*lengths, *[0] * (self.rows - len(lengths))]
+        wanted = [max(one, known) for one, known in zip(wanted, self._marks, strict=True)]
+        return self._taken(self.rows, self.capacity, wanted) - self.resident_bytes
+
+    def _taken(self, rows: int, capacity: int, lengths: Sequence[int]) -> int:
+        """Bytes of memory of the first tokens of the first rows, in buffers of so many rows of so many tokens."""
+        kept = np.array([(row, tokens) for row, tokens in enumerate(lengths) if tokens], dtype=np.int64).reshape(-1, 2)
+        low = next(iter(self._buffers.values())).ctypes.data if (rows, capacity) == (self.rows, self.capacity) else 0
+        starts, ends, base = [], [], low
+        for groups, size, kind in self.inputs.values():
+            token = size * np.dtype(CACHE_TYPES[kind][0]).itemsize
+            first = base + (kept[:, :1] * groups + np.arange(groups)) * capacity * token
+            starts.append(first.ravel())
+            ends.append((first + kept[:, 1:] * token).ravel())
+            base += mapped(rows * groups * capacity * token)
+        return taken(low, base, np.concatenate(starts), np.concatenate(ends))
 
     def growth(self, rows: int, capacity: int) -> int:
         """Bytes that ``reserve`` will set aside; the old buffers go only after the new ones are there."""

@@ -57,8 +57,8 @@ def huge_pages() -> Iterator[None]:
 def zeros(wanted: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, Array]:
     """Arrays of zeros in memory of their own, which goes back to the system with the last of them.
 
-    They stand on huge pages where there are any, and those not written to take no memory. What NumPy gives is neither
-    where it stands in the heap, as large arrays do behind ``huge_pages``.
+    They stand on huge pages where there are any, and those not written to take no memory; :func:`taken` says what the
+    others do. What NumPy gives is neither where it stands in the heap, as large arrays do behind ``huge_pages``.
 
     Args:
         wanted: name -> (shape, dtype).
@@ -66,8 +66,7 @@ def zeros(wanted: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, Array]:
     Raises:
         MemoryError: there is no room.
     """
-    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in wanted.items()}
-    whole = {name: -(-size // _PAGE) * _PAGE for name, size in sizes.items()}  # no page is of two arrays
+    whole = {name: mapped(math.prod(shape) * np.dtype(dtype).itemsize) for name, (shape, dtype) in wanted.items()}
     if sys.platform != "linux" or not sum(whole.values()):
         return {name: np.zeros(shape, dtype) for name, (shape, dtype) in wanted.items()}
     try:
@@ -84,17 +83,50 @@ def zeros(wanted: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, Array]:
     return found
 
 
+def mapped(size: int) -> int:
+    """Bytes from one array of :func:`zeros` to the next: no page is of two."""
+    return -(-size // _PAGE) * _PAGE
+
+
+def taken(low: int, high: int, starts: Array, ends: Array) -> int:
+    """Bytes of memory that what is written of a mapping takes: a huge page that is begun is taken whole.
+
+    Args:
+        low: where the mapping begins.
+        high: where it ends.
+        starts: [n], int64: of what is written, ascending.
+        ends: [n], int64.
+    """
+    first, last = _up(low), high // _SIZE * _SIZE if _has_huge_pages() else low  # between them all pages are huge
+    starts = np.where((starts >= first) & (starts < last), starts // _SIZE * _SIZE, starts)
+    ends = np.where((ends > first) & (ends < last), _up(ends), ends)
+    before = np.maximum.accumulate(np.concatenate([[low], ends]))
+    return int(np.maximum(before[1:] - np.maximum(starts, before[:-1]), 0).sum())
+
+
+def _up(place: Any) -> Any:
+    return -(-place // _SIZE) * _SIZE
+
+
 def give_back() -> None:
     """Lets the C library return what is freed to the system, where it would keep it for later."""
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "malloc_trim"):  # not in every C library
         library.malloc_trim(ctypes.c_size_t(0))
 
 
-def _spans() -> list[Span] | None:
-    """Those of this process; None where the system has no huge pages or does not want them used."""
+def _has_huge_pages() -> bool:
+    """Whether the system has them and wants them used."""
     try:
-        if "[never]" in _SETTING.read_text() or os.sysconf("SC_PAGE_SIZE") != _PAGE:
-            return None
+        return "[never]" not in _SETTING.read_text() and os.sysconf("SC_PAGE_SIZE") == _PAGE
+    except OSError:
+        return False
+
+
+def _spans() -> list[Span] | None:
+    """Those of this process; None where there are no huge pages."""
+    if not _has_huge_pages():
+        return None
+    try:
         return list(spans(_MAPS.read_text().splitlines()))
     except OSError:
         return None
