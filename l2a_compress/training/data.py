@@ -33,7 +33,7 @@ def load_examples(
         config: One source, or several.
         split: ``train``, ``heldout`` or ``calibration``.
         seed: Of the interleave and of generated problems, at least 0. Rows of a file do not depend on it.
-        length: Samples of a mixture, where it is interleaved; by default the lengths of its sources added up.
+        length: Least samples of a mixture, where it is interleaved; never fewer than its sources have together.
 
     Raises:
         ConfigError: An unknown split or a seed below 0.
@@ -104,6 +104,8 @@ def _mix(
 ) -> Sequence[T]:
     if split == "heldout":
         return Chain(parts)
+    if length is not None:  # what replaces a sample that does not fit is the same in a longer run, and of all the source
+        length = max(length, sum(map(len, parts)))
     return Mixture(parts, [source.weight for source in config.sources], seed=seed, length=length)
 
 
