@@ -107,7 +107,7 @@ def _mix(
 ) -> Sequence[T]:
     if split == "heldout":
         return Chain(parts)
-    if length is not None:  # what replaces a sample that does not fit is the same in a longer run, and of all the source
+    if length is not None:  # so that any of a source can replace what does not fit, whatever the length of the run
         length = max(length, sum(map(len, parts)))
     return Mixture(parts, [source.weight for source in config.sources], seed=seed, length=length)
 

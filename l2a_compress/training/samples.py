@@ -68,7 +68,7 @@ class Samples(Dataset[Sample]):
 
     def _encode(self, index: int, drawn: Draw) -> Encoded:
         first = place = index % len(self.examples)
-        for tried in range(1, _TRIES + 1):
+        for tried in range(1, _TRIES + 1):  # noqa: B007 - told behind the loop
             example = self.examples[place]
             try:
                 encoded = encode(example, self.tokenizer, _style(example, drawn.style), self.max_length(place))

@@ -133,7 +133,7 @@ def test_skipped_conversations_are_counted(tmp_path: Path, caplog: pytest.LogCap
 
 def test_conversations_without_any_reply_are_an_error_of_columns(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {i}.", "response": ""} for i in range(9)])
-    with pytest.raises(DataError, match="all 9 replies are empty; see data.columns"):
+    with pytest.raises(DataError, match="all 9 replies are empty; see"):
         load_examples(DataConfig(source=str(path), kind="chat", **ALL))
 
 
