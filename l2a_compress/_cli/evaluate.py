@@ -85,11 +85,13 @@ def evaluate(
         ),
     ] = None,
     think_shares: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Caps on think tokens to measure at full compute, as shares of the reference length; not with nll."
+            help="Caps on think tokens to measure at full compute, as shares of the reference length; not with nll. "
+            "Default: 0.5,0.25.",
+            show_default=False,
         ),
-    ] = "0.5,0.25",
+    ] = None,
     work: Annotated[
         str,
         typer.Option(
@@ -124,6 +126,7 @@ def evaluate(
     """
     import torch
 
+    from l2a_compress.evaluation.frontier import metric_for
     from l2a_compress.evaluation.report import REPORT_FILE
     from l2a_compress.training.store import load_artifact
 
@@ -131,16 +134,16 @@ def evaluate(
     options = {
         "metric": metric,
         "seed": seed,
-        "think_shares": _numbers(think_shares, "--think-shares"),
+        "think_shares": None if think_shares is None else _numbers(think_shares, "--think-shares"),
         "works": _numbers(work, "--work"),
         "batch_size": batch_size,
     }
     if threads:
         torch.set_num_threads(threads)
     loaded = load_artifact(artifact, base=base)
-    if source is not None:  # as long as those that the model was trained on
-        source = replace(source, max_length=loaded.recipe.data.max_length)
     settings = _settings(loaded.recipe.evaluation, budgets, contract, problems, baselines)
+    if source is not None:
+        source = replace(source, max_length=_longest(loaded, settings, nll=(metric or metric_for(source)) == "nll"))
     _move(loaded.gated, device)
     folder = out or artifact.parent / "evaluation"
     if (folder / REPORT_FILE).exists():  # said before the work is done, while it can still be stopped
@@ -249,6 +252,15 @@ def _source(data: str | None, kind: str | None, columns: str | None) -> DataConf
         heldout_share=1.0,
         calibration_share=0.0,
     )
+
+
+def _longest(loaded: LoadedArtifact, settings: EvalConfig, *, nll: bool) -> int:
+    """Tokens of an example of other data: as in training; prompts alone may take what positions generation leaves."""
+    trained = loaded.recipe.data.max_length
+    room = (
+        int(loaded.gated.model.config.max_position_embeddings) - settings.max_think_tokens - settings.max_answer_tokens
+    )
+    return trained if nll else max(trained, room)
 
 
 def _words(text: str) -> tuple[str, ...]:

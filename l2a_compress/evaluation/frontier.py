@@ -51,7 +51,7 @@ def evaluate(
     data: DataConfig | MixtureConfig | None = None,
     metric: Metric | None = None,
     seed: int | None = None,
-    think_shares: Sequence[float] = THINK_SHARES,
+    think_shares: Sequence[float] | None = None,
     works: Sequence[float] = (),
     batch_size: int = 64,
     progress: Progress | None = None,
@@ -64,7 +64,8 @@ def evaluate(
         data: Other data than the recipe's. For a file that is only evaluated set its ``heldout_share`` to 1.
         metric: ``accuracy`` generates and compares answers, ``nll`` is teacher-forced; by default what the data allows.
         seed: Of generated problems; by default the recipe's.
-        think_shares: Caps on think tokens, as shares of the gates' ``think_reference``, measured at the full compute.
+        think_shares: Caps on think tokens, as shares of the gates' ``think_reference``, measured at the full compute;
+            by default ``THINK_SHARES``, and none with ``nll``.
         works: Shares of the dense model's work of a request, each measured by the split that the artifact notes for it.
         batch_size: Most problems that run together.
         progress: Told how far it is.
@@ -78,13 +79,17 @@ def evaluate(
     data, seed = data or artifact.recipe.data, artifact.recipe.seed if seed is None else seed
     contracts = cast("tuple[GateContract, ...]", tuple(dict.fromkeys(settings.contracts)))
     names = known_baselines(settings.baselines)
-    metric = metric or _metric_for(data)
+    metric = metric or metric_for(data)
     refused = [name for name in names if metric == "nll" and name in OTHERS]
     if refused:
         raise ConfigError(f"baseline {refused[0]!r} is about generated tokens; leave it out, or use --metric accuracy")
+    if metric == "nll" and think_shares:
+        raise ConfigError("think shares are of generated tokens: leave --think-shares out, or use --metric accuracy")
+    if think_shares is None:
+        think_shares = THINK_SHARES if metric == "accuracy" else ()
     began, bench = time.perf_counter(), bench_of(artifact, settings, data, metric, seed, batch_size)
     with evaluating(artifact.gated):
-        caps = [think_cap(bench, share) for share in think_shares] if metric == "accuracy" else []
+        caps = [think_cap(bench, share) for share in think_shares]
         runs = _gated_runs(bench, settings.budgets, contracts, caps)
         context = Context(artifact.gated, lambda: _calibration(artifact))
         priced = [run for run in runs if run.budget.think_tokens is None]
@@ -127,7 +132,7 @@ def evaluating(gated: GatedModel) -> Iterator[None]:
         gated.train(was_training)
 
 
-def _metric_for(data: DataConfig | MixtureConfig) -> Metric:
+def metric_for(data: DataConfig | MixtureConfig) -> Metric:
     """Exact answers are compared where every source has them."""
     sources = data.sources if isinstance(data, MixtureConfig) else (data,)
     return "accuracy" if all(source.kind in WITH_ANSWERS for source in sources) else "nll"

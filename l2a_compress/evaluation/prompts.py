@@ -70,10 +70,12 @@ def held_out(
         problem = _problem(example, tokenizer, data.max_length, labelled=metric == "nll")
         if problem is not None:
             problems.append(problem)
+    unfit = f"too long for max_length = {data.max_length}, or with a tag in their text"
     if problems and len(problems) < len(examples):
-        log.warning("%d of %d held-out examples exceed max_length", len(examples) - len(problems), len(examples))
+        left_out = len(examples) - len(problems)
+        log.warning("%d of %d held-out examples are left out: %s", left_out, len(examples), unfit)
     if not problems:
-        raise DataError(f"no held-out example fits max_length = {data.max_length}; raise data.max_length")
+        raise DataError(f"no held-out example can be encoded: {unfit}")
     return problems
 
 

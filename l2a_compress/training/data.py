@@ -33,7 +33,7 @@ def load_examples(
         config: One source, or several.
         split: ``train``, ``heldout`` or ``calibration``.
         seed: Of the interleave and of generated problems, at least 0. Rows of a file do not depend on it.
-        length: Samples of a mixture, where it is interleaved; by default the lengths of its sources added up.
+        length: Least samples of a mixture, where it is interleaved; never fewer than its sources have together.
 
     Raises:
         ConfigError: An unknown split or a seed below 0.
@@ -71,14 +71,17 @@ class _RowExamples(MapStyle[Example]):
             empty += example is None
             if example is not None and self._split(example) == split:
                 places.append((position(example.prompt), index))
+        if empty and config.kind == "chat":  # blank lines of a text are nothing to tell
+            if empty == len(rows):
+                raise DataError(f"{config.source}: all {empty} replies are empty; see data.columns, or --columns")
+            if split == "train" or config.heldout_share == 1:  # other splits are read in the same run
+                log.warning("%s: skipped %d of %d rows, whose reply is empty", config.source, empty, len(rows))
         if not places:
             raise DataError(
                 f"{config.source}: the {split} split is empty: of {len(rows)} rows none falls into its share "
                 f"(heldout_share {config.heldout_share}, calibration_share {config.calibration_share}); give more "
                 "rows or another share"
             )
-        if empty and config.kind == "chat":  # blank lines of a text are nothing to tell
-            log.warning("%s: skipped %d of %d rows, whose reply is empty", config.source, empty, len(rows))
         # The limit takes prompts by their hash: a fair sample of a sorted file, and a larger limit keeps all of them.
         taken = [index for _, index in sorted(places)[: config.limit]]
         self._indices = taken if split == "calibration" else sorted(taken)  # whose first ones are a fair sample too
@@ -104,6 +107,8 @@ def _mix(
 ) -> Sequence[T]:
     if split == "heldout":
         return Chain(parts)
+    if length is not None:  # so that any of a source can replace what does not fit, whatever the length of the run
+        length = max(length, sum(map(len, parts)))
     return Mixture(parts, [source.weight for source in config.sources], seed=seed, length=length)
 
 

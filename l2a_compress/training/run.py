@@ -143,7 +143,10 @@ def train(
     began = time.time()
     trainer.train(resume_from_checkpoint=start)
     if samples.unfit:
-        log.warning("%d examples did not fit max_length and were replaced by others of their source", samples.unfit)
+        log.warning(
+            "%d examples were too long or had a tag in their text, and were replaced by others of their source",
+            samples.unfit,
+        )
     if not state.is_main_process:
         return out / "artifact"
     _write_log(trainer, out / LOG_FILE)

@@ -68,7 +68,7 @@ class Samples(Dataset[Sample]):
 
     def _encode(self, index: int, drawn: Draw) -> Encoded:
         first = place = index % len(self.examples)
-        for _ in range(_TRIES):
+        for tried in range(1, _TRIES + 1):  # noqa: B007 - told behind the loop
             example = self.examples[place]
             try:
                 encoded = encode(example, self.tokenizer, _style(example, drawn.style), self.max_length(place))
@@ -76,8 +76,10 @@ class Samples(Dataset[Sample]):
             except UnfitError:
                 origin, place = self._passed(place)
                 self._unfit.add(origin)
+            if place == first:
+                break
         longest = self.max_length(first)
-        raise DataError(f"{_TRIES} examples in a row do not fit max_length = {longest}; raise data.max_length")
+        raise DataError(f"{tried} examples in a row do not fit max_length = {longest}; raise data.max_length")
 
     def _passed(self, place: int) -> tuple[tuple[int, int], int]:
         """The source and the item of an example, and the place of the next one of that source."""

@@ -190,9 +190,10 @@ class Trials:
         state = PartialState()
         if state.num_processes > 1:
             new = [gone for gone in dict.fromkeys(tuple(sorted(one)) for one in sets) if gone not in self.losses]
-            mine = [(gone, self._without(gone)) for gone in new[state.process_index :: state.num_processes]]
-            self.losses |= sorted(gather_object(mine))
-            self.tried()
+            for at in range(0, len(new), state.num_processes):
+                mine = new[at : at + state.num_processes][state.process_index :][:1]
+                self.losses |= sorted(gather_object([(gone, self._without(gone)) for gone in mine]))
+                self.tried()
         return [self.loss(gone) for gone in sets]
 
     def _without(self, gone: Sequence[int]) -> float:

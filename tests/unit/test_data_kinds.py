@@ -125,7 +125,16 @@ def test_skipped_conversations_are_counted(tmp_path: Path, caplog: pytest.LogCap
     config = DataConfig(source=str(path), kind="chat", columns={"prompt": "instruction", "response": "output"}, **ALL)
     with caplog.at_level(logging.WARNING):
         assert len(load_examples(config)) == 6
+        for split in ("calibration", "heldout"):  # of the same run
+            with pytest.raises(DataError, match=f"the {split} split is empty"):
+                load_examples(config, split)
     assert [record.getMessage() for record in caplog.records] == [f"{path}: skipped 3 of 9 rows, whose reply is empty"]
+
+
+def test_conversations_without_any_reply_are_an_error_of_columns(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"Say {i}.", "response": ""} for i in range(9)])
+    with pytest.raises(DataError, match="all 9 replies are empty; see"):
+        load_examples(DataConfig(source=str(path), kind="chat", **ALL))
 
 
 @pytest.mark.parametrize(

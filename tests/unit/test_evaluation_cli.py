@@ -11,7 +11,7 @@ from l2a_compress._cli import main
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.training.data_config import DataConfig
 from l2a_compress.training.recipe import EvalConfig, Recipe
-from l2a_compress.training.store import save_artifact
+from l2a_compress.training.store import load_artifact, save_artifact
 from toy_data import word_tokenizer, write_jsonl
 from toy_models import new_gated, save_base, tiny_recipe
 
@@ -89,7 +89,10 @@ def test_a_file_of_ones_own(artifact: Path, tmp_path: Path) -> None:
     assert report["dense_short"] is None
     asked = DataConfig.from_json(report["data"])
     assert (asked.source, asked.heldout_share) == (str(path), 1.0)
-    assert asked.max_length == 200  # the recipe's
+    room = load_artifact(artifact).gated.model.config.max_position_embeddings - 6 - 16
+    assert asked.max_length == max(200, room)
+    assert evaluate("-a", artifact, *flags, "--out", tmp_path / "nll", "--metric", "nll") == 0
+    assert json.loads((tmp_path / "nll" / "report.json").read_text())["data"]["max_length"] == 200  # the recipe's
 
 
 def test_nll(artifact: Path, tmp_path: Path) -> None:
@@ -107,6 +110,7 @@ def test_nll(artifact: Path, tmp_path: Path) -> None:
         (["--contract", "best"], "'best'"),
         (["--baselines", "magic"], "'magic'"),
         (["--baselines", "early_exit", "--metric", "nll"], "'early_exit' is about generated tokens"),
+        (["--think-shares", "0.5", "--metric", "nll"], "leave --think-shares out"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--kind", "poem", "--data", "x.jsonl"], "poem"),
         (["--kind", "gsm8k"], "--kind 'gsm8k' says how the rows of --data are read; give --data"),

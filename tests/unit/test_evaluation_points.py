@@ -323,7 +323,7 @@ def test_an_unknown_baseline_is_named() -> None:
 
 def test_problems_that_do_not_fit() -> None:
     data = DataConfig(max_length=8)
-    with pytest.raises(DataError, match="max_length = 8"):
+    with pytest.raises(DataError, match="too long for max_length = 8, or with a tag"):
         held_out(data, word_tokenizer(), metric="nll", count=3, seed=0)
 
 

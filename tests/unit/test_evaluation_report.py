@@ -17,7 +17,7 @@ from rich.console import Console
 from l2a_compress.errors import BudgetError, ConfigError, StorageError
 from l2a_compress.evaluation.console import print_report, progress_bar
 from l2a_compress.evaluation.drawings import heat_map
-from l2a_compress.evaluation.frontier import _metric_for, evaluate
+from l2a_compress.evaluation.frontier import evaluate, metric_for
 from l2a_compress.evaluation.page import page
 from l2a_compress.evaluation.report import Report, validate, write_report
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
@@ -208,7 +208,7 @@ def test_mean_without_prices_says_what_to_do() -> None:
 @pytest.mark.parametrize(("kinds", "metric"), [(("embedded", "gsm8k"), "accuracy"), (("gsm8k", "text"), "nll")])
 def test_a_mixture_is_compared_by_answers_where_all_of_it_has_them(kinds: tuple[str, ...], metric: str) -> None:
     sources = [DataConfig(kind=kind) if kind == "embedded" else DataConfig(source="f", kind=kind) for kind in kinds]
-    assert _metric_for(MixtureConfig(sources=tuple(sources))) == metric
+    assert metric_for(MixtureConfig(sources=tuple(sources))) == metric
 
 
 def test_an_unknown_metric_is_named() -> None:

@@ -107,7 +107,8 @@ class Counted(Trials):
 
     def __init__(self, guess: list[int]) -> None:
         self.guess, self.losses, self.mine = guess, {}, list[tuple[int, ...]]()
-        self.tried, self.bar = lambda: None, SimpleNamespace(update=lambda: None)  # type: ignore[assignment]
+        self.noted = list[int]()
+        self.tried, self.bar = lambda: self.noted.append(len(self.losses)), SimpleNamespace(update=lambda: None)  # type: ignore[assignment]
 
     def _without(self, gone: Sequence[int]) -> float:
         self.mine.append(tuple(gone))
@@ -133,6 +134,7 @@ def test_processes_share_the_trials_and_find_what_one_finds(monkeypatch: pytest.
     assert first.losses == second.losses == alone.losses
     assert {*first.mine} | {*second.mine} == {*alone.mine}
     assert not {*first.mine} & {*second.mine}
+    assert {now - before for before, now in zip([0, *first.noted], first.noted, strict=False)} == {1, 2}
 
 
 COSTS = {2: 5.0, 3: 4.0, 4: 3.0, 5: 6.0, 6: 1.0, 7: 2.0}

@@ -278,6 +278,19 @@ def test_a_run_longer_than_its_data_goes_on_with_rows_that_have_not_come(base: P
     assert seen == {f"{name} {row}" for name, rows in files.items() for row in range(rows)}
 
 
+def test_what_replaces_a_sample_does_not_depend_on_the_length_of_the_run(base: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"{n}", "trace": "1 + 1 " * (100 if n % 3 else 1), "answer": "2"} for n in range(300)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = {"source": str(tmp_path / "rows.jsonl"), "kind": "reasoning", "subset": None, "max_length": 100}
+
+    def first(steps: int) -> list[list[int]]:
+        recipe = tiny_recipe(base, data=data, optim={"steps": steps, "batch_size": 2})
+        samples = training_samples(recipe, build(recipe)[1])
+        return [samples[place]["input_ids"] for place in range(2)]
+
+    assert first(1) == first(50)
+
+
 def test_a_base_of_16_bits_is_searched_too(base: Path, tmp_path: Path) -> None:
     plan = {"explore": 0.5, "settle": 0.5, "search_rows": 4, "search_trials": 1, "trial_steps": 1}
     settings = {"dtype": "bfloat16"}, {"precision": "bf16", "steps": 2, "save_steps": 2}
