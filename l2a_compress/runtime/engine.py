@@ -88,7 +88,7 @@ class Engine:
         ladder: Budgets to choose from, falling.
         ended: The last requests that are done, the newest at the end.
         steps: What the last steps did.
-        paused: Whether those that wait stay so.
+        paused: Whether those that have not begun wait.
         lanes: The graphs that are loaded, and the requests that run on each.
 
     Raises:
@@ -346,7 +346,9 @@ class Engine:
     def _admit_all(self) -> int:
         """Gives rows to those that wait. Returns how many tokens were computed for it."""
         tokens = 0
-        while (queue := self._scheduler.queue()) and not self.paused and self.rows < self.max_rows:
+        while (queue := self._scheduler.queue()) and self.rows < self.max_rows:
+            if self.paused and queue[0].started is None:
+                break
             request = queue.popleft()
             try:
                 admitted = self._admit(request)
