@@ -3,18 +3,20 @@
 A buffer is [rows, groups, capacity, head_dim] for each layer and part. As rows stand one after another in memory, one
 row is a view that a prefill of its own writes into while the others keep what they have; decoding reads the first rows
 together. Buffers grow by half when a row needs more room, and end with the last row. Pages that nothing was written to
-take no memory: those of layers that a graph skips without keys and values stay empty, when buffers grow too.
+take no memory: those of layers that a graph skips without keys and values stay empty, when buffers grow too. Huge pages
+are taken whole, with what is reserved beside what is written, and so they are counted.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from l2a_compress.runtime.decoder import CACHE_TYPES
-from l2a_compress.runtime.pages import zeros
+from l2a_compress.runtime.pages import places, taken, zeros
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -45,17 +47,37 @@ class Caches:
 
     @property
     def resident_bytes(self) -> int:
-        """That were written to, at most: what is only reserved takes no memory."""
-        return sum(self._marks) * self.token_bytes
+        """Of the pages that were written to, at most."""
+        return self._taken(self._marks, self.rows, self.capacity)
 
     def mark(self, row: int, tokens: int) -> None:
         """Notes that so many tokens of a row are being written."""
         self._marks[row] = max(self._marks[row], tokens)
 
-    def unwritten(self, row: int, tokens: int) -> int:
-        """Bytes that a row of so many tokens will take beyond those it has."""
-        known = self._marks[row] if row < self.rows else 0
-        return max(0, tokens - known) * self.token_bytes
+    def unwritten(self, tokens: Sequence[int]) -> int:
+        """Bytes that the first rows will take beyond those they have, when they are of so many tokens.
+
+        Where buffers must grow for it, what rows hold is there twice for a moment.
+        """
+        if not tokens:
+            return 0
+        if self.growth(len(tokens), max(tokens)):
+            return self._taken(tokens, *self._grown(len(tokens), max(tokens)))
+        rows = [max(pair) for pair in itertools.zip_longest(self._marks, tokens, fillvalue=0)]
+        return self._taken(rows, self.rows, self.capacity) - self.resident_bytes
+
+    def _taken(self, tokens: Sequence[int], rows: int, capacity: int) -> int:
+        """Bytes that the first rows take with so many tokens each, in buffers of so many rows and tokens."""
+        strides = [
+            (groups, size * np.dtype(CACHE_TYPES[kind][0]).itemsize) for groups, size, kind in self.inputs.values()
+        ]
+        begins, total = places([rows * groups * capacity * stride for groups, stride in strides])
+        starts, ends = [], []
+        for begin, (groups, stride) in zip(begins, strides, strict=True):
+            start = begin + np.arange(len(tokens) * groups) * capacity * stride
+            starts.append(start)
+            ends.append(start + np.repeat(tokens, groups) * stride)
+        return taken(np.concatenate(starts), np.concatenate(ends), total) if total else 0
 
     def growth(self, rows: int, capacity: int) -> int:
         """Bytes that ``reserve`` will set aside; the old buffers go only after the new ones are there."""

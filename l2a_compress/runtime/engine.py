@@ -293,7 +293,7 @@ class Engine:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the host that keys and values have really taken; what is only reserved for them takes none."""
+        """Bytes of the host that keys and values have taken; pages that nothing was written to take none."""
         kept = sum(part.nbytes for held in self._scheduler.held.values() for part in held.values())
         return kept + sum(lane.resident_bytes for lane in self.lanes)
 

@@ -71,15 +71,9 @@ class Lane:
         return self.caches.resident_bytes
 
     def unwritten(self, more: Request | None = None) -> int:
-        """Bytes that keys and values of the rows may still take, and of one more where it is given.
-
-        Where buffers must grow for it, what rows hold is there twice for a moment.
-        """
-        rows, caches = [*self.requests, more] if more is not None else self.requests, self.caches
-        known = [request.most_tokens for request in rows]
-        if more is not None and caches.growth(len(rows), known[-1]):
-            return sum(known) * caches.token_bytes
-        return sum(caches.unwritten(row, tokens) for row, tokens in enumerate(known))
+        """Bytes that keys and values of the rows may still take, and of one more where it is given."""
+        rows = [*self.requests, more] if more is not None else self.requests
+        return self.caches.unwritten([request.most_tokens for request in rows])
 
     def prefill(self, request: Request, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Computes all tokens of a request into the row behind those that run, and lets it run."""

@@ -9,6 +9,7 @@ is depends on the places that they happen to get. So they are made to stand in t
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 import os
@@ -57,8 +58,8 @@ def huge_pages() -> Iterator[None]:
 def zeros(wanted: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, Array]:
     """Arrays of zeros in memory of their own, which goes back to the system with the last of them.
 
-    They stand on huge pages where there are any, and those not written to take no memory. What NumPy gives is neither
-    where it stands in the heap, as large arrays do behind ``huge_pages``.
+    They stand on huge pages where there are any, from the beginning of one on, and pages that nothing was written to
+    take no memory. What NumPy gives is neither where it stands in the heap, as large arrays do behind ``huge_pages``.
 
     Args:
         wanted: name -> (shape, dtype).
@@ -66,22 +67,44 @@ def zeros(wanted: Mapping[str, tuple[Sequence[int], Any]]) -> dict[str, Array]:
     Raises:
         MemoryError: there is no room.
     """
-    sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in wanted.items()}
-    whole = {name: -(-size // _PAGE) * _PAGE for name, size in sizes.items()}  # no page is of two arrays
-    if sys.platform != "linux" or not sum(whole.values()):
+    starts, total = places([math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in wanted.values()])
+    if sys.platform != "linux" or not total:
         return {name: np.zeros(shape, dtype) for name, (shape, dtype) in wanted.items()}
+    huge = total >= _SIZE
     try:
-        memory = mmap.mmap(-1, sum(whole.values()), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory = mmap.mmap(-1, total + huge * _SIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, OverflowError) as error:
-        raise MemoryError(f"{sum(whole.values())} bytes: {error}") from error
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    found, start = {}, 0
-    for name, (shape, dtype) in wanted.items():
+        raise MemoryError(f"{total} bytes: {error}") from error
+    first = 0
+    if huge:
+        first = -np.frombuffer(memory, np.uint8).ctypes.data % _SIZE
+        with suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    found = {}
+    for start, (name, (shape, dtype)) in zip(starts, wanted.items(), strict=True):
         count = math.prod(shape)
-        found[name] = np.frombuffer(memory, dtype, count, start).reshape(shape) if count else np.zeros(shape, dtype)
-        start += whole[name]
+        part = np.frombuffer(memory, dtype, count, first + start) if count else np.zeros(0, dtype)
+        found[name] = part.reshape(shape)
     return found
+
+
+def places(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where arrays of so many bytes begin in what ``zeros`` sets aside, and its end: no page is of two of them."""
+    *starts, end = itertools.accumulate((-(-size // _PAGE) * _PAGE for size in sizes), initial=0)
+    return starts, end
+
+
+def taken(starts: Array, ends: Array, total: int) -> int:
+    """Bytes that spans of such an array take once they are written to: those of whole huge pages, where there are any.
+
+    Args:
+        starts: of the spans, ascending.
+        ends: of the spans, none behind the start of the next.
+        total: of what was set aside.
+    """
+    page = _SIZE if total >= _SIZE and _wanted() else 1
+    starts, ends = starts[starts < ends] // page, -(-ends[starts < ends] // page)
+    return page * int((ends - np.maximum(starts, np.concatenate([starts[:1], ends[:-1]]))).sum())
 
 
 def give_back() -> None:
@@ -90,12 +113,18 @@ def give_back() -> None:
         library.malloc_trim(ctypes.c_size_t(0))
 
 
+def _wanted() -> bool:
+    """Whether the system has huge pages and wants them used."""
+    try:
+        return "[never]" not in _SETTING.read_text() and os.sysconf("SC_PAGE_SIZE") == _PAGE
+    except OSError:
+        return False
+
+
 def _spans() -> list[Span] | None:
     """Those of this process; None where the system has no huge pages or does not want them used."""
     try:
-        if "[never]" in _SETTING.read_text() or os.sysconf("SC_PAGE_SIZE") != _PAGE:
-            return None
-        return list(spans(_MAPS.read_text().splitlines()))
+        return list(spans(_MAPS.read_text().splitlines())) if _wanted() else None
     except OSError:
         return None
 
