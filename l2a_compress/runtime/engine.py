@@ -208,6 +208,8 @@ class Engine:
         if request.done:
             return
         told, cap = self.check(request, budget), request.limits.cap(budget)
+        if self.lanes.of(request) is None:
+            self._scheduler.changed()
         kept = None if request.kept is None else self._chooser.choose(request, budget, told)
         request.budget, request.told, request.reasoning.cap = budget, told, cap
         if kept is None or kept == request.kept:
@@ -237,6 +239,7 @@ class Engine:
             for queue in (self._scheduler.waiting, self._scheduler.late):
                 if request in queue:
                     queue.remove(request)
+                    self._scheduler.changed()
             if not self.busy:  # no step would follow
                 self._rest()
 
@@ -306,6 +309,7 @@ class Engine:
         self._scheduler.retire()
         prompt_tokens = self._admit_all()
         self._scheduler.retire()
+        self.lanes.free()
         self._scheduler.squeeze()
         admitted, running = self.clock(), self.running
         for lane in list(self.lanes):
@@ -392,6 +396,9 @@ class Engine:
         if short and self.rows:
             self._scheduler.crowded()
             return
+        if short and self._scheduler.held:  # they are computed again
+            self._scheduler.held.clear()
+            return
         request.failures += 1
         if isinstance(error, SessionError) and not short and request.failures < _TRIES:
             return
@@ -432,7 +439,7 @@ class Engine:
     def _stumbled(self, lane: Lane | EngineLane, error: L2AError) -> None:
         """A step that failed is run again: with a row less or a smaller budget where memory was short."""
         newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
-        if short and len(lane.requests) > 1:
+        if short and self.rows > 1:
             self._scheduler.preempt(newest, keep=False)
             self._scheduler.crowded()
             return
