@@ -125,7 +125,7 @@ class Controller:
             self._short_since = None
             return
         since = self._short_since = now if self._short_since is None else self._short_since
-        first = next(engine.queued, None)
+        first = next((request for request in engine.queued if request.started is None), None)
         if first is not None and now - max(since, first.submitted) > policy.patience_seconds:
             reason = next(term.reason for term in default.terms if term.name == "memory")
             engine.cancel(first, OutOfMemoryError(f"no memory for {policy.patience_seconds:g} s: {reason}"))

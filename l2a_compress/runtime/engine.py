@@ -88,7 +88,7 @@ class Engine:
         ladder: Budgets to choose from, falling.
         ended: The last requests that are done, the newest at the end.
         steps: What the last steps did.
-        paused: Whether those that wait stay so.
+        paused: Whether those that have not begun wait.
         lanes: The graphs that are loaded, and the requests that run on each.
 
     Raises:
@@ -208,6 +208,8 @@ class Engine:
         if request.done:
             return
         told, cap = self.check(request, budget), request.limits.cap(budget)
+        if self.lanes.of(request) is None:
+            self._scheduler.changed()
         kept = None if request.kept is None else self._chooser.choose(request, budget, told)
         request.budget, request.told, request.reasoning.cap = budget, told, cap
         if kept is None or kept == request.kept:
@@ -237,6 +239,7 @@ class Engine:
             for queue in (self._scheduler.waiting, self._scheduler.late):
                 if request in queue:
                     queue.remove(request)
+                    self._scheduler.changed()
             if not self.busy:  # no step would follow
                 self._rest()
 
@@ -293,7 +296,7 @@ class Engine:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of the host that keys and values have really taken; what is only reserved for them takes none."""
+        """Bytes of the host that keys and values have taken; pages that nothing was written to take none."""
         kept = sum(part.nbytes for held in self._scheduler.held.values() for part in held.values())
         return kept + sum(lane.resident_bytes for lane in self.lanes)
 
@@ -306,6 +309,7 @@ class Engine:
         self._scheduler.retire()
         prompt_tokens = self._admit_all()
         self._scheduler.retire()
+        self.lanes.free()
         self._scheduler.squeeze()
         admitted, running = self.clock(), self.running
         for lane in list(self.lanes):
@@ -346,7 +350,9 @@ class Engine:
     def _admit_all(self) -> int:
         """Gives rows to those that wait. Returns how many tokens were computed for it."""
         tokens = 0
-        while (queue := self._scheduler.queue()) and not self.paused and self.rows < self.max_rows:
+        while (queue := self._scheduler.queue()) and self.rows < self.max_rows:
+            if self.paused and queue[0].started is None:
+                break
             request = queue.popleft()
             try:
                 admitted = self._admit(request)
@@ -390,6 +396,9 @@ class Engine:
         if short and self.rows:
             self._scheduler.crowded()
             return
+        if short and self._scheduler.held:  # they are computed again
+            self._scheduler.held.clear()
+            return
         request.failures += 1
         if isinstance(error, SessionError) and not short and request.failures < _TRIES:
             return
@@ -430,7 +439,7 @@ class Engine:
     def _stumbled(self, lane: Lane | EngineLane, error: L2AError) -> None:
         """A step that failed is run again: with a row less or a smaller budget where memory was short."""
         newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
-        if short and len(lane.requests) > 1:
+        if short and self.rows > 1:
             self._scheduler.preempt(newest, keep=False)
             self._scheduler.crowded()
             return

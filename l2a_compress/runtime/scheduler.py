@@ -17,6 +17,7 @@ from l2a_compress.runtime.request import Request
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _SLOW = 0.1  # weight of the newest request in what requests have taken lately
+_AGAIN = 2.0  # seconds until it is tried again whether there is room for a row more
 _LOOK = 0.2  # seconds between two looks at the memory that is left for rows that run
 
 
@@ -43,9 +44,10 @@ class Scheduler:
         self.service = 0.0
         self._looked = float("-inf")  # at the memory that is left
         self._full: int | None = None  # so many rows were too many
+        self._since = 0.0  # when they were
 
     def queue(self) -> deque[Request]:
-        """Where the next one comes from; empty where nobody waits, or a row must end first.
+        """Where the next one comes from; empty where nobody waits, or there is no room.
 
         Who will be late gives way to those that can still be in time.
         """
@@ -53,7 +55,7 @@ class Scheduler:
         while waiting and waiting[0].started is None and (end := waiting[0].deadline) is not None and end <= ends:
             self.late.append(waiting.popleft())
             self._full = None  # what it waited for is nothing to the next one
-        if self._full is not None and self._lanes.rows >= self._full:
+        if self._full is not None and self._lanes.rows >= self._full and self._clock() - self._since < _AGAIN:
             return deque()
         self._full = None
         return waiting or self.late
@@ -90,8 +92,12 @@ class Scheduler:
         return 2 * 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
 
     def crowded(self) -> None:
-        """Says that memory is too short for a row more: the next one waits until a row ends."""
-        self._full = self._lanes.rows
+        """Says that memory is too short for a row more: the next one waits until a row ends, or for a while."""
+        self._full, self._since = self._lanes.rows, self._clock()
+
+    def changed(self) -> None:
+        """Says that those that wait are not those there was no room for."""
+        self._full = None
 
     def squeeze(self) -> None:
         """Preempts the newest rows, where what all rows may still write does not fit any more."""
@@ -107,7 +113,8 @@ class Scheduler:
         lane = self._lanes.of(request)
         if lane is None:
             return
-        if keep and isinstance(lane, Lane):
+        left = self.memory_left() if keep else None
+        if keep and isinstance(lane, Lane) and (left is None or request.length * lane.caches.token_bytes <= left):
             with suppress(MemoryError):  # without them it is computed again
                 self.held[request.number] = lane.held(request)
         lane.remove(request)

@@ -106,6 +106,24 @@ def test_as_many_rows_run_as_memory_has_room_for(made: Path) -> None:
     assert [(request.done, request.error) for request in requests] == [(True, None)] * 4
 
 
+def test_who_was_interrupted_comes_back_though_nobody_may_begin(made: Path) -> None:
+    controller, told, clock = steered(made, Policy(patience_seconds=3.0))
+    engine = controller.engine
+    first, second = engine.submit(texts(2), [None] * 2, limits=LIMITS, tiers=["default"] * 2)
+    engine.step()
+    told.values["host.memory_available"] = -1e9
+    (third,) = engine.submit(texts(1), [None], limits=LIMITS, tiers=["default"])
+    controller.update()
+    clock.now += 2.0
+    engine._scheduler.preempt(second, keep=False)
+    clock.now += 2.0
+    controller.update()
+    assert engine.paused
+    assert (first.error, second.error, type(third.error)) == (None, None, OutOfMemoryError)
+    engine.step()
+    assert engine.running == [first, second]
+
+
 def test_stale_readings_decide_nothing(made: Path) -> None:
     controller, told, clock = steered(made, Policy(stale_seconds=5.0, pressures=("pressure.cpu_some",)))
     told.values["pressure.cpu_some"] = 0.9

@@ -515,6 +515,70 @@ def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
     assert engine.rows == 4
 
 
+def test_who_waits_for_memory_is_tried_again(made: Path) -> None:
+    left, now = [math.inf], [0.0]
+    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0], clock=lambda: now[0])
+    limits = Limits(max_think_tokens=60, tau_threshold=None)
+    engine.submit(texts(1), [None], limits=limits)
+    engine.step()
+    left[0] = 0.0
+    second, third = engine.submit(texts(1) * 2, [None] * 2, limits=limits)
+    engine.step()
+    left[0] = math.inf
+    engine.step()
+    assert engine.rows == 1
+    engine.cancel(second)
+    engine.step()
+    assert third in engine.running
+    engine._scheduler.preempt(third, keep=False)
+    engine._scheduler.crowded()
+    engine.step()
+    assert engine.rows == 1
+    now[0] += 2.0
+    engine.step()
+    assert third in engine.running
+
+
+def test_a_cap_that_is_raised_counts_what_caches_take_to_grow(made: Path) -> None:
+    left, now = [math.inf], [0.0]
+    engine = Engine(made, max_rows=2, threads=1, memory_left=lambda: left[0], clock=lambda: now[0])
+    first, second = engine.submit(texts(1) * 2, [Budget(think_tokens=4)] * 2, limits=Limits(max_think_tokens=400))
+    engine.step()
+    (lane,) = engine.lanes
+    left[0], now[0] = 2.0 * first.most_tokens * lane.caches.token_bytes, 1.0
+    engine.step()
+    assert engine.rows == 2
+    engine.set_budget(first, Budget())
+    now[0] = 2.0
+    engine.step()
+    assert engine.running == [first]
+    engine.cancel(second)
+
+
+def test_variants_share_what_memory_is_left(made: Path) -> None:
+    left = [math.inf]
+    limits = Limits(max_think_tokens=60, tau_threshold=None)
+    engine = Engine(made, max_rows=2, max_graphs=2, threads=1, serve="variants", memory_left=lambda: left[0])
+    large, small = engine.submit(texts(1) * 2, [None, Budget(compute=0.45)], limits=limits)
+    engine.step()
+    lane = engine.lanes.of(small)
+    assert lane is not None
+    engine._stumbled(lane, OutOfMemoryError("no room"))
+    assert (small.ceiling, list(engine.waiting), engine.running) == (Budget(compute=0.45), [small], [large])
+    left[0] = 0.0
+    engine.set_budget(large, Budget(compute=0.7))
+    assert not engine._scheduler.held  # no room for a copy
+    engine._scheduler.held[large.number] = {}
+    engine._failed(large, OutOfMemoryError("no room"))
+    assert (large.error, engine._scheduler.held) == (None, {})
+    left[0] = math.inf
+    engine.step()
+    engine.cancel(large)
+    engine.step()
+    assert all(other.requests or not other.caches.rows for other in engine.lanes)
+    assert engine.running == [small]
+
+
 def test_a_request_that_brings_its_keys_and_values_has_computed_nothing(made: Path) -> None:
     engine = Engine(made, max_rows=1, max_graphs=2, threads=1, serve="variants")
     (request,) = engine.submit(texts(1), [None], limits=LIMITS)
