@@ -47,6 +47,7 @@ class CostTable:
         rows: The most rows that were measured together.
         steps: From the largest budget to the smallest, measured behind short contexts.
         context_seconds: That a step of the largest budget takes longer for each token more in a row's caches.
+        alone: Whether memory is that of processes of their own; such a table alone is kept.
     """
 
     device: str
@@ -55,6 +56,7 @@ class CostTable:
     rows: int
     steps: tuple[Step, ...]
     context_seconds: float
+    alone: bool = True
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -87,7 +89,7 @@ class CostTable:
         Raises:
             ConfigError: a key that is missing or unknown, or a value out of range.
         """
-        values = _validate.keywords(cls, data, ConfigError, optional=frozenset())
+        values = _validate.keywords(cls, data, ConfigError, optional=frozenset({"alone"}))
         if not isinstance(values["steps"], list | tuple):
             raise ConfigError(f"steps must be a list, found {values['steps']!r}")
         optional = frozenset({"row_seconds"})
@@ -135,11 +137,13 @@ def cost_table(engine: Engine, *, progress: Callable[[str], None] | None = None)
 
 
 def keep(engine: Engine, table: CostTable) -> None:
-    """Keeps a table for the next engines like this one.
+    """Keeps a table for the next engines like this one, unless memory was too short to measure it.
 
     Raises:
         StorageError: the cache folder is not writable, or the disk is full.
     """
+    if not table.alone:
+        return
     path = cached_path(engine)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +192,10 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
                 with suppress(OutOfMemoryError):
                     behind = _rehearse(engine, budget, rows=1, prompt_tokens=far)
                     longer.append((behind.decode_seconds - one.decode_seconds) / (far - PROMPT))
-    peaks = dict.fromkeys(ladder, _peak(engine, ladder[0])) if engine.serve == "if" else {}
+    if engine.serve == "if":
+        peaks = dict.fromkeys(ladder, _peak(engine, ladder[0]))
+    else:
+        peaks = {budget: _peak(engine, budget) for budget in ladder}
     steps = []
     for budget in ladder:
         decode = statistics.median(one.decode_seconds for one in alone[budget])
@@ -198,7 +205,7 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
                 prefill_seconds=statistics.median(one.prefill_seconds for one in alone[budget]),
                 decode_seconds=decode,
                 row_seconds=max(0.0, statistics.median(full[budget]) - decode) / max(1, rows - 1),
-                memory_bytes=peaks[budget] if budget in peaks else _peak(engine, budget),
+                memory_bytes=peaks[budget][0],
             )
         )
     return CostTable(
@@ -208,6 +215,7 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         rows=rows,
         steps=tuple(steps),
         context_seconds=max(0.0, statistics.median(longer or [0.0])),
+        alone=all(alone for _, alone in peaks.values()),
     )
 
 
@@ -241,8 +249,8 @@ def _rehearse(engine: Engine, budget: float, *, rows: int, prompt_tokens: int = 
     )
 
 
-def _peak(engine: Engine, budget: float) -> float:
-    """Bytes of a process that serves one request; 0 where the system does not tell.
+def _peak(engine: Engine, budget: float) -> tuple[float, bool]:
+    """Bytes of a process that serves one request, and whether it was one of its own; 0 where the system is silent.
 
     It holds the model a second time. Where there is no room for that it is the most that this process has held, which
     is too much for the smaller of several variants, but lets nothing in that does not fit.
@@ -250,14 +258,14 @@ def _peak(engine: Engine, budget: float) -> float:
     left, held = engine.memory_left(), held_bytes()
     if left is not None and held is not None and left < held:
         log.warning("%g bytes are left, too few to measure what budget %g takes alone", left, budget)
-        return float(peak_bytes() or 0)
+        return float(peak_bytes() or 0), False
     names = ("serve", "threads", "engine", "provider", "contract")
     about = {"folder": str(engine.folder), **{name: getattr(engine, name) for name in names}}
     try:
-        return float(peak_of(f"from {__name__} import serve_one; serve_one({about!r}, {budget!r})") or 0)
+        return float(peak_of(f"from {__name__} import serve_one; serve_one({about!r}, {budget!r})") or 0), True
     except OutOfMemoryError as error:
         log.warning("what budget %g takes alone cannot be measured: %s", budget, error)
-        return float(peak_bytes() or 0)
+        return float(peak_bytes() or 0), False
 
 
 def serve_one(about: Mapping[str, Any], budget: float) -> None:

@@ -35,7 +35,7 @@ from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.reasoning import Reasoning
 from l2a_compress.runtime import Answer, Limits, Policy, Runtime, Sampling, Server, Tier
 from l2a_compress.runtime.chooser import widths_of
-from l2a_compress.runtime.costs import CostTable, cached_path, cost_table, measure
+from l2a_compress.runtime.costs import CostTable, cached_path, cost_table, keep, measure
 from l2a_compress.runtime.decoder import GraphDecoder, session_error
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
@@ -754,6 +754,8 @@ def test_no_second_model_is_loaded_where_memory_is_short(made: Path, monkeypatch
         found = measure(engine, rounds=1)
         assert len(asked) == times
         assert all(step.memory_bytes >= own for step in found.steps)
+        keep(engine, found)
+        assert not cached_path(engine).exists()  # not for other days
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
