@@ -63,6 +63,7 @@ class Engine {
     std::vector<Request*> rows_;
     std::vector<std::pair<Told, Widths>> chosen_;  // where all prompts get the same
     std::int64_t full_ = -1;                       // so many rows were too many; -1: not known
+    double since_ = 0.0;                           // when they were, seconds
     std::uint64_t next_ = 0;
     std::int64_t copied_ = 0;
     std::int64_t recomputed_ = 0;
@@ -91,6 +92,7 @@ class Engine {
 
     void admit_all();
     bool admit(Request& request);
+    void crowded();
     [[nodiscard]] bool beyond(std::int64_t rows, std::int64_t tokens) const;
     [[nodiscard]] std::int64_t unwritten(const Request* more = nullptr) const;
     [[nodiscard]] std::int64_t scratch(const Request& request) const;

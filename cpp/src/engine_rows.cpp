@@ -7,8 +7,9 @@
 namespace l2a::core {
 namespace {
 
-constexpr int kTries = 3;      // of a run that fails for another reason than memory
-constexpr double kLook = 0.2;  // seconds between two looks at the memory that is left for rows that run
+constexpr int kTries = 3;       // of a run that fails for another reason than memory
+constexpr double kLook = 0.2;   // seconds between two looks at the memory that is left for rows that run
+constexpr double kAgain = 2.0;  // seconds until it is tried again whether there is room for a row more
 
 // A lack of memory of this library's own is like one of ONNX Runtime's.
 template <typename Action>
@@ -34,12 +35,12 @@ void Engine::step() {
 
 void Engine::admit_all() {
     while (!waiting_.empty() && static_cast<std::int64_t>(rows_.size()) < options_.max_rows &&
-           (full_ < 0 || static_cast<std::int64_t>(rows_.size()) < full_)) {
+           (full_ < 0 || static_cast<std::int64_t>(rows_.size()) < full_ || steady_seconds() - since_ >= kAgain)) {
         full_ = -1;
         Request& request = *waiting_.front();
         try {
             if (!with_memory([&] { return admit(request); })) {
-                full_ = static_cast<std::int64_t>(rows_.size());
+                crowded();
                 break;
             }
         } catch (const Error& error) {
@@ -48,6 +49,12 @@ void Engine::admit_all() {
         }
         waiting_.pop_front();  // behind all that may fail, so that no request is lost
     }
+}
+
+// There is no room for a row more until one ends, or memory is left again.
+void Engine::crowded() {
+    full_ = static_cast<std::int64_t>(rows_.size());
+    since_ = steady_seconds();
 }
 
 // False where it must wait for memory.
@@ -111,7 +118,7 @@ void Engine::squeeze() {
     const auto older = [](const Request* one, const Request* other) { return one->id < other->id; };
     while (rows_.size() > 1 && static_cast<double>(unwritten()) > left) {
         interrupt(**std::max_element(rows_.begin(), rows_.end(), older));
-        full_ = static_cast<std::int64_t>(rows_.size());  // a row that ends makes room
+        crowded();
     }
 }
 
@@ -146,7 +153,7 @@ void Engine::prefill(Request& request) {
 // What becomes of the first that waits when it cannot run: it waits, is tried again, or ends.
 void Engine::failed(Request& request, const Error& error) {
     if (error.code() == L2A_ERROR_OUT_OF_MEMORY && !rows_.empty()) {
-        full_ = static_cast<std::int64_t>(rows_.size());  // a row that ends makes room
+        crowded();
         return;
     }
     if (error.code() != L2A_ERROR_SESSION || ++request.failures >= kTries) end(request, error.code(), error.what());
@@ -232,7 +239,7 @@ bool Engine::grow() {
     } catch (const Error&) {  // the system has no more
     }
     interrupt(**longest);
-    full_ = static_cast<std::int64_t>(rows_.size());
+    crowded();
     return false;
 }
 
@@ -280,7 +287,7 @@ bool Engine::stumbled(std::size_t start, std::size_t count, const Error& error) 
             if (!one->done() && (newest->done() || one->id > newest->id)) newest = one;
         }
         interrupt(*newest);
-        full_ = static_cast<std::int64_t>(rows_.size());
+        crowded();
         return false;
     }
     bool last = error.code() != L2A_ERROR_SESSION;
