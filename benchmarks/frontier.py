@@ -266,10 +266,16 @@ def _merged(before: dict[str, Any] | None, found: dict[str, Any]) -> dict[str, A
         return found
     result = {name: value for name, value in before.items() if name != "frontier"}  # a check of the old points alone
     for name in ("points", "baselines"):
-        new = {(point["name"], point["contract"], point["budget"]): point for point in found[name]}
-        old = [p for p in before[name] if (p["name"], p["contract"], p["budget"]) not in new]
+        new = {_what(point): point for point in found[name]}
+        old = [point for point in before[name] if _what(point) not in new]
         result[name] = sorted([*old, *new.values()], key=lambda point: (point["name"], -point["budget"]))
     return result
+
+
+def _what(point: dict[str, Any]) -> tuple[Any, ...]:
+    """What a point is of. Points of one budget differ in their cap on thinking, and early exits by cost alone."""
+    cost = point["cost"] if point["name"] == "early_exit" else None
+    return point["name"], point["contract"], point["budget"], point.get("think_cap"), cost
 
 
 def _trimmed(report: Report) -> dict[str, Any]:

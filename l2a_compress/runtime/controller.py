@@ -127,7 +127,7 @@ class Controller:
         since = self._short_since = now if self._short_since is None else self._short_since
         first = next((request for request in engine.queued if request.started is None), None)
         if first is not None and now - max(since, first.submitted) > policy.patience_seconds:
-            reason = next(term.reason for term in default.terms if term.name == "memory")
+            reason = next((term.reason for term in default.terms if term.name == "memory"), "no row more fits")
             engine.cancel(first, OutOfMemoryError(f"no memory for {policy.patience_seconds:g} s: {reason}"))
 
     def apply(self, request: Request) -> None:
