@@ -59,7 +59,7 @@ class Caches {
         // Bytes, of whole pages, for those of a layer to be its own.
         [[nodiscard]] std::size_t size(std::int64_t rows, std::int64_t capacity) const noexcept;
     };
-    using Place = std::pair<std::int64_t, bool>;                     // layer, whether keys
+    using Place = std::pair<std::int64_t, bool>;                 // layer, whether keys
     using Written = std::map<Place, std::vector<std::int64_t>>;  // [rows, groups]: most tokens that were ever written
 
     std::map<Place, Buffer> buffers_;
