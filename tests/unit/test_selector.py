@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,27 @@ def test_a_signal_that_jumps_every_tenth_of_a_second_makes_few_switches() -> Non
     assert calm == [0.6]
 
 
-def test_a_decision_takes_less_than_fifty_microseconds() -> None:
+def test_a_decision_costs_little() -> None:
+    """Against a loop of plain Python, as machines differ: 1.2 to 1.6 of it. Benchmarks tell microseconds."""
     readings = {"request.seconds_left": 0.9, "queue.depth": 3.0, "host.memory_available": 1e9, "pressure.cpu_some": 0.3}
-    rounds = []
-    for _ in range(7):
+
+    def decision() -> None:
+        select(STEPS, readings, WORK, POLICIES["min"], State(budget=0.6), now=1.0)
+
+    def loop() -> None:
+        found: dict[int, int] = {}
+        for number in range(200):
+            found[number % 7] = found.get(number % 7, 0) + len(str(number))
+
+    def seconds(work: Callable[[], None]) -> float:
         began = time.process_time()
-        for _ in range(1000):
-            select(STEPS, readings, WORK, POLICIES["min"], State(budget=0.6), now=1.0)
-        rounds.append((time.process_time() - began) / 1000)
-    assert min(rounds) < 50e-6
+        for _ in range(300):
+            work()
+        return time.process_time() - began
+
+    rounds = [(seconds(decision), seconds(loop)) for _ in range(15)]
+    ours, plain = (min(side) for side in zip(*rounds, strict=True))
+    assert ours < 2.2 * plain
 
 
 def test_a_policy_is_read_from_a_file(tmp_path: Path) -> None:
