@@ -208,7 +208,8 @@ class Engine:
         if request.done:
             return
         told, cap = self.check(request, budget), request.limits.cap(budget)
-        if self.lanes.of(request) is None:
+        runs = self.lanes.of(request) is not None
+        if not runs:
             self._scheduler.changed()
         kept = None if request.kept is None else self._chooser.choose(request, budget, told)
         request.budget, request.told, request.reasoning.cap = budget, told, cap
@@ -216,7 +217,7 @@ class Engine:
             return
         before, request.kept = request.kept or (), kept
         grows = any(new > old for new, old in zip(kept, before, strict=True))
-        variants, runs = self.serve == "variants", self.lanes.of(request) is not None
+        variants = self.serve == "variants"
         if runs and (variants or (grows and not self.bundle.whole_cache)):
             self._scheduler.preempt(request, keep=variants and not grows)
         elif grows:
