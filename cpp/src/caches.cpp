@@ -117,8 +117,25 @@ void Caches::clear() noexcept {
     for (auto& [place, chunks] : written_) chunks.clear();
 }
 
-std::int64_t Caches::taken(std::int64_t rows, std::int64_t capacity, std::uintptr_t start,
-                           const Written& written) const {
+void Caches::trim(const std::vector<std::int64_t>& lengths) noexcept {
+    for (auto& [place, chunks] : written_) {
+        const auto groups = static_cast<std::size_t>(buffers_.at(place).groups);
+        for (std::size_t chunk = 0; chunk < chunks.size(); ++chunk) {
+            const std::int64_t length = chunk / groups < lengths.size() ? lengths[chunk / groups] : 0;
+            chunks[chunk] = std::min(chunks[chunk], length);
+        }
+    }
+    std::uintptr_t free = start();
+    const std::uintptr_t end = begun(rows_, capacity_, free, written_, [&](std::uintptr_t first, std::uintptr_t last) {
+        give_back(free, first);
+        free = last;
+    });
+    give_back(free, end);
+}
+
+template <typename Each>
+std::uintptr_t Caches::begun(std::int64_t rows, std::int64_t capacity, std::uintptr_t start, const Written& written,
+                             Each&& each) const {
     static const bool huge = has_huge_pages();
     std::uintptr_t end = start;
     for (const auto& [place, buffer] : buffers_) end += buffer.size(rows, capacity);
@@ -126,7 +143,6 @@ std::int64_t Caches::taken(std::int64_t rows, std::int64_t capacity, std::uintpt
     const std::uintptr_t high = huge ? end / kHugePage * kHugePage : low;  // between them all pages are huge
     std::uintptr_t counted = start;                                        // all before it is
     std::uintptr_t base = start;
-    std::int64_t found = 0;
     for (const auto& [place, buffer] : buffers_) {
         const auto stride = static_cast<std::uintptr_t>(capacity * buffer.token_bytes);
         std::uintptr_t first = base;
@@ -135,18 +151,29 @@ std::int64_t Caches::taken(std::int64_t rows, std::int64_t capacity, std::uintpt
             if (tokens > 0) {
                 const std::uintptr_t from = first >= low && first < high ? first / kHugePage * kHugePage : first;
                 const std::uintptr_t to = last > low && last < high ? up(last, kHugePage) : last;
-                found += static_cast<std::int64_t>(std::max(to, counted) - std::max(from, counted));
+                if (to > counted) each(std::max(from, counted), to);
                 counted = std::max(to, counted);
             }
             first += stride;
         }
         base += buffer.size(rows, capacity);
     }
-    return found;
+    return end;
+}
+
+std::int64_t Caches::taken(std::int64_t rows, std::int64_t capacity, std::uintptr_t start,
+                           const Written& written) const {
+    std::uintptr_t found = 0;
+    begun(rows, capacity, start, written, [&](std::uintptr_t first, std::uintptr_t last) { found += last - first; });
+    return static_cast<std::int64_t>(found);
+}
+
+std::uintptr_t Caches::start() const noexcept {
+    return reinterpret_cast<std::uintptr_t>(data_.get());
 }
 
 std::int64_t Caches::held() const {
-    return taken(rows_, capacity_, reinterpret_cast<std::uintptr_t>(data_.get()), written_);
+    return taken(rows_, capacity_, start(), written_);
 }
 
 std::int64_t Caches::unwritten(const std::vector<Extent>& extents) const {
@@ -162,7 +189,7 @@ std::int64_t Caches::unwritten(const std::vector<Extent>& extents) const {
     std::int64_t row = 0;
     for (const Extent& extent : extents) note(wanted, *extent.graph, row++, extent.tokens);
     if (anew) return taken(rows, capacity, 0, wanted);
-    return taken(rows, capacity, reinterpret_cast<std::uintptr_t>(data_.get()), wanted) - held();
+    return taken(rows, capacity, start(), wanted) - held();
 }
 
 void Caches::mark(const Graph& graph, std::int64_t row, std::int64_t tokens) {

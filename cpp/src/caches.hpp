@@ -43,6 +43,8 @@ class Caches {
     // Bytes that the first rows will take beyond what is held, until they are as long as given. Where buffers must grow
     // for it, what rows hold is there twice for a moment.
     [[nodiscard]] std::int64_t unwritten(const std::vector<Extent>& extents) const;
+    // Gives back the memory of all but the first tokens of the first rows.
+    void trim(const std::vector<std::int64_t>& lengths) noexcept;
     // Gives all rows back.
     void clear() noexcept;
     // Copies the first tokens of a row over another row.
@@ -71,10 +73,16 @@ class Caches {
     std::map<std::tuple<const Graph*, std::int64_t, std::int64_t>, OrtValues> views_;
 
     [[nodiscard]] std::int64_t grown(std::int64_t capacity) const noexcept;
-    // Bytes of memory of what is written, in buffers of so many rows of so many tokens, one behind another from `start`.
+    // Calls `each` with where the memory of what is written begins and ends, ascending, in buffers of so many rows of so
+    // many tokens, one behind another from `start`. Returns where they end.
+    template <typename Each>
+    std::uintptr_t begun(std::int64_t rows, std::int64_t capacity, std::uintptr_t start, const Written& written,
+                         Each&& each) const;
+    // Bytes of it.
     [[nodiscard]] std::int64_t taken(std::int64_t rows, std::int64_t capacity, std::uintptr_t start,
                                      const Written& written) const;
     void note(Written& written, const Graph& graph, std::int64_t row, std::int64_t tokens) const;
+    [[nodiscard]] std::uintptr_t start() const noexcept;  // of the buffers
     [[nodiscard]] std::byte* at(const Buffer& buffer, std::int64_t row, std::int64_t group) const noexcept;
 };
 

@@ -98,6 +98,7 @@ class Engine {
     [[nodiscard]] std::int64_t scratch(const Request& request) const;
     void squeeze();
     void make_room(std::int64_t rows, std::int64_t tokens);
+    [[nodiscard]] std::vector<std::int64_t> lengths() const;
     void prefill(Request& request);
     void failed(Request& request, const Error& error);
     void interrupt(Request& request);

@@ -51,10 +51,11 @@ void Engine::admit_all() {
     }
 }
 
-// There is no room for a row more until one ends, or memory is left again.
+// There is no room for a row more until one ends, or memory is left again. What rows of before took is given back.
 void Engine::crowded() {
     full_ = static_cast<std::int64_t>(rows_.size());
     since_ = steady_seconds();
+    caches_.trim(lengths());
 }
 
 // False where it must wait for memory.
@@ -114,9 +115,8 @@ void Engine::squeeze() {
     const double now = steady_seconds();
     if (rows_.size() < 2 || now - looked_ < kLook) return;
     looked_ = now;
-    const double left = options_.memory_left();
     const auto older = [](const Request* one, const Request* other) { return one->id < other->id; };
-    while (rows_.size() > 1 && static_cast<double>(unwritten()) > left) {
+    while (rows_.size() > 1 && static_cast<double>(unwritten()) > options_.memory_left()) {
         interrupt(**std::max_element(rows_.begin(), rows_.end(), older));
         crowded();
     }
@@ -124,9 +124,14 @@ void Engine::squeeze() {
 
 // Makes room in the caches for so many rows of so many tokens; the rows keep what they have written.
 void Engine::make_room(std::int64_t rows, std::int64_t tokens) {
-    std::vector<std::int64_t> lengths;
-    for (const Request* request : rows_) lengths.push_back(request->length);
-    caches_.reserve(rows, tokens, lengths);
+    caches_.reserve(rows, tokens, lengths());
+}
+
+// Tokens that each row has in the caches.
+std::vector<std::int64_t> Engine::lengths() const {
+    std::vector<std::int64_t> found;
+    for (const Request* request : rows_) found.push_back(request->length);
+    return found;
 }
 
 // Computes all tokens of a request into the row behind those that run, and lets it run.

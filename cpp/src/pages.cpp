@@ -67,6 +67,14 @@ Pages zeroed(std::size_t bytes) noexcept {
     return {static_cast<std::byte*>(found), Unmap{bytes}};
 }
 
+void give_back([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uintptr_t end) noexcept {
+#ifdef __linux__
+    start = (start + kPage - 1) / kPage * kPage;
+    end = end / kPage * kPage;
+    if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+#endif
+}
+
 void give_back() noexcept {
 #ifdef __GLIBC__
     malloc_trim(0);

@@ -26,6 +26,9 @@ using Pages = std::unique_ptr<std::byte, Unmap>;
 // None where there is no room.
 Pages zeroed(std::size_t bytes) noexcept;
 
+// Gives the whole pages between two places of zeroed() back; they read as zeros, and take memory when they are written.
+void give_back(std::uintptr_t start, std::uintptr_t end) noexcept;
+
 // Has the C library return to the system what it holds and nobody uses.
 void give_back() noexcept;
 

@@ -190,6 +190,51 @@ TEST_CASE("what short rows of long buffers hold is counted by the pages that the
     }
 }
 
+TEST_CASE("what rows of before hold is given back, and what rows hold is not") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
+    const core::Graph& graph = *runtime.first(core::Kind::any);
+    const core::CacheInput& input = graph.caches().front();
+    const auto token = static_cast<std::size_t>(input.head_dim) * core::element_bytes(input.type);
+    for (const std::int64_t capacity : {100, 3000, 100000}) {
+        CAPTURE(capacity);
+        core::Caches caches({&graph});
+        caches.reserve(4, capacity, {});
+        const auto group = [&](std::int64_t row, std::size_t cache, std::int64_t number) {
+            void* data = nullptr;
+            const core::Ort ort;
+            ort.check(ort->GetTensorMutableData(caches.view(graph, row, 1)[cache].get(), &data), "a view");
+            return static_cast<std::byte*>(data) + static_cast<std::size_t>(number * capacity) * token;
+        };
+        const auto filled = static_cast<std::size_t>(capacity) * token;
+        for (const std::int64_t row : {0, 1, 3}) {
+            caches.mark(graph, row, capacity);
+            for (std::size_t cache = 0; cache < graph.caches().size(); ++cache) {
+                for (std::int64_t number = 0; number < graph.caches()[cache].groups; ++number) {
+                    std::fill_n(group(row, cache, number), filled, std::byte{7});
+                }
+            }
+        }
+        const std::int64_t held = caches.held();
+        const long before = anonymous_bytes();
+        caches.trim({capacity, 20});
+        const long given = before - anonymous_bytes();
+        CHECK(given > 0);
+        CHECK(std::abs(given - (held - caches.held())) < static_cast<long>(graph.caches().size() * 16 * core::kPage));
+        for (std::size_t cache = 0; cache < graph.caches().size(); ++cache) {
+            for (std::int64_t number = 0; number < graph.caches()[cache].groups; ++number) {
+                const auto whole = static_cast<std::ptrdiff_t>(filled);
+                CHECK(std::count(group(0, cache, number), group(0, cache, number) + filled, std::byte{7}) == whole);
+                CHECK(std::count(group(1, cache, number), group(1, cache, number) + 20 * token, std::byte{7}) ==
+                      static_cast<std::ptrdiff_t>(20 * token));
+            }
+        }
+        CHECK(caches.unwritten({{&graph, capacity}, {&graph, 20}}) == 0);
+        caches.trim({});
+        CHECK(caches.held() == 0);
+        CHECK(std::count(group(0, 0, 0), group(0, 0, 0) + filled, std::byte{0}) == static_cast<std::ptrdiff_t>(filled));
+    }
+}
+
 TEST_CASE("JSON is read strictly") {
     CHECK(core::parse_json(R"({"a": [1, 2.5, "x", null, true]})")["a"].size() == 5);
     for (const char* text : {"", "{", R"({"a": 1, "a": 2})", "NaN", "1e999", "99999999999999999999", "\xEF\xBB\xBF{}",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from l2a_compress.runtime.decoder import CACHE_TYPES
-from l2a_compress.runtime.pages import mapped, taken, zeros
+from l2a_compress.runtime.pages import give_back_rest, mapped, taken, zeros
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -65,8 +65,18 @@ class Caches:
         wanted = [max(one, known) for one, known in zip(wanted, self._marks, strict=True)]
         return self._taken(self.rows, self.capacity, wanted) - self.resident_bytes
 
+    def trim(self, lengths: Sequence[int]) -> None:
+        """Gives back the memory of all but the first tokens of the first rows."""
+        marks = [*lengths, *[0] * (self.rows - len(lengths))]
+        if give_back_rest(*self._written(self.rows, self.capacity, marks)):
+            self._marks = marks
+
     def _taken(self, rows: int, capacity: int, lengths: Sequence[int]) -> int:
         """Bytes of memory of the first tokens of the first rows, in buffers of so many rows of so many tokens."""
+        return taken(*self._written(rows, capacity, lengths))
+
+    def _written(self, rows: int, capacity: int, lengths: Sequence[int]) -> tuple[int, int, Array, Array]:
+        """The same as places in memory: where all begins and ends, and where what is written does."""
         kept = np.array([(row, tokens) for row, tokens in enumerate(lengths) if tokens], dtype=np.int64).reshape(-1, 2)
         low = next(iter(self._buffers.values())).ctypes.data if (rows, capacity) == (self.rows, self.capacity) else 0
         starts, ends, base = [], [], low
@@ -76,7 +86,7 @@ class Caches:
             starts.append(first.ravel())
             ends.append((first + kept[:, 1:] * token).ravel())
             base += mapped(rows * groups * capacity * token)
-        return taken(low, base, np.concatenate(starts), np.concatenate(ends))
+        return low, base, np.concatenate(starts), np.concatenate(ends)
 
     def growth(self, rows: int, capacity: int) -> int:
         """Bytes that ``reserve`` will set aside; the old buffers go only after the new ones are there."""

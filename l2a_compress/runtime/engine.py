@@ -314,8 +314,8 @@ class Engine:
         self._scheduler.squeeze()
         admitted, running = self.clock(), self.running
         for lane in list(self.lanes):
-            if lane.requests:
-                self._decode(lane)
+            if lane.requests and self._scheduler.grow(lane):
+                self._decode(lane, lane.requests)
         if running:
             now, budget = self.clock(), max(request.budget.compute for request in running)
             rows, context = len(running), sum(request.length for request in running)
@@ -388,6 +388,7 @@ class Engine:
         self._chooser.remember(request, request.told, request.kept)
         if request.started is None:
             request.started = self.clock()
+        request.failures = 0
         self._take(request, outputs, 0)
         return request.length
 
@@ -421,35 +422,45 @@ class Engine:
                 return True
         return False
 
-    def _decode(self, lane: Lane | EngineLane) -> None:
-        """One token of every row of a graph."""
+    def _decode(self, lane: Lane | EngineLane, requests: list[Request]) -> bool:
+        """One token of some rows of a graph. False where rows have moved."""
         try:
-            outputs = lane.decode(self.lanes.inputs(lane, lane.requests))
+            outputs = lane.decode(requests, self.lanes.inputs(lane, requests))
         except (SessionError, MemoryError) as error:
-            self._stumbled(lane, self._ours(error))
-            return
-        lane.failures = 0
-        for row, request in enumerate(lane.requests):
-            if not request.done:
-                self._take(request, outputs, row)
+            failure = self._ours(error)
+        else:
+            for row, request in enumerate(requests):
+                request.failures = 0
+                if not request.done:
+                    self._take(request, outputs, row)
+            return True
+        return self._stumbled(lane, requests, failure)  # here, for what it runs fails in no context of this failure
 
     def _ours(self, error: L2AError | MemoryError) -> L2AError:
         """NumPy's lack of memory as one of ours."""
         return error if isinstance(error, L2AError) else session_error(self.folder, "run", error)
 
-    def _stumbled(self, lane: Lane | EngineLane, error: L2AError) -> None:
-        """A step that failed is run again: with a row less or a smaller budget where memory was short."""
-        newest, short = max(lane.requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
-        if short and self.rows > 1:
-            self._scheduler.preempt(newest, keep=False)
-            self._scheduler.crowded()
-            return
-        lane.failures += 1
-        if (short and self._lower(newest)) or (not short and lane.failures < _TRIES):
-            return
-        lane.failures = 0
-        for request in lane.requests:
-            self._end(request, error)
+    def _stumbled(self, lane: Lane | EngineLane, requests: list[Request], error: L2AError) -> bool:
+        """A step that failed is run again: with a row less or a smaller budget where memory was short.
+
+        In the end each row is run alone, and those that fail so end. False where rows have moved.
+        """
+        newest, short = max(requests, key=lambda request: request.number), isinstance(error, OutOfMemoryError)
+        if short:
+            if self.rows > 1:
+                self._scheduler.preempt(newest, keep=False)
+                self._scheduler.crowded()
+            elif not self._lower(newest):
+                self._end(newest, error)
+            return False
+        for request in requests:
+            request.failures += 1
+        if max(request.failures for request in requests) < _TRIES:
+            return True
+        if len(requests) > 1:
+            return all(self._decode(lane, [request]) for request in list(requests))
+        self._end(newest, error)
+        return True
 
     def _rest(self) -> None:
         """Nobody waits or runs: rows and caches end, and what prompts took goes back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +38,12 @@ class EngineLane:
 
     Attributes:
         requests: The one that runs, if any.
-        failures: Runs that failed, one after another.
     """
 
     def __init__(self, decoder: EngineDecoder, entry: GraphEntry) -> None:
         self.entry, self._decoder = entry, decoder
         self.caches = OneRow(decoder.token_bytes)
         self.requests: list[Request] = []
-        self.failures = 0
 
     @property
     def runs_on(self) -> str:
@@ -59,6 +57,8 @@ class EngineLane:
 
     def free(self) -> None:
         """The device keeps its memory for the next request."""
+
+    trim = free
 
     resident_bytes = 0  # of the host
 
@@ -74,9 +74,9 @@ class EngineLane:
         self.requests.append(request)
         return outputs
 
-    def decode(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def decode(self, requests: Sequence[Request], inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """One token."""
-        (request,) = self.requests
+        (request,) = requests
         mask = np.ones((1, request.length + 1), dtype=np.int64)
         outputs = self._decoder.step(np.array([[request.written[-1]]], dtype=np.int64), mask, **inputs)
         request.length += 1

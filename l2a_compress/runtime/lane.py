@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ class Lane:
 
     Attributes:
         requests: Those that run, in the order of their rows.
-        failures: Runs that failed, one after another.
     """
 
     def __init__(self, path: Path, entry: GraphEntry, decoder: GraphDecoder | NativeDecoder) -> None:
@@ -38,8 +37,7 @@ class Lane:
             {name: (item.shape[1], item.shape[3], item.type) for name, item in inputs if name.startswith(PAST)}
         )
         self.requests: list[Request] = []
-        self.failures = 0
-        self._bound = -1  # rows that the decoder is bound to; -1: not to those that run
+        self._bound: tuple[int, int] | None = None  # the first row that the decoder is bound to, and how many
 
     @property
     def runs_on(self) -> str:
@@ -54,7 +52,7 @@ class Lane:
         """
         try:
             if self.caches.reserve(rows, capacity, [request.length for request in self.requests]):
-                self._bound = -1
+                self._bound = None
         except MemoryError as error:
             raise session_error(self._path, "make caches for", error) from error
 
@@ -62,8 +60,12 @@ class Lane:
         """Gives the caches back, where no row uses them."""
         if self.caches.rows and not self.requests:
             self.caches.clear()
-            self._bound = -1
+            self._bound = None
             self._decoder.bind(self.caches.view(0, 0))  # which would keep what it read last
+
+    def trim(self) -> None:
+        """Gives back what the caches hold beside the rows."""
+        self.caches.trim([request.length for request in self.requests])
 
     @property
     def resident_bytes(self) -> int:
@@ -78,8 +80,7 @@ class Lane:
     def prefill(self, request: Request, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Computes all tokens of a request into the row behind those that run, and lets it run."""
         tokens = np.array([request.tokens], dtype=np.int64)
-        self._bound = -1  # first: binding may fail halfway
-        self._decoder.bind(self.caches.view(len(self.requests), 1))
+        self._bind(len(self.requests), 1)
         self.caches.mark(len(self.requests), tokens.shape[1])
         outputs = self._decoder.step(tokens, np.ones_like(tokens), **inputs)
         request.length = tokens.shape[1]
@@ -91,23 +92,25 @@ class Lane:
         self.caches.put(len(self.requests), held)
         self.requests.append(request)
 
-    def decode(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """One token of every row."""
-        count = len(self.requests)
-        lengths = np.array([request.length + 1 for request in self.requests])
-        self.reserve(count, int(lengths.max()))  # a cap may have been raised since the request came
-        if self._bound != count:
-            self._bound = -1
-            self._decoder.bind(self.caches.view(0, count))
-            self._bound = count
+    def decode(self, requests: Sequence[Request], inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """One token of rows that stand one behind another; the caches have room for it."""
+        start = self.requests.index(requests[0])
+        self._bind(start, len(requests))
+        lengths = np.array([request.length + 1 for request in requests])
         mask = (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64)
-        for row, request in enumerate(self.requests):
+        for row, request in enumerate(requests, start):
             self.caches.mark(row, request.length + 1)
-        fed = np.array([[request.written[-1]] for request in self.requests], dtype=np.int64)
+        fed = np.array([[request.written[-1]] for request in requests], dtype=np.int64)
         outputs = self._decoder.step(fed, mask, **inputs)
-        for request in self.requests:
+        for request in requests:
             request.length += 1
         return outputs
+
+    def _bind(self, start: int, count: int) -> None:
+        if self._bound != (start, count):
+            self._bound = None  # binding may fail halfway
+            self._decoder.bind(self.caches.view(start, count))
+            self._bound = start, count
 
     def remove(self, request: Request) -> None:
         """Takes a request out; the last row takes its place."""

@@ -92,8 +92,13 @@ class Scheduler:
         return 2 * 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size)
 
     def crowded(self) -> None:
-        """Says that memory is too short for a row more: the next one waits until a row ends, or for a while."""
+        """Says that memory is too short for a row more: the next one waits until a row ends, or for a while.
+
+        What rows of before took is given back.
+        """
         self._full, self._since = self._lanes.rows, self._clock()
+        for lane in self._lanes:
+            lane.trim()
 
     def changed(self) -> None:
         """Says that those that wait are not those there was no room for."""
@@ -103,10 +108,32 @@ class Scheduler:
         """Preempts the newest rows, where what all rows may still write does not fit any more."""
         if self._lanes.rows < 2 or self._clock() - self._looked < _LOOK:
             return
-        self._looked, left = self._clock(), self.memory_left()
-        while left is not None and len(running := self._lanes.running) > 1 and self._lanes.unwritten() > left:
+        self._looked = self._clock()
+        while len(running := self._lanes.running) > 1 and not self._fits():
             self.preempt(max(running, key=lambda request: request.number), keep=False)
             self.crowded()
+
+    def grow(self, lane: Lane | EngineLane) -> bool:
+        """Makes room for a token more of every row of a lane: a cap may have been raised since a request came.
+
+        Where there is none the longest leaves its row, and False is returned. It gets a row again where all that it may
+        write fits, in new caches once it is alone, or its error.
+        """
+        longest = max(lane.requests, key=lambda request: request.length)
+        if not isinstance(lane, Lane) or longest.length < lane.caches.capacity:  # an engine makes room as it runs
+            return True
+        if self._fits():
+            with suppress(OutOfMemoryError):  # the system has no more
+                lane.reserve(len(lane.requests), longest.length + 1)
+                return True
+        self.preempt(longest, keep=False)
+        self.crowded()
+        return False
+
+    def _fits(self) -> bool:
+        """Whether there is memory for what all rows may still write."""
+        left = self.memory_left()
+        return left is None or self._lanes.unwritten() <= left
 
     def preempt(self, request: Request, *, keep: bool) -> None:
         """Takes a request out of its row to the head of the queue, with its keys and values or without."""

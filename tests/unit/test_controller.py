@@ -268,9 +268,9 @@ def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:
     engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
     old = engine._decode
 
-    def slow(lane: Any) -> None:
+    def slow(lane: Any, requests: Any) -> bool:
         clock.now += 0.02  # the table says 0.01
-        old(lane)
+        return old(lane, requests)
 
     engine._decode = slow  # type: ignore[method-assign]
     for _ in range(12):

@@ -293,6 +293,29 @@ def test_short_rows_of_long_buffers_count_by_the_pages_that_they_begin(capacity:
     assert caches.unwritten([40] * 5) > caches.resident_bytes  # in buffers of their own
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("capacity", [100, 2000, 100_000])
+def test_what_rows_of_before_hold_is_given_back_and_what_rows_hold_is_not(capacity: int) -> None:
+    caches = Caches({f"past_key_values.{layer}.key": (3, 16, "tensor(float)") for layer in range(30)})
+    caches.reserve(4, capacity)
+    for row in (0, 1, 3):
+        caches.mark(row, capacity)
+        for view in caches.view(row, 1).values():
+            view[:] = 7.0
+    held, before = caches.resident_bytes, resident()
+    caches.trim([capacity, 20])
+    given = before - resident()
+    assert given > 0
+    assert given == pytest.approx(held - caches.resident_bytes, abs=2 << 20)
+    for view in caches.view(0, 2).values():
+        assert (view[0] == 7.0).all()
+        assert (view[1, :, :20] == 7.0).all()
+    assert caches.unwritten([capacity, 20]) == 0
+    caches.trim([])
+    assert caches.resident_bytes == 0
+    assert not any(view.any() for view in caches.view(0, 4).values())
+
+
 def test_sampling_follows_its_distribution() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
     sampler = Sampler(Sampling(temperature=1.0, seed=1))

@@ -333,6 +333,22 @@ def test_a_run_that_fails_is_tried_again_and_changes_no_text(made: Path, faults:
         assert [request.written for request in again] == [request.written for request in first]
 
 
+def test_of_a_batch_that_fails_for_good_a_row_ends_where_it_fails_alone(
+    made: Path, faults: list[Exception | None]
+) -> None:
+    engine = Engine(made, max_rows=3, threads=1)
+    first = engine.submit(texts(3), [None] * 3, limits=LIMITS)
+    finish(engine)
+    again = engine.submit(texts(3), [None] * 3, limits=LIMITS)
+    engine.step()
+    faults[:] = [BROKEN] * 3 + [None, BROKEN, SHORT]  # together three times, then each alone
+    finish(engine)
+    assert not faults
+    assert [type(request.error) for request in again] == [type(None), SessionError, type(None)]
+    for old, new in zip(first, again, strict=True):
+        assert new.written == (old.written[: len(new.written)] if new.error else old.written)
+
+
 def test_a_request_that_is_interrupted_before_its_last_token_takes_no_other_with_it(
     made: Path, faults: list[Exception | None]
 ) -> None:
@@ -555,6 +571,40 @@ def test_a_cap_that_is_raised_counts_what_caches_take_to_grow(made: Path) -> Non
     engine.cancel(second)
 
 
+def test_caches_grow_for_a_raised_cap_only_into_memory_that_is_left(made: Path) -> None:
+    left, now = [math.inf], [0.0]
+    engine = Engine(made, max_rows=1, threads=1, memory_left=lambda: left[0], clock=lambda: now[0])
+    limits = Limits(max_think_tokens=400, tau_threshold=None)
+    (request,) = engine.submit(texts(1), [Budget(think_tokens=4)], limits=limits)
+    engine.step()
+    (lane,) = engine.lanes
+    before = lane.caches.capacity
+    engine.set_budget(request, Budget())
+    left[0] = 0.0
+    while engine.busy:
+        engine.step()
+        assert lane.caches.capacity <= before
+    assert isinstance(request.error, OutOfMemoryError)
+    assert len(request.prompt + request.written) >= before  # what there was room for
+
+
+def test_who_is_interrupted_gives_its_memory_back(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2a_compress.runtime.pages._has_huge_pages", lambda: False)
+    left, now = [math.inf], [0.0]
+    engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0], clock=lambda: now[0])
+    requests = engine.submit(texts(3), [None] * 3, limits=LIMITS)
+    engine.step()
+    (lane,) = engine.lanes
+    assert engine.resident_bytes == sum(request.length for request in requests) * lane.caches.token_bytes
+    left[0], now[0] = float(lane.caches.unwritten([requests[0].most_tokens])), 1.0
+    engine.step()
+    assert engine.running == [requests[0]]
+    assert engine.resident_bytes == requests[0].length * lane.caches.token_bytes
+    left[0] = math.inf
+    finish(engine)
+    assert all(request.error is None for request in requests)
+
+
 def test_variants_share_what_memory_is_left(made: Path) -> None:
     left = [math.inf]
     limits = Limits(max_think_tokens=60, tau_threshold=None)
@@ -563,7 +613,7 @@ def test_variants_share_what_memory_is_left(made: Path) -> None:
     engine.step()
     lane = engine.lanes.of(small)
     assert lane is not None
-    engine._stumbled(lane, OutOfMemoryError("no room"))
+    engine._stumbled(lane, lane.requests, OutOfMemoryError("no room"))
     assert (small.ceiling, list(engine.waiting), engine.running) == (Budget(compute=0.45), [small], [large])
     left[0] = 0.0
     engine.set_budget(large, Budget(compute=0.7))
