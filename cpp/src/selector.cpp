@@ -84,7 +84,8 @@ class Selection {
         if (policy_.kind != Policy::Kind::slack) pressure();
     }
 
-    // The largest step that fits into what is left. False where not even the smallest does.
+    // The largest step that fits into what is left. Where none does it is the largest of those that take least, as going
+    // below it saves no memory, and false is returned.
     bool memory() {
         double room = kInfinite;
         for (const std::string& name : policy_.memories)
@@ -92,12 +93,14 @@ class Selection {
         if (room == kInfinite) return true;
         const double left = room - policy_.memory_reserve_bytes;
         const double tokens = work_.rows * (work_.prompt_tokens + work_.new_tokens);
-        const auto found = std::find_if(steps_.begin(), steps_.end(), [&](const auto& step) {
-            return step.memory_bytes + tokens * step.cache_bytes <= left;
-        });
-        const bool fits = found != steps_.end();
-        terms.push_back({"memory", fits ? found->budget : steps_.back().budget, text(room) + " bytes are left"});
-        return fits;
+        const auto need = [&](const auto& step) { return step.memory_bytes + tokens * step.cache_bytes; };
+        const double least = need(*std::min_element(
+            steps_.begin(), steps_.end(), [&](const auto& one, const auto& other) { return need(one) < need(other); }));
+        const double most = std::max(least, left);
+        const auto found =
+            std::find_if(steps_.begin(), steps_.end(), [&](const auto& step) { return need(step) <= most; });
+        terms.push_back({"memory", found->budget, text(room) + " bytes are left"});
+        return least <= left;
     }
 
     // A squeeze acts on its own axis: what its term's step has of it.

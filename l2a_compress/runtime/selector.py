@@ -117,7 +117,7 @@ class Decision:
     Attributes:
         budget: Compute, and caps of the axes that are squeezed.
         step: Its place in the cost table.
-        admit: False where not even the smallest step fits into memory: wait, or refuse.
+        admit: False where no step fits into memory: wait, or refuse.
         terms: All that was weighed. See ``binding``.
         state: For the next decision.
     """
@@ -170,11 +170,8 @@ def select(
     terms = [Term(name="policy", budget=ceiling, reason=f"ceiling {rule.ceiling:g}")]
     for term in _terms(steps, readings, work, urgent or work, policy, ceiling, floor):
         terms.append(term if term.budget >= floor else replace(term, budget=floor))
-    memory = _memory(steps, readings, work, policy)
-    admit = True
-    if memory is not None:
-        admit = memory.budget > 0
-        terms.append(memory if admit else replace(memory, budget=steps[-1].budget))
+    memory, admit = _memory(steps, readings, work, policy)
+    terms += [] if memory is None else [memory]
     allowed = min(term.budget for term in terms)
     budget, since = allowed, None
     if state.budget is not None and allowed > state.budget and policy.dwell_seconds > 0:
@@ -260,19 +257,23 @@ def _terms(
 
 def admits(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy) -> bool:
     """Whether so many rows fit into memory at some step, or nothing is known of it."""
-    memory = _memory(steps, readings, work, policy)
-    return memory is None or memory.budget > 0
+    return _memory(steps, readings, work, policy)[1]
 
 
-def _memory(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy) -> Term | None:
-    """The largest step that fits into what is left; budget 0 where none does. None where nothing is known."""
+def _memory(steps: Sequence[Step], readings: Readings, work: Work, policy: Policy) -> tuple[Term | None, bool]:
+    """The largest step that fits into what is left, and that one does; None where nothing is known.
+
+    Where none fits it is the largest of those that take least, as going below it saves no memory.
+    """
     rooms = [value for name in policy.memories if (value := readings.get(name)) is not None and value < math.inf]
     if not rooms:
-        return None
+        return None, True
     left = min(rooms) - policy.memory_reserve_bytes
     tokens = work.rows * (work.prompt_tokens + work.new_tokens)
-    fits = (step.budget for step in steps if step.memory_bytes + tokens * step.cache_bytes <= left)
-    return Term(name="memory", budget=next(fits, 0.0), reason=f"{min(rooms):g} bytes are left")
+    needs = [step.memory_bytes + tokens * step.cache_bytes for step in steps]
+    least = min(needs)
+    budget = next(step.budget for step, need in zip(steps, needs, strict=True) if need <= max(least, left))
+    return Term(name="memory", budget=budget, reason=f"{min(rooms):g} bytes are left"), least <= left
 
 
 def _cap(

@@ -19,7 +19,8 @@ from l2a_compress.runtime.policy import Policy, Tier
 from l2a_compress.runtime.selector import Decision, State, Step, Work, select
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "selection_cases.json").read_text())
-STEPS = [Step(**step) for step in GOLDEN["steps"]]
+TABLES = {name: [Step(**step) for step in steps] for name, steps in GOLDEN["steps"].items()}
+STEPS = TABLES["variants"]
 POLICIES = {name: Policy.from_json(policy) for name, policy in GOLDEN["policies"].items()}
 WORK = Work(prompt_tokens=10, new_tokens=10, think_tokens=5)
 
@@ -27,7 +28,8 @@ WORK = Work(prompt_tokens=10, new_tokens=10, think_tokens=5)
 def decide(case: dict[str, Any]) -> Decision:
     readings = {name: math.inf if value == "inf" else value for name, value in case["readings"].items()}
     state, work = State(**case["state"]), Work(**case["work"])
-    return select(STEPS, readings, work, POLICIES[case["policy"]], state, now=case["now"], tier=case["tier"])
+    steps = TABLES[case["steps"]]
+    return select(steps, readings, work, POLICIES[case["policy"]], state, now=case["now"], tier=case["tier"])
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
@@ -42,7 +44,7 @@ def test_golden(case: dict[str, Any]) -> None:
         "binding": found.binding.name,
         "since": found.state.since,
     } == case["expect"]
-    assert STEPS[found.step].budget == found.budget.compute == found.state.budget
+    assert TABLES[case["steps"]][found.step].budget == found.budget.compute == found.state.budget
     assert all(term.reason for term in found.terms)
 
 

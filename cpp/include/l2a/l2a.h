@@ -368,7 +368,7 @@ typedef struct l2a_decision {
     uint32_t struct_size;
     l2a_budget budget;
     int64_t step;             /**< its place in the cost table */
-    int32_t admit;            /**< 0 where not even the smallest step fits into memory: wait, or refuse */
+    int32_t admit;            /**< 0 where no step fits into memory: wait, or refuse */
     const char* binding;      /**< name of the term that allows least; a constant */
     l2a_selector_state state; /**< for the next decision */
 } l2a_decision;
