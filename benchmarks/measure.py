@@ -130,9 +130,16 @@ class Peer:
         command: of the process.
         threads: of OpenMP; None for the process's own choice.
         log: what it writes to standard error is added to; None for our own.
+        begin: what it does before it becomes the command.
     """
 
-    def __init__(self, *command: str | Path, threads: int | None = None, log: Path | None = None) -> None:
+    def __init__(
+        self,
+        *command: str | Path,
+        threads: int | None = None,
+        log: Path | None = None,
+        begin: Callable[[], object] | None = None,
+    ) -> None:
         environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
@@ -144,6 +151,7 @@ class Peer:
                 stderr=errors,
                 text=True,
                 env=environment,
+                preexec_fn=begin,
             )
         self.log = log
         self._answer()

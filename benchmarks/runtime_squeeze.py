@@ -20,12 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from groups import MEGABYTE, available, eat, group, in_group
 from measure import RESULTS, Results, verdict
 
 from l2a_compress.runtime import Limits, Policy, Runtime
@@ -36,15 +36,6 @@ from l2a_compress.runtime.signals import Cgroup, Host, Pressure
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "runtime_squeeze.png"
 LIMITS = Limits(max_think_tokens=40, max_answer_tokens=12, tau_threshold=None)
 PHASES = ("calm", "memory", "calm again", "processor", "calm at the end")
-MEGABYTE = 1 << 20
-GROUP = "l2a_squeeze"
-EAT = """
-import sys, time
-held = bytearray(int(sys.argv[1]))
-held[::4096] = b"x" * len(held[::4096])
-print("eaten", flush=True)
-time.sleep(3600)
-"""
 PROMPTS = [
     f"{name} has {first} {things} and buys {second} more. How many {things} does {name} have?"
     for name, first, second, things in (
@@ -105,26 +96,26 @@ def _squeeze(options: argparse.Namespace) -> dict[str, Any]:
     table = _runtime(options).controller.table  # measured here, outside of the group, and kept
     need = max(step.memory_bytes for step in table.steps)
     limit = int(need + options.spare * MEGABYTE)
-    with _group(limit) as group, tempfile.TemporaryDirectory() as work:
+    with group("l2a_squeeze", limit) as inside, tempfile.TemporaryDirectory() as work:
         log = Path(work) / "log"
         command = [sys.executable, __file__, "--bundle", str(options.bundle), "--rows", str(options.rows)]
-        service = _in_group([*command, "--serve", str(log)], group, core)
+        service = in_group([*command, "--serve", str(log)], inside, core)
         eaters: list[subprocess.Popen[str]] = []
         marks: dict[str, float] = {}
         try:
             _await(lambda: log.is_file(), 120, service)
             for phase in PHASES:
                 marks[phase] = time.monotonic()
-                print(f"{phase}: {_available(group, limit) / MEGABYTE:.0f} MB are left in the group", flush=True)
+                print(f"{phase}: {available(inside, limit) / MEGABYTE:.0f} MB are left in the group", flush=True)
                 if phase == "memory":
-                    eat = _available(group, limit) - options.left * MEGABYTE
-                    eaters = [_in_group([sys.executable, "-c", EAT, str(int(eat))], group, None)]
-                    assert eaters[0].stdout is not None
-                    eaters[0].stdout.readline()
+                    eaters = [eat(inside, limit, options.left * MEGABYTE)]
                     marks["memory taken"] = time.monotonic()
                 elif phase == "processor":
                     hog = [sys.executable, "-c", "while True: pass"]
-                    eaters = [subprocess.Popen(hog, text=True, preexec_fn=lambda: _pin(core)) for _ in range(2)]
+                    eaters = [
+                        subprocess.Popen(hog, text=True, preexec_fn=lambda: os.sched_setaffinity(0, {core}))
+                        for _ in range(2)
+                    ]
                 time.sleep(options.seconds)
                 if service.poll() is not None:
                     raise SystemExit(
@@ -295,54 +286,6 @@ def _median(values: Sequence[float], width: int = 4) -> list[float]:
 
 def _mean(values: Sequence[float], width: int = 4) -> list[float]:
     return [statistics.fmean(values[max(0, place - width) : place + width + 1]) for place in range(len(values))]
-
-
-# Control groups
-
-
-@contextmanager
-def _group(limit: int) -> Iterator[Path]:
-    """A group below this process's own, with that memory limit; gone at the end."""
-    mount = Path("/sys/fs/cgroup")
-    new = (mount / "cgroup.controllers").is_file()
-    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
-    inside = next(path for _, names, path in lines if (names == "" if new else "memory" in names.split(",")))
-    above = (mount if new else mount / "memory") / inside.strip("/")
-    group = (above if above.is_dir() else (mount if new else mount / "memory")) / GROUP
-    group.mkdir(exist_ok=True)
-    (group / ("memory.max" if new else "memory.limit_in_bytes")).write_text(str(limit))
-    try:
-        yield group
-    finally:
-        for _ in range(50):
-            try:
-                group.rmdir()
-                break
-            except OSError:  # its last process is still going
-                time.sleep(0.1)
-
-
-def _in_group(command: Sequence[str], group: Path, core: int | None) -> subprocess.Popen[str]:
-    """Starts a process in the group, on one core."""
-
-    def enter() -> None:
-        (group / "cgroup.procs").write_text(str(os.getpid()))
-        if core is not None:
-            _pin(core)
-
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter)
-
-
-def _pin(core: int) -> None:
-    os.sched_setaffinity(0, {core})
-
-
-def _available(group: Path, limit: int) -> int:
-    """Bytes below the limit, without what the kernel can give back."""
-    new = (group / "memory.current").is_file()
-    used = int((group / ("memory.current" if new else "memory.usage_in_bytes")).read_text())
-    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return limit - used + int(stat["inactive_file" if new else "total_inactive_file"])
 
 
 def _await(ready: Any, seconds: float, process: subprocess.Popen[str]) -> None:

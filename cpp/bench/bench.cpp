@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <chrono>
 #include <fstream>
+#include <functional>
 #include <iostream>
 #include <l2a/l2a.hpp>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <random>
 #include <thread>
@@ -54,6 +56,7 @@ class Bench {
         if (task == "step") return step(asked);
         if (task == "switch") return change(asked);
         if (task == "threads") return threads(asked);
+        if (task == "serve") return serve(asked);
         throw std::runtime_error("no such task: " + task);
     }
 
@@ -132,6 +135,27 @@ class Bench {
             }
         }
         return {{"first", firsts}, {"again", calls}, {"after", after}, {"plain", plain}};
+    }
+
+    // Requests of which `rows` may run at a time, to their ends; `blind`: whatever memory is left.
+    Json serve(const Json& asked) {
+        l2a::EngineOptions wanted;
+        wanted.max_rows = asked["rows"].get<int32_t>();
+        const auto everything = [] { return std::numeric_limits<double>::infinity(); };
+        l2a::Engine engine(runtime_, wanted, asked["blind"] ? everything : std::function<double()>());
+        std::vector<l2a::Request> requests;
+        const auto length = asked["length"].get<std::size_t>();
+        while (requests.size() < asked["requests"].get<std::size_t>())
+            requests.push_back(engine.submit(prompt(length), options(1.0, asked["tokens"].get<int64_t>())));
+        const auto began = Clock::now();
+        int64_t most = 0;
+        while (engine.step()) most = std::max(most, engine.statistics().running);
+        Json found{{"seconds", since(began)}, {"most_rows", most}, {"again", engine.statistics().recomputed_rows}};
+        for (const l2a::Request& request : requests) {
+            found["errors"].push_back(request.info().error);
+            found["tokens"].push_back(request.tokens());
+        }
+        return found;
     }
 
     // Processor time and time of a token where so many threads have an engine each.

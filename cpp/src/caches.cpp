@@ -117,8 +117,9 @@ void Caches::clear() noexcept {
     for (auto& [place, chunks] : written_) chunks.clear();
 }
 
-void Caches::trim(const std::vector<std::int64_t>& lengths) noexcept {
-    for (auto& [place, chunks] : written_) {
+void Caches::trim(const std::vector<std::int64_t>& lengths) {
+    Written kept = written_;
+    for (auto& [place, chunks] : kept) {
         const auto groups = static_cast<std::size_t>(buffers_.at(place).groups);
         for (std::size_t chunk = 0; chunk < chunks.size(); ++chunk) {
             const std::int64_t length = chunk / groups < lengths.size() ? lengths[chunk / groups] : 0;
@@ -126,11 +127,12 @@ void Caches::trim(const std::vector<std::int64_t>& lengths) noexcept {
         }
     }
     std::uintptr_t free = start();
-    const std::uintptr_t end = begun(rows_, capacity_, free, written_, [&](std::uintptr_t first, std::uintptr_t last) {
-        give_back(free, first);
+    bool given = true;
+    const std::uintptr_t end = begun(rows_, capacity_, free, kept, [&](std::uintptr_t first, std::uintptr_t last) {
+        given = give_back(free, first) && given;
         free = last;
     });
-    give_back(free, end);
+    if (give_back(free, end) && given) written_ = std::move(kept);
 }
 
 template <typename Each>

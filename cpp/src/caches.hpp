@@ -44,7 +44,7 @@ class Caches {
     // for it, what rows hold is there twice for a moment.
     [[nodiscard]] std::int64_t unwritten(const std::vector<Extent>& extents) const;
     // Gives back the memory of all but the first tokens of the first rows.
-    void trim(const std::vector<std::int64_t>& lengths) noexcept;
+    void trim(const std::vector<std::int64_t>& lengths);
     // Gives all rows back.
     void clear() noexcept;
     // Copies the first tokens of a row over another row.

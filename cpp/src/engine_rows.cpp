@@ -55,7 +55,10 @@ void Engine::admit_all() {
 void Engine::crowded() {
     full_ = static_cast<std::int64_t>(rows_.size());
     since_ = steady_seconds();
-    caches_.trim(lengths());
+    try {
+        caches_.trim(lengths());
+    } catch (const std::bad_alloc&) {  // not even for that
+    }
 }
 
 // False where it must wait for memory.
@@ -168,6 +171,7 @@ void Engine::failed(Request& request, const Error& error) {
 void Engine::interrupt(Request& request) {
     waiting_.push_front(&request);  // first, as it may fail: then all is as it was
     remove(request.row);
+    request.failures = 0;
     ++recomputed_;
 }
 

@@ -67,11 +67,14 @@ Pages zeroed(std::size_t bytes) noexcept {
     return {static_cast<std::byte*>(found), Unmap{bytes}};
 }
 
-void give_back([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uintptr_t end) noexcept {
+bool give_back([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uintptr_t end) noexcept {
 #ifdef __linux__
-    start = (start + kPage - 1) / kPage * kPage;
-    end = end / kPage * kPage;
-    if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED);
+    static const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));  // madvise gives a page back that is begun
+    start = (start + page - 1) / page * page;
+    end = end / page * page;
+    return start >= end || madvise(reinterpret_cast<void*>(start), end - start, MADV_DONTNEED) == 0;
+#else
+    return false;
 #endif
 }
 

@@ -27,7 +27,8 @@ using Pages = std::unique_ptr<std::byte, Unmap>;
 Pages zeroed(std::size_t bytes) noexcept;
 
 // Gives the whole pages between two places of zeroed() back; they read as zeros, and take memory when they are written.
-void give_back(std::uintptr_t start, std::uintptr_t end) noexcept;
+// False where the system does not take them.
+bool give_back(std::uintptr_t start, std::uintptr_t end) noexcept;
 
 // Has the C library return to the system what it holds and nobody uses.
 void give_back() noexcept;

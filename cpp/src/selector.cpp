@@ -99,7 +99,8 @@ class Selection {
         const double most = std::max(least, left);
         const auto found =
             std::find_if(steps_.begin(), steps_.end(), [&](const auto& step) { return need(step) <= most; });
-        terms.push_back({"memory", found->budget, text(room) + " bytes are left"});
+        const auto& step = found == steps_.end() ? steps_.back() : *found;  // needs may be no numbers
+        terms.push_back({"memory", step.budget, text(room) + " bytes are left"});
         return least <= left;
     }
 

@@ -80,7 +80,10 @@ def export(
         bool, typer.Option(help="Build no engine now: `l2a compress build-engines` does it where they will run.")
     ] = False,
     calibrate: Annotated[
-        bool, typer.Option(help="Measure every graph on this machine; leave out variants that are not faster.")
+        bool,
+        typer.Option(
+            help="Measure the If graph and each variant on this machine; leave out variants that are not faster."
+        ),
     ] = False,
     positions: Annotated[
         int | None, typer.Option(help="Most tokens of a sequence. Default: the model's own, at most 8192.")

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 Folder = Annotated[Path, typer.Argument(help="The folder that export wrote.", show_default=False)]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: onnxruntime's choice.")]
 ServeOption = Annotated[str, typer.Option(help="if: one graph for every budget; variants: a graph for each.")]
+ContractOption = Annotated[
+    str, typer.Option(help="cap: the answer keeps to its budget. mean: the average over many answers does.")
+]
+ProviderOption = Annotated[str, typer.Option(help="What onnxruntime runs it on: cpu, cuda, trt or trt-rtx.")]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A TOML file with the selector's rules.")]
 Cloud = Literal["aws", "gcp", "azure"]
 Spot = Annotated[str | None, typer.Option(help="Heed the spot notices of: aws, gcp or azure.")]
@@ -40,9 +44,7 @@ def run(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Most layers.")] = None,
     heads: Annotated[int | None, typer.Option(help="Most KV groups, summed over the layers.")] = None,
-    contract: Annotated[
-        str, typer.Option(help="cap: the answer keeps to its budget. mean: the average over many answers does.")
-    ] = "cap",
+    contract: ContractOption = "cap",
     max_think_tokens: Annotated[int, typer.Option(help="Most tokens of reasoning.")] = 160,
     max_answer_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="The answer ends before this text. May be repeated.")] = None,
@@ -56,7 +58,7 @@ def run(
     serve: ServeOption = "if",
     policy: PolicyFile = None,
     spot: Spot = None,
-    provider: Annotated[str, typer.Option(help="What onnxruntime runs it on: cpu, cuda, trt or trt-rtx.")] = "cpu",
+    provider: ProviderOption = "cpu",
     engines: Annotated[
         str | None, typer.Option(help="Run the bundle's engines: trt or trt-rtx.", show_default=False)
     ] = None,
@@ -167,23 +169,34 @@ def bench(
     threads: Threads = None,
     serve: ServeOption = "if",
     max_rows: Annotated[int, typer.Option(help="Most requests at a time.")] = 8,
+    contract: ContractOption = "cap",
+    provider: ProviderOption = "cpu",
+    engine: Annotated[str, typer.Option(help="python, or native: the C++ runtime runs the graphs.")] = "python",
     rounds: Annotated[int, typer.Option(help="In which the budgets take turns.")] = 5,
     out: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
 ) -> None:
     """Measure what each budget of a bundle costs on this machine, and what it is worth by its evaluation."""
     from rich.console import Console
 
+    from l2a_compress.runtime import Runtime
     from l2a_compress.runtime.costs import keep, measure
-    from l2a_compress.runtime.engine import Engine
 
     if rounds < 1:
         raise ConfigError(f"--rounds must be at least 1, found {rounds!r}")
-    engine = Engine(bundle, max_rows=max_rows, threads=threads, serve=serve)  # type: ignore[arg-type]
-    table = measure(engine, rounds=rounds)
-    keep(engine, table)
+    opened = Runtime.open(
+        bundle,
+        max_rows=max_rows,
+        threads=threads,
+        serve=serve,  # type: ignore[arg-type]  # all are checked by the engine
+        contract=contract,  # type: ignore[arg-type]
+        provider=provider,  # type: ignore[arg-type]
+        engine=engine,  # type: ignore[arg-type]
+    ).engine
+    table = measure(opened, rounds=rounds)
+    keep(opened, table)
     if out is not None:
         table.write(out)
-    Console().print(_costs(table, engine.bundle.quality))
+    Console().print(_costs(table, opened.bundle.quality))
 
 
 def _decided(controller: Controller, tier: str) -> Table:

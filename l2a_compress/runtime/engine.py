@@ -312,13 +312,15 @@ class Engine:
         self._scheduler.retire()
         self.lanes.free()
         self._scheduler.squeeze()
-        admitted, running = self.clock(), self.running
+        admitted, decoded = self.clock(), list[Request]()
         for lane in list(self.lanes):
             if lane.requests and self._scheduler.grow(lane):
+                decoded += lane.requests
                 self._decode(lane, lane.requests)
-        if running:
-            now, budget = self.clock(), max(request.budget.compute for request in running)
-            rows, context = len(running), sum(request.length for request in running)
+                self._scheduler.retire()  # before the next one: who is asked whether a text stops may cancel others
+        if decoded:
+            now, budget = self.clock(), max(request.budget.compute for request in decoded)
+            rows, context = len(decoded), sum(request.length for request in decoded)
             self.steps.append(StepTime(now, budget, prompt_tokens, admitted - began, rows, context, now - admitted))
         if not self.busy:
             self._rest()
@@ -434,7 +436,10 @@ class Engine:
                 if not request.done:
                     self._take(request, outputs, row)
             return True
-        return self._stumbled(lane, requests, failure)  # here, for what it runs fails in no context of this failure
+        try:  # here, for what it runs fails in no context of this failure
+            return self._stumbled(lane, requests, failure)
+        finally:
+            del failure  # whose traceback has this frame, and with it the graph
 
     def _ours(self, error: L2AError | MemoryError) -> L2AError:
         """NumPy's lack of memory as one of ours."""
@@ -458,7 +463,7 @@ class Engine:
         if max(request.failures for request in requests) < _TRIES:
             return True
         if len(requests) > 1:
-            return all(self._decode(lane, [request]) for request in list(requests))
+            return all(request.done or self._decode(lane, [request]) for request in list(requests))
         self._end(newest, error)
         return True
 

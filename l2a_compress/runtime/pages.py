@@ -105,16 +105,17 @@ def give_back_rest(low: int, high: int, starts: Array, ends: Array) -> bool:
     """Gives back to the system what :func:`taken` does not count of a mapping of :func:`zeros`; it reads as zeros.
 
     Returns:
-        Whether the system takes it back.
+        Whether the system takes all of it back.
     """
     if sys.platform != "linux":
         return False
     starts, before = _begun(low, high, starts, ends)
-    free, until = _up(before, _PAGE), np.append(starts, high) // _PAGE * _PAGE
-    library = ctypes.CDLL(None)
+    free, until = _up(before, mmap.PAGESIZE), np.append(starts, high) // mmap.PAGESIZE * mmap.PAGESIZE
+    library, taken_back = ctypes.CDLL(None), True
     for start, end in zip(free[until > free].tolist(), until[until > free].tolist(), strict=True):
-        library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-    return True
+        failed = library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+        taken_back = taken_back and not failed
+    return taken_back
 
 
 def _begun(low: int, high: int, starts: Array, ends: Array) -> tuple[Array, Array]:

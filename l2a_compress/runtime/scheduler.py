@@ -97,8 +97,9 @@ class Scheduler:
         What rows of before took is given back.
         """
         self._full, self._since = self._lanes.rows, self._clock()
-        for lane in self._lanes:
-            lane.trim()
+        with suppress(MemoryError):  # not even for that
+            for lane in self._lanes:
+                lane.trim()
 
     def changed(self) -> None:
         """Says that those that wait are not those there was no room for."""
@@ -145,6 +146,7 @@ class Scheduler:
             with suppress(MemoryError):  # without them it is computed again
                 self.held[request.number] = lane.held(request)
         lane.remove(request)
+        request.failures = 0
         self.waiting.appendleft(request)
 
     def retire(self) -> None:

@@ -272,7 +272,8 @@ def _memory(steps: Sequence[Step], readings: Readings, work: Work, policy: Polic
     tokens = work.rows * (work.prompt_tokens + work.new_tokens)
     needs = [step.memory_bytes + tokens * step.cache_bytes for step in steps]
     least = min(needs)
-    budget = next(step.budget for step, need in zip(steps, needs, strict=True) if need <= max(least, left))
+    fits = (step.budget for step, need in zip(steps, needs, strict=True) if need <= max(least, left))
+    budget = next(fits, steps[-1].budget)  # needs may be no numbers
     return Term(name="memory", budget=budget, reason=f"{min(rooms):g} bytes are left"), least <= left
 
 

@@ -294,9 +294,9 @@ def test_short_rows_of_long_buffers_count_by_the_pages_that_they_begin(capacity:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("capacity", [100, 2000, 100_000])
-def test_what_rows_of_before_hold_is_given_back_and_what_rows_hold_is_not(capacity: int) -> None:
-    caches = Caches({f"past_key_values.{layer}.key": (3, 16, "tensor(float)") for layer in range(30)})
+@pytest.mark.parametrize(("layers", "capacity"), [(30, 100), (30, 2000), (8, 40_000)])
+def test_what_rows_of_before_hold_is_given_back_and_what_rows_hold_is_not(layers: int, capacity: int) -> None:
+    caches = Caches({f"past_key_values.{layer}.key": (3, 16, "tensor(float)") for layer in range(layers)})
     caches.reserve(4, capacity)
     for row in (0, 1, 3):
         caches.mark(row, capacity)
@@ -306,7 +306,7 @@ def test_what_rows_of_before_hold_is_given_back_and_what_rows_hold_is_not(capaci
     caches.trim([capacity, 20])
     given = before - resident()
     assert given > 0
-    assert given == pytest.approx(held - caches.resident_bytes, abs=2 << 20)
+    assert given == pytest.approx(held - caches.resident_bytes, abs=layers * 5 << 12)  # pages that are not whole
     for view in caches.view(0, 2).values():
         assert (view[0] == 7.0).all()
         assert (view[1, :, :20] == 7.0).all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -297,8 +299,11 @@ class Faulty:
 
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
         error = self._fails()
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # or it and this frame would keep one another
         self._session.run_with_iobinding(binding, options)
 
 
@@ -592,6 +597,8 @@ def test_who_is_interrupted_gives_its_memory_back(made: Path, monkeypatch: pytes
     monkeypatch.setattr("l2a_compress.runtime.pages._has_huge_pages", lambda: False)
     left, now = [math.inf], [0.0]
     engine = Engine(made, max_rows=3, threads=1, memory_left=lambda: left[0], clock=lambda: now[0])
+    expected = engine.submit(texts(3), [None] * 3, limits=LIMITS)
+    finish(engine)
     requests = engine.submit(texts(3), [None] * 3, limits=LIMITS)
     engine.step()
     (lane,) = engine.lanes
@@ -602,7 +609,48 @@ def test_who_is_interrupted_gives_its_memory_back(made: Path, monkeypatch: pytes
     assert engine.resident_bytes == requests[0].length * lane.caches.token_bytes
     left[0] = math.inf
     finish(engine)
-    assert all(request.error is None for request in requests)
+    assert [request.written for request in requests] == [request.written for request in expected]
+
+
+def test_a_step_that_failed_keeps_no_graph(made: Path, faults: list[Exception | None]) -> None:
+    engine = Engine(made, max_rows=1, threads=1, serve="variants")
+    (request,) = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+    faults[:] = [RuntimeError(str(SHORT))]  # which nobody else keeps
+    gone = weakref.ref(next(iter(engine.lanes)))
+    gc.disable()
+    try:
+        engine.step()  # memory is short
+        engine.step()  # another graph takes the place
+        assert engine.graphs != [engine.bundle.variants[0].name]
+        assert gone() is None
+    finally:
+        gc.enable()
+    finish(engine)
+    assert request.error is None
+
+
+def test_who_is_cancelled_while_rows_run_alone_is_not_run(made: Path, faults: list[Exception | None]) -> None:
+    engine = Engine(made, max_rows=2, threads=1)
+    others: list[Request] = []
+
+    def stops(request: Request) -> bool:
+        for other in others:
+            engine.cancel(other)
+        return bool(others)
+
+    first = engine.submit(texts(1), [None], limits=LIMITS, stops=stops)
+    second = engine.submit(texts(1), [None], limits=LIMITS)
+    engine.step()
+    others[:] = second
+    written = len(second[0].written)
+    faults[:] = [BROKEN] * 3
+    for _ in range(3):
+        engine.step()
+    assert first[0].done
+    assert second[0].done
+    assert len(second[0].written) == written
+    assert not engine.rows
 
 
 def test_variants_share_what_memory_is_left(made: Path) -> None:
@@ -1181,7 +1229,12 @@ def test_the_commands_select_and_bench(
     assert main([*command, "--max-think-tokens", "4"]) == 0
     stats = capsys.readouterr().out
     assert re.search(r"budget 0\.(7|45).* \((policy: ceiling 0\.7|pressure: .*|dwell: .*)\): cost 0\.", stats)
+    same = ["--threads", "1", "--contract", "mean"]
+    assert main(["bench", str(made), *same, "--max-rows", "1", "--rounds", "1"]) == 0
+    assert main(["run", str(made), TEXT, *same, "--budget", "auto", "--max-think-tokens", "4"]) == 0
+    assert "measuring" not in capsys.readouterr().err
     for bad, message in (
+        (["bench", str(made), "--engine", "rust"], "engine must be one of python, native"),
         (["run", str(made), TEXT, "--budget", "most"], "--budget"),
         (["run", str(made), TEXT, "--budget", "auto", "--layers", "3"], "--layers"),
         (["run", str(made), TEXT, "--serve", "all"], "serve"),

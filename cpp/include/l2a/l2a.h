@@ -8,11 +8,12 @@
  *     bundle folder --l2a_runtime_open--> runtime --l2a_engine_create--> engine --submit, step--> tokens
  *
  * Errors: functions that can fail return a status, NULL for success; the caller frees it with l2a_status_free. No C++
- * exception leaves the library. A failed call leaves its outputs as they were.
+ * exception leaves the library. A failed call leaves its outputs as they were, but for what a graph writes to itself.
  *
  * Threads: a runtime, a selector and a status may be used by any number of threads at once. An engine and a signals
- * object belong to one thread at a time; several engines over one runtime run at the same time without a lock between
- * them. Nothing is global.
+ * object belong to one thread at a time; several engines over one runtime run at the same time without a lock of
+ * this library between them. What is shared in a process is ONNX Runtime's environment, with one arena for all graphs,
+ * and the C library's heap, which serves blocks of up to 32 MB once a bundle was opened.
  *
  * Ownership: what a function gives in `out` is the caller's to free, with the function of the type's name. Pointers
  * that a function returns otherwise belong to the object that was asked, and live until it is freed or as said there.
@@ -196,8 +197,9 @@ typedef struct l2a_engine_options {
     /**
      * Bytes that the process may still take, now; NAN where nobody knows and INFINITY for any amount, which both turn
      * admission by memory off. NULL (the default): of the control group and the host, whichever has less. Asked for
-     * each request that gets a row, and five times a second while several run; by l2a_engine_step alone, on its
-     * thread. It must neither throw nor call the engine.
+     * each request that might get a row, five times a second while several run, again behind each row that is
+     * interrupted, and where caches must grow; by l2a_engine_step alone, on its thread. What it says must be of that
+     * moment. It must neither throw nor call the engine.
      */
     double (*memory_left)(void* context);
     void* memory_context; /**< given to memory_left */
