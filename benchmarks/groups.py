@@ -13,7 +13,7 @@ from pathlib import Path
 MEGABYTE = 1 << 20
 _EAT = """
 import sys, time
-open("/proc/self/oom_score_adj", "w").write("-1000")  # where the group is over its limit, the others are ended
+open(sys.argv[2], "w").write("0")  # enters the group
 held = bytearray(int(sys.argv[1]))
 held[::4096] = b"x" * len(held[::4096])
 print("eaten", flush=True)
@@ -44,17 +44,17 @@ def group(name: str, limit: int) -> Iterator[Path]:
 
 
 def enter(group: Path) -> None:
-    """Puts this process into a group."""
+    """Puts this process into a group, where it is the first to be ended if the group takes too much."""
     (group / "cgroup.procs").write_text(str(os.getpid()))
+    Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def in_group(command: Sequence[str], group: Path, core: int | None = None) -> subprocess.Popen[str]:
+def in_group(command: Sequence[str], group: Path, core: int) -> subprocess.Popen[str]:
     """Starts a process in a group, on one core."""
 
     def begin() -> None:
         enter(group)
-        if core is not None:
-            os.sched_setaffinity(0, {core})
+        os.sched_setaffinity(0, {core})
 
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=begin)
 
@@ -70,7 +70,8 @@ def available(group: Path, limit: int) -> int:
 def eat(group: Path, limit: int, left: int) -> subprocess.Popen[str]:
     """A process in a group that has taken memory until so many bytes of the limit are left."""
     taken = max(0, available(group, limit) - left)
-    process = in_group([sys.executable, "-c", _EAT, str(taken)], group)
+    command = [sys.executable, "-c", _EAT, str(taken), str(group / "cgroup.procs")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     if not process.stdout.readline():
         raise SystemExit(f"the process that takes memory ended with {process.wait()}")

@@ -2,11 +2,12 @@
 
     cpp/prepare && python benchmarks/native_squeeze.py      (root: it makes a control group, version 1 or 2)
 
-A process of its own serves ``--requests`` prompts of ``--length`` tokens at once by the If graph at int8, from the
-bundle of native.py. Two scenes, each with huge pages and without:
+A process of its own serves ``--requests`` prompts at once by the If graph at int8, from the bundle of native.py. There
+are scenes, each with huge pages and without:
 
 - ``small``: the group has room for some of the rows.
-- ``taken``: it has room for all of them, until another process takes memory in the middle and leaves ``--left`` MB.
+- ``taken``: it has room for all of them, until another process takes memory while prompts are computed.
+- ``taken late``: the same while all rows write.
 
 Each scene also runs with admission turned off (``blind``): where that is not killed, the scene shows nothing, which is
 said. Texts are compared with those written outside of any group; rows that are computed again read their text as a
@@ -18,8 +19,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
-import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +31,32 @@ from native import BUILD, build_bench, export_bundles
 from untrained import CHECKPOINT
 
 NO_HUGE_PAGES = 41  # PR_SET_THP_DISABLE
+PROMPTS = {"length": 512, "tokens": 120}  # tokens of each prompt, and of reasoning
+TEXTS = {"length": 256, "tokens": 300}
+LEFT = 60  # megabytes that others leave
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Megabytes of the group, what each request is, and when others take memory, as a share of the time of all."""
+
+    name: str
+    megabytes: int
+    asked: dict[str, int]
+    others: float | None
+
+
+SCENES = (
+    Scene("small", 400, PROMPTS, None),
+    Scene("taken", 900, PROMPTS, 0.5),
+    Scene("taken late", 700, TEXTS, 0.5),
+)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=8, help="all at once (%(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each prompt (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=120, help="of reasoning of each (%(default)s)")
-    parser.add_argument("--small", type=int, default=400, help="megabytes of the small group (%(default)s)")
-    parser.add_argument("--large", type=int, default=900, help="megabytes of the other (%(default)s)")
-    parser.add_argument("--left", type=int, default=60, help="megabytes that are left of it (%(default)s)")
-    parser.add_argument("--after", type=float, default=0.5, help="of the time that all take, until then (%(default)s)")
     parser.add_argument("--models", type=Path, default=DEFAULT_CACHE, help="cache of checkpoints (%(default)s)")
     parser.add_argument("--work", type=Path, default=DEFAULT_CACHE.parent / "native", help="bundles (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS / "native_squeeze.json", help="figures (%(default)s)")
@@ -50,28 +65,24 @@ def main() -> None:
     build_bench()
     export_bundles(options)
     found: dict[str, Any] = {}
-    for huge in (True, False):
-        peer = _start(options, huge=huge)
-        free = peer.ask(**_task(options, blind=False))
-        peer.close()
-        pages = "huge pages" if huge else "no huge pages"
-        print(f"outside of a group, {pages}: {free['seconds']:.0f} s", flush=True)
-        for scene, megabytes in (("small", options.small), ("taken", options.large)):
+    for huge, pages in ((True, "huge pages"), (False, "no huge pages")):
+        free: dict[int, dict[str, Any]] = {}  # by the length of the prompts
+        for scene in SCENES:
+            task = {"task": "serve", "rows": options.requests, "requests": options.requests, **scene.asked}
+            if scene.asked["length"] not in free:
+                peer = _start(options, huge=huge)
+                free[scene.asked["length"]] = peer.ask(**task, blind=False)
+                peer.close()
+            alone, name = free[scene.asked["length"]], f"{scene.name}, {pages}"
             for blind in (True, False):
-                after = options.after * free["seconds"] if scene == "taken" else None
-                one = _scene(options, megabytes * MEGABYTE, huge=huge, blind=blind, after=after)
-                one["as_alone"] = sum(a == b for a, b in zip(one.pop("tokens", []), free["tokens"], strict=False))
-                found[f"{scene}, {pages}{', blind' if blind else ''}"] = one
-                _judge(f"{scene}, {pages}", one, options.requests, blind=blind)
-        found[f"free, {pages}"] = {"seconds": free["seconds"]}
-    names = ("requests", "length", "tokens", "small", "large", "left", "after")
-    Results(options.out).put("squeeze", found, {name: getattr(options, name) for name in names}, threads=1)
+                one = _played(options, scene, {**task, "blind": blind}, seconds=alone["seconds"], huge=huge)
+                one["as_alone"] = sum(a == b for a, b in zip(one.pop("tokens", []), alone["tokens"], strict=False))
+                one["seconds_alone"] = alone["seconds"]
+                found[f"{name}, blind" if blind else name] = one
+                _judge(name, one, options.requests, blind=blind)
+    settings = {"requests": options.requests, "left": LEFT, "scenes": [asdict(scene) for scene in SCENES]}
+    Results(options.out).put("squeeze", found, settings, threads=1)
     print(f"figures: {options.out}")
-
-
-def _task(options: argparse.Namespace, *, blind: bool) -> dict[str, Any]:
-    names = {name: getattr(options, name) for name in ("requests", "length", "tokens")}
-    return {"task": "serve", "rows": options.requests, "blind": blind, **names}
 
 
 def _start(options: argparse.Namespace, *, huge: bool, inside: Path | None = None) -> Peer:
@@ -85,16 +96,19 @@ def _start(options: argparse.Namespace, *, huge: bool, inside: Path | None = Non
     return Peer(BUILD / "bench" / "l2a_bench", bundle, "1", "1", threads=1, begin=begin)  # 1: the If graph
 
 
-def _scene(options: argparse.Namespace, limit: int, *, huge: bool, blind: bool, after: float | None) -> dict[str, Any]:
-    """What the process said, or that it was ended; another takes memory after so many seconds."""
+def _played(
+    options: argparse.Namespace, scene: Scene, task: dict[str, Any], *, seconds: float, huge: bool
+) -> dict[str, Any]:
+    """What the process said, or that it was ended."""
+    limit = scene.megabytes * MEGABYTE
     with group("l2a_native_squeeze", limit) as inside, ThreadPoolExecutor(1) as pool:
         peer = _start(options, huge=huge, inside=inside)
-        answer: Future[dict[str, Any]] = pool.submit(functools.partial(peer.ask, **_task(options, blind=blind)))
+        answer: Future[dict[str, Any]] = pool.submit(functools.partial(peer.ask, **task))
         other = None
         try:
-            if after is not None:
-                time.sleep(after)
-                other = None if answer.done() else eat(inside, limit, options.left * MEGABYTE)
+            if scene.others is not None:
+                wait([answer], timeout=scene.others * seconds)
+                other = None if answer.done() else eat(inside, limit, LEFT * MEGABYTE)
             error = answer.exception()
         finally:
             if other is not None:
@@ -107,7 +121,8 @@ def _scene(options: argparse.Namespace, limit: int, *, huge: bool, blind: bool, 
         if error is None:
             peer.close()
         found = {"exit": peer.process.wait(), **({} if error else answer.result())}
-    return found | {"others": "came too late"} if after is not None and other is None else found
+    early = scene.others is not None and other is None
+    return found | {"others": "came too late"} if early else found
 
 
 def _judge(scene: str, found: dict[str, Any], requests: int, *, blind: bool) -> None:

@@ -16,6 +16,11 @@ std::uintptr_t up(std::uintptr_t bytes, std::uintptr_t page) noexcept {
     return (bytes + page - 1) / page * page;
 }
 
+bool huge() {
+    static const bool found = has_huge_pages();
+    return found;
+}
+
 // Chunks from one on are so long at least.
 void longer(std::vector<std::int64_t>& chunks, std::int64_t first, std::int64_t count, std::int64_t tokens) {
     const auto start = chunks.begin() + first;
@@ -138,12 +143,11 @@ void Caches::trim(const std::vector<std::int64_t>& lengths) {
 template <typename Each>
 std::uintptr_t Caches::begun(std::int64_t rows, std::int64_t capacity, std::uintptr_t start, const Written& written,
                              Each&& each) const {
-    static const bool huge = has_huge_pages();
     std::uintptr_t end = start;
     for (const auto& [place, buffer] : buffers_) end += buffer.size(rows, capacity);
     const std::uintptr_t low = up(start, kHugePage);
-    const std::uintptr_t high = huge ? end / kHugePage * kHugePage : low;  // between them all pages are huge
-    std::uintptr_t counted = start;                                        // all before it is
+    const std::uintptr_t high = huge() ? end / kHugePage * kHugePage : low;  // between them all pages are huge
+    std::uintptr_t counted = start;                                          // all before it is
     std::uintptr_t base = start;
     for (const auto& [place, buffer] : buffers_) {
         const auto stride = static_cast<std::uintptr_t>(capacity * buffer.token_bytes);
@@ -175,7 +179,8 @@ std::uintptr_t Caches::start() const noexcept {
 }
 
 std::int64_t Caches::held() const {
-    return taken(rows_, capacity_, start(), written_);
+    const std::int64_t counted = taken(rows_, capacity_, start(), written_);
+    return huge() ? std::min(counted, resident(data_)) : counted;
 }
 
 std::int64_t Caches::unwritten(const std::vector<Extent>& extents) const {

@@ -38,7 +38,7 @@ class Caches {
     const OrtValues& view(const Graph& graph, std::int64_t start, std::int64_t count);
     // Notes that a graph is writing the first tokens of a row.
     void mark(const Graph& graph, std::int64_t row, std::int64_t tokens);
-    // Bytes of memory that what was written holds.
+    // Bytes of memory that what was written holds: where the system had no huge pages for it, what it was given.
     [[nodiscard]] std::int64_t held() const;
     // Bytes that the first rows will take beyond what is held, until they are as long as given. Where buffers must grow
     // for it, what rows hold is there twice for a moment.

@@ -1,6 +1,9 @@
 #include "pages.hpp"
 
 #include <sys/mman.h>
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
 #include <unistd.h>
 
 #include <algorithm>
@@ -42,7 +45,7 @@ bool has_huge_pages() {
     std::string setting;
     std::ifstream file("/sys/kernel/mm/transparent_hugepage/enabled");
     return std::getline(file, setting) && setting.find("[never]") == std::string::npos &&
-           sysconf(_SC_PAGESIZE) == static_cast<long>(kPage);
+           sysconf(_SC_PAGESIZE) == static_cast<long>(kPage) && prctl(PR_GET_THP_DISABLE, 0, 0, 0, 0) == 0;
 #else
     return false;
 #endif
@@ -76,6 +79,19 @@ bool give_back([[maybe_unused]] std::uintptr_t start, [[maybe_unused]] std::uint
 #else
     return false;
 #endif
+}
+
+std::int64_t resident(const Pages& pages) noexcept {
+    std::array<unsigned char, 4096> present{};
+    const std::size_t bytes = pages ? pages.get_deleter().bytes : 0;
+    std::int64_t found = 0;
+    for (std::size_t done = 0; done < bytes; done += present.size() * kPage) {
+        const std::size_t part = std::min(bytes - done, present.size() * kPage);
+        if (mincore(pages.get() + done, part, present.data()) != 0) return 0;
+        const auto end = present.begin() + static_cast<std::ptrdiff_t>((part + kPage - 1) / kPage);
+        found += std::count_if(present.begin(), end, [](unsigned char page) { return page & 1U; });
+    }
+    return found * static_cast<std::int64_t>(kPage);
 }
 
 void give_back() noexcept {

@@ -12,7 +12,7 @@ namespace l2a::core {
 constexpr std::size_t kPage = 4096;
 constexpr std::uintptr_t kHugePage = 2U << 20U;  // elsewhere the kernel refuses
 
-// Whether the system has huge pages and gives them to who asks.
+// Whether the system has huge pages and gives them to this process where it asks. It may have none left all the same.
 bool has_huge_pages();
 
 // Ends a mapping.
@@ -29,6 +29,9 @@ Pages zeroed(std::size_t bytes) noexcept;
 // Gives the whole pages between two places of zeroed() back; they read as zeros, and take memory when they are written.
 // False where the system does not take them.
 bool give_back(std::uintptr_t start, std::uintptr_t end) noexcept;
+
+// Bytes of zeroed() that have been given memory.
+std::int64_t resident(const Pages& pages) noexcept;
 
 // Has the C library return to the system what it holds and nobody uses.
 void give_back() noexcept;

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from l2a_compress.runtime.decoder import CACHE_TYPES
-from l2a_compress.runtime.pages import give_back_rest, mapped, taken, zeros
+from l2a_compress.runtime.pages import give_back_rest, mapped, resident, taken, zeros
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -47,7 +47,8 @@ class Caches:
     @property
     def resident_bytes(self) -> int:
         """That what was written takes of memory, at most; what is only reserved takes none."""
-        return self._taken(self.rows, self.capacity, self._marks)
+        low, high, starts, ends = self._written(self.rows, self.capacity, self._marks)
+        return int(min(taken(low, high, starts, ends), resident(low, high)))
 
     def mark(self, row: int, tokens: int) -> None:
         """Notes that so many tokens of a row are being written."""

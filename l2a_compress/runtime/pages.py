@@ -23,10 +23,12 @@ import numpy as np
 _SIZE, _PAGE = 2 << 20, 4096  # of a huge page and of others; elsewhere the kernel refuses
 _MOSTLY = 448  # pages of 512: what is emptier would take more memory than it did
 _COLLAPSE = 25
+_GET_THP_DISABLE = 42
 # mallopt(3): once a block is freed, blocks up to its size come from the heap. No larger one counts.
 _LARGEST = (32 << 20) - (64 << 10)
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _MAPS = Path("/proc/self/maps")
+_ODD = bytes(value & 1 for value in range(256))
 Span = tuple[int, int]
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -91,6 +93,8 @@ def mapped(size: int) -> int:
 def taken(low: int, high: int, starts: Array, ends: Array) -> int:
     """Bytes of memory that what is written of a mapping takes: a huge page that is begun is taken whole.
 
+    Where the system has none left, it takes less: :func:`resident`.
+
     Args:
         low: where the mapping begins.
         high: where it ends.
@@ -99,6 +103,17 @@ def taken(low: int, high: int, starts: Array, ends: Array) -> int:
     """
     starts, before = _begun(low, high, starts, ends)
     return int(np.maximum(before[1:] - np.maximum(starts, before[:-1]), 0).sum())
+
+
+def resident(low: int, high: int) -> float:
+    """Bytes of a mapping of :func:`zeros` that have been given memory; infinite where that is known without asking."""
+    if not high > low or not _has_huge_pages():
+        return math.inf
+    library, pages = ctypes.CDLL(None), -(-(high - low) // _PAGE)
+    present = ctypes.create_string_buffer(pages)
+    if library.mincore(ctypes.c_void_p(low), ctypes.c_size_t(high - low), present):
+        return math.inf
+    return (pages - present.raw[:pages].translate(_ODD).count(0)) * _PAGE
 
 
 def give_back_rest(low: int, high: int, starts: Array, ends: Array) -> bool:
@@ -138,11 +153,12 @@ def give_back() -> None:
 
 
 def _has_huge_pages() -> bool:
-    """Whether the system has them and wants them used."""
+    """Whether the system has them and gives them to this process. It may have none left all the same."""
     try:
-        return "[never]" not in _SETTING.read_text() and os.sysconf("SC_PAGE_SIZE") == _PAGE
+        wanted = "[never]" not in _SETTING.read_text() and os.sysconf("SC_PAGE_SIZE") == _PAGE
     except OSError:
         return False
+    return wanted and ctypes.CDLL(None).prctl(_GET_THP_DISABLE, 0, 0, 0, 0) == 0
 
 
 def _spans() -> list[Span] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import random
 import sys
@@ -291,6 +292,27 @@ def test_short_rows_of_long_buffers_count_by_the_pages_that_they_begin(capacity:
         assert wanted == pytest.approx(resident() - before, abs=2 << 20)  # 64 token bytes each: 0.3 MB at most
     assert caches.unwritten([40, 20, 0, 5]) == 0
     assert caches.unwritten([40] * 5) > caches.resident_bytes  # in buffers of their own
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_where_no_huge_pages_are_left_what_is_held_is_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2a_compress.runtime.pages._has_huge_pages", lambda: True)
+    set_thp_disable, library = 41, ctypes.CDLL(None)
+    assert library.prctl(set_thp_disable, 1, 0, 0, 0) == 0
+    try:
+        caches = Caches({f"past_key_values.{layer}.key": (3, 16, "tensor(float)") for layer in range(30)})
+        caches.reserve(4, 2000)
+        before = resident()
+        for row in range(4):
+            caches.mark(row, 20)
+            for view in caches.view(row, 1).values():
+                view[0, :, :20] = 1.0
+        held = caches.resident_bytes
+        assert held == pytest.approx(resident() - before, abs=1 << 20)
+        assert held < 3 << 20
+        assert caches.unwritten([2000] * 4) >= 30 * 4 * 3 * 2000 * 64 - held  # all of the rest, though pages are begun
+    finally:
+        library.prctl(set_thp_disable, 0, 0, 0, 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
