@@ -315,7 +315,7 @@ def _save(
 def _quality(artifact: Path, config: ArtifactConfig) -> tuple[dict[str, Any], ...]:
     """The splits that the artifact notes, and the points of the evaluation that stands beside it, where there are."""
     splits = [{"name": "split", **point} for point in split.to_json()] if (split := config.split) else []
-    report = artifact.parent / "evaluation" / "report.json"
+    report = artifact.absolute().parent / "evaluation" / "report.json"
     if not report.is_file():
         return tuple(splits)
     try:

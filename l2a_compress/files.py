@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from l2a_compress.errors import L2AError, StorageError
@@ -70,7 +70,8 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
             os.replace(temporary, path)
             fsync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 @contextmanager

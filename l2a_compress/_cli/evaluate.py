@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,7 +127,7 @@ def evaluate(
     """
     import torch
 
-    from l2a_compress.evaluation.frontier import metric_for
+    from l2a_compress.evaluation.frontier import metric_for, own_settings
     from l2a_compress.evaluation.report import REPORT_FILE
     from l2a_compress.training.store import load_artifact
 
@@ -141,11 +142,11 @@ def evaluate(
     if threads:
         torch.set_num_threads(threads)
     loaded = load_artifact(artifact, base=base)
-    settings = _settings(loaded.recipe.evaluation, budgets, contract, problems, baselines)
+    settings = _settings(own_settings(loaded), budgets, contract, problems, baselines)
     if source is not None:
         source = replace(source, max_length=_longest(loaded, settings, nll=(metric or metric_for(source)) == "nll"))
     _move(loaded.gated, device)
-    folder = out or artifact.parent / "evaluation"
+    folder = out or artifact.absolute().parent / "evaluation"
     if (folder / REPORT_FILE).exists():  # said before the work is done, while it can still be stopped
         typer.echo(f"{folder}: the evaluation that is there will be replaced; --out takes another folder", err=True)
     _measure(loaded, folder, settings, quiet=quiet, data=source, **options)
@@ -195,8 +196,8 @@ def split(
             batch_size=batch_size,
             progress=progress,
         )
-    note_metric(artifact, "split", found.split.to_json())
     print_split(found)
+    note_metric(artifact, "split", found.split.to_json())
 
 
 def evaluate_artifact(artifact: Path, out: Path, *, quiet: bool = False) -> None:
@@ -207,17 +208,22 @@ def evaluate_artifact(artifact: Path, out: Path, *, quiet: bool = False) -> None
 
     loaded = load_artifact(artifact)
     _move(loaded.gated, "cuda" if torch.cuda.is_available() else "cpu")
-    _measure(loaded, out, loaded.recipe.evaluation, quiet=quiet)
+    _measure(loaded, out, None, quiet=quiet)
 
 
-def _measure(loaded: LoadedArtifact, out: Path, settings: EvalConfig, *, quiet: bool, **options: Any) -> None:
+def _measure(loaded: LoadedArtifact, out: Path, settings: EvalConfig | None, *, quiet: bool, **options: Any) -> None:
     from l2a_compress.evaluation.console import print_report, progress_bar
     from l2a_compress.evaluation.frontier import evaluate as measure
-    from l2a_compress.evaluation.report import write_report
+    from l2a_compress.evaluation.report import make_folder, write_report
 
+    make_folder(out)  # what is wrong with it is said before the work
     with progress_bar(quiet=quiet) as progress:
         report = measure(loaded, settings, progress=progress, **options)
-    print_report(report, write_report(report, out))
+    files: dict[str, Path] = {}
+    try:
+        files = write_report(report, out)
+    finally:
+        print_report(report, files)
 
 
 def _settings(
@@ -269,9 +275,12 @@ def _words(text: str) -> tuple[str, ...]:
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
     try:
-        return tuple(float(word) for word in _words(text))
+        found = tuple(float(word) for word in _words(text))
     except ValueError:
-        raise ConfigError(f"{option} {text!r}: expected numbers with commas between, e.g. 1.0,0.8,0.6") from None
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise ConfigError(f"{option} {text!r}: expected numbers with commas between, e.g. 1.0,0.8,0.6")
+    return found
 
 
 def _move(model: object, device: str) -> None:

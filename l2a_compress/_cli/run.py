@@ -193,10 +193,10 @@ def bench(
         engine=engine,  # type: ignore[arg-type]
     ).engine
     table = measure(opened, rounds=rounds)
-    keep(opened, table)
+    Console().print(_costs(table, opened.bundle.quality))
     if out is not None:
         table.write(out)
-    Console().print(_costs(table, opened.bundle.quality))
+    keep(opened, table)
 
 
 def _decided(controller: Controller, tier: str) -> Table:

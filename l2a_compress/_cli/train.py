@@ -113,6 +113,8 @@ def train(
     if columns is not None:
         _one_source(table, "--columns")["columns"] = parse_columns(columns)
     resolved = Recipe.from_json(with_overrides(table, settings or []))
+    if static_compute is not None and not resolved.static.method:
+        raise ConfigError("--static-compute says what a static model spends; name its method by --static")
     known_baselines(resolved.evaluation.baselines)
     artifact = run_training(resolved, out, trackers=tracker or (), resume=resume, force=force, quiet=quiet)
     if evaluate and is_main_process():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from decimal import Context, Decimal
 
 __all__ = ["matches", "normalized"]
 
@@ -21,7 +21,7 @@ def normalized(text: str) -> str:
     number = _THOUSANDS.sub("", bare.replace("$", "")).strip()
     if not _NUMBER.fullmatch(number):
         return bare
-    value = Decimal(number).normalize()
+    value = Decimal(number).normalize(Context(prec=len(number)))
     return f"{value if value else Decimal(0):f}"
 
 

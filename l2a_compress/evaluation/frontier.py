@@ -44,6 +44,12 @@ _CALIBRATION_ROWS = 64
 THINK_SHARES = (0.5, 0.25)
 
 
+def own_settings(artifact: LoadedArtifact) -> EvalConfig:
+    """Those of an artifact's recipe. A static model is asked for what it was trained for alone."""
+    static, settings = artifact.config.metrics.get("static"), artifact.recipe.evaluation
+    return dataclasses.replace(settings, budgets=(static["budget"],), contracts=("cap",)) if static else settings
+
+
 def evaluate(
     artifact: LoadedArtifact,
     settings: EvalConfig | None = None,
@@ -65,7 +71,7 @@ def evaluate(
         metric: ``accuracy`` generates and compares answers, ``nll`` is teacher-forced; by default what the data allows.
         seed: Of generated problems; by default the recipe's.
         think_shares: Caps on think tokens, as shares of the gates' ``think_reference``, measured at the full compute;
-            by default ``THINK_SHARES``, and none with ``nll``.
+            by default ``THINK_SHARES``, and none with ``nll`` or of a static model.
         works: Shares of the dense model's work of a request, each measured by the split that the artifact notes for it.
         batch_size: Most problems that run together.
         progress: Told how far it is.
@@ -75,7 +81,7 @@ def evaluate(
         BudgetError: a budget the model cannot keep to, or ``mean`` without calibrated prices.
         DataError: the data cannot be read or is empty.
     """
-    settings = settings or artifact.recipe.evaluation
+    settings = settings or own_settings(artifact)
     data, seed = data or artifact.recipe.data, artifact.recipe.seed if seed is None else seed
     contracts = cast("tuple[GateContract, ...]", tuple(dict.fromkeys(settings.contracts)))
     names = known_baselines(settings.baselines)
@@ -86,7 +92,7 @@ def evaluate(
     if metric == "nll" and think_shares:
         raise ConfigError("think shares are of generated tokens: leave --think-shares out, or use --metric accuracy")
     if think_shares is None:
-        think_shares = THINK_SHARES if metric == "accuracy" else ()
+        think_shares = THINK_SHARES if metric == "accuracy" and "static" not in artifact.config.metrics else ()
     began, bench = time.perf_counter(), bench_of(artifact, settings, data, metric, seed, batch_size)
     with evaluating(artifact.gated):
         caps = [think_cap(bench, share) for share in think_shares]

@@ -133,6 +133,18 @@ def validate(data: object) -> None:
         raise ConfigError(f"report: {error.json_path}: {error.message}") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results, where it is not there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from error
+
+
 def write_report(report: Report, folder: str | Path) -> dict[str, Path]:
     """Writes report.json, frontier.svg, frontier.png and report.html into a folder, each atomically.
 
@@ -148,10 +160,7 @@ def write_report(report: Report, folder: str | Path) -> dict[str, Path]:
     folder, content = Path(folder), report.to_json()
     validate(content)
     svg, png = frontier_figure(report)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from error
+    make_folder(folder)
     files: dict[str, bytes | str] = {
         REPORT_FILE: json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n",
         "frontier.svg": svg,

@@ -148,9 +148,13 @@ class Runtime:
         """A prompt as the model was trained on it: token ids, ending in ``<think>``.
 
         Raises:
-            ConfigError: the text has a tag in it, and the tokenizer cannot read it as ordinary characters.
+            ConfigError: the text has a tag in it, and the tokenizer cannot read it as ordinary characters; or it is no
+                text.
         """
-        ids, tags = self.tokenizer.encode(text, add_special_tokens=False).ids, self.engine.tags
+        try:
+            ids, tags = self.tokenizer.encode(text, add_special_tokens=False).ids, self.engine.tags
+        except TypeError as error:  # half of a surrogate pair
+            raise ConfigError(f"prompt {text[:40]!r}: is no text ({error})") from error
         if {tags.think, tags.end_think, tags.answer, tags.end_answer} & set(ids):
             raise ConfigError(f"prompt {text[:40]!r}: has a think or answer tag in it; leave it out")
         return [*self._begin, *ids, tags.think]
@@ -245,6 +249,8 @@ class Runtime:
             SessionError: a request could not be finished, after all that could be tried; the others are ended too.
         """
         one = budget is None or isinstance(budget, Budget | str)
+        if not one and not isinstance(budget, Sequence):
+            raise ConfigError(f"budget must be a Budget, 'auto', None, or a list of them, found {budget!r}")
         budgets: list[Any] = [budget] * len(prompts) if one else list(budget)  # type: ignore[arg-type]
         requests = self.submit(prompts, budgets, limits=limits, sampling=sampling, tier=tier, seconds=seconds)
         try:

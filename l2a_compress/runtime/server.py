@@ -242,8 +242,10 @@ class Server:
                 return
             try:
                 future.set_result(self._open(action))
-            except Exception as error:
+            except BaseException as error:
                 future.set_exception(error)
+                if not isinstance(error, Exception):
+                    raise
 
         with self._lock:  # the thread does all that it was sent before it ended
             self._check()

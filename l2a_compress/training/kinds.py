@@ -75,7 +75,7 @@ def _gsm8k(values: Values, source: str) -> Example:
 
 def _reasoning(values: Values, source: str) -> Example:
     traces: dict[Style, str] = {"long": _untagged(_text(values, "trace"), "think"), "none": ""}
-    if values.get("short"):
+    if not _is_empty(values.get("short")):
         traces["short"] = _untagged(_text(values, "short"), "think")
     answer = _untagged(_text(values, "answer"), "answer")
     return Example(
@@ -102,11 +102,11 @@ def _chat(values: Values, source: str) -> Example | None:
 
 def _single_turn(values: Values) -> list[Message]:
     asked = _text(values, "prompt")
-    if values.get("input"):
+    if not _is_empty(values.get("input")):
         asked = f"{asked}\n\n{_text(values, 'input')}"
     reply = "" if _is_empty(values.get("response")) else _text(values, "response")
     turns = [Message(role="user", content=asked), Message(role="assistant", content=reply)]
-    if values.get("system"):
+    if not _is_empty(values.get("system")):
         turns.insert(0, Message(role="system", content=_text(values, "system")))
     return turns
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,8 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from l2a_compress.allocation import Allocation
-from l2a_compress.errors import ConfigError
+from l2a_compress.artifact import ARTIFACT_FILE
+from l2a_compress.errors import ConfigError, StorageError
 from l2a_compress.files import write_atomic
 from l2a_compress.modeling.budgets import minimum_compute
 from l2a_compress.modeling.gated import GatedModel
@@ -172,8 +174,9 @@ def train(
         out / "artifact",
         base_digest=digest,
         metrics=metrics,
-        force=(out / "artifact").exists(),
+        force=True,
     )
+    (out / "evaluation" / "report.json").unlink(missing_ok=True)  # of the artifact of before
     return out / "artifact"
 
 
@@ -271,9 +274,13 @@ def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool
     """The checkpoints' folder, after making sure that it belongs to this recipe."""
     import shutil
 
-    checkpoints, noted = out / CHECKPOINTS, out / RECIPE_FILE
+    checkpoints, noted, artifact = out / CHECKPOINTS, out / RECIPE_FILE, out / "artifact"
     if not main:
         return checkpoints
+    for folder, known in ((checkpoints, noted), (artifact, artifact / ARTIFACT_FILE)):
+        taken = os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir()))
+        if taken and not known.is_file():
+            raise StorageError(f"{folder}: is of something else than a run, and is not replaced; choose another --out")
     text = json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
     remade = noted.is_file() and _trained(noted.read_text()) != _trained(text)
     if remade and not force:
@@ -281,7 +288,10 @@ def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool
     if remade or not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
         (out / SEARCH_FILE).unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from error
     write_atomic(noted, text)
     return checkpoints
 

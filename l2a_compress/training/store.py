@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from l2a_compress.artifact import SCHEMA_VERSION, ArtifactConfig, describe_files
+from l2a_compress.artifact import ARTIFACT_FILE, SCHEMA_VERSION, ArtifactConfig, describe_files
 from l2a_compress.errors import ArtifactError, ConfigError
 from l2a_compress.files import atomic_dir
 from l2a_compress.modeling.adapters import AdapterConfig
@@ -53,9 +53,9 @@ def save_artifact(
     """Writes the whole folder under a temporary name and renames it.
 
     Raises:
-        StorageError: the folder exists (and not ``force``), or the disk is full or not writable.
+        StorageError: the folder exists (and not ``force``, or it is no artifact), or the disk is full or not writable.
     """
-    with atomic_dir(folder, force=force) as temporary:
+    with atomic_dir(folder, force=force, holding=ARTIFACT_FILE) as temporary:
         tensors = {name: value.detach().cpu().contiguous() for name, value in gated.gate_parameters.items()}
         _save_tensors(tensors, temporary / GATES_FILE)
         if gated.adapter_parameters:

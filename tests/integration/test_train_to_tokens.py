@@ -12,6 +12,7 @@ from l2a_compress._cli import main
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.budget import Budget
+from l2a_compress.errors import StorageError
 from l2a_compress.modeling.generation import GenerationConfig, generate
 from l2a_compress.modeling.tags import read_tags
 from l2a_compress.training.calibration import calibration_prompts
@@ -84,6 +85,27 @@ def test_a_static_model_is_fine_tuned_for_one_allocation(method: str, tmp_path: 
     assert 0.5 <= said["budget"] < 0.8
     log = [json.loads(line) for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
     assert [row["cost"] for row in log if "loss" in row] == [pytest.approx(said["budget"], abs=1e-3)] * 4
+    command = ["compress", "evaluate", "--artifact", str(tmp_path / "run" / "artifact"), "--problems", "2", "--quiet"]
+    assert main([*command, "--baselines", "none"]) == 0
+    points = json.loads((tmp_path / "run" / "evaluation" / "report.json").read_text())["points"]
+    assert [(point["name"], point["budget"]) for point in points] == [("l2a", said["budget"])]
+
+
+def test_a_run_replaces_nothing_that_is_not_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny_recipe(save_base(tmp_path / "base"))
+    for name in ("artifact", "checkpoints"):
+        theirs = tmp_path / name / name / "theirs"
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("mine")
+        with pytest.raises(StorageError, match=f"{name}: is of something else than a run"):
+            train(recipe, tmp_path / name, resume=False, force=True, quiet=True)
+        assert theirs.read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StorageError, match="cannot be made"):
+            train(recipe, out, quiet=True)
+    assert main(["compress", "train", "--static-compute", "0.6", "--out", str(tmp_path / "none")]) == 2
+    assert "--static" in capsys.readouterr().err
 
 
 def test_inline_gates_and_switched_off_terms(tmp_path: Path) -> None:

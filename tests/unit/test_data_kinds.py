@@ -152,6 +152,14 @@ def test_a_bad_conversation_says_why(messages: object, words: str) -> None:
         make("chat", {"messages": messages})
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\n", None, float("nan")])
+def test_blank_cells_are_cells_that_are_not_there(blank: object) -> None:
+    row = {"prompt": "Say one.", "response": "one", "input": blank, "system": blank}
+    assert make("chat", row) == make("chat", {"prompt": "Say one.", "response": "one"})
+    row = {"prompt": "1+1?", "trace": "one and one", "answer": "2", "short": blank}
+    assert make("reasoning", row) == make("reasoning", {"prompt": "1+1?", "trace": "one and one", "answer": "2"})
+
+
 def test_blank_rows_of_a_text_are_skipped_and_the_rest_is_kept_as_it_is() -> None:
     assert make("text", {"text": " \n"}) is None
     example = make("text", {"text": " a line "})

@@ -46,6 +46,12 @@ def test_different_answers(found: str, expected: str) -> None:
     assert not matches(found, expected)
 
 
+def test_long_numbers_are_compared_to_their_last_digit() -> None:
+    long = "123456789012345678901234567890"
+    assert matches(f"{long}.0", long)
+    assert not matches(long[:-1] + "1", long)
+
+
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-(10**9), max_value=10**9))
 def test_a_number_is_normalized_once_and_for_all(value: object) -> None:
     once = normalized(str(value))

@@ -48,6 +48,14 @@ def test_write_atomic_replaces_bytes_and_text(tmp_path: Path) -> None:
     assert read(tmp_path) == {"x": "ö".encode()}
 
 
+@pytest.mark.parametrize("name", ["x/below", "n" * 250])
+def test_write_atomic_of_a_name_that_cannot_be_is_one_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").write_text("a file")
+    with pytest.raises(StorageError, match="cannot write"):
+        files.write_atomic(tmp_path / name, "new")
+    assert read(tmp_path) == {"x": b"a file"}
+
+
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_write_atomic_on_a_full_disk_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
