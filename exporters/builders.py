@@ -4,7 +4,7 @@ Both packages have one Python API. TensorRT builds on the GPU that is there and 
 time, without a GPU, for the compute capabilities it is told. Neither is needed to import this module, nor are onnx
 and torch: engines are built on machines that have the bundle and TensorRT alone.
 
-Sources: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/ (10.x and 11.x) and
+Sources: https://docs.nvidia.com/deeplearning/tensorrt/latest/_static/python-api/ (10.15 and 11.x) and
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/cpu-engines.html
 """
 

@@ -169,6 +169,7 @@ def parity(
     rows, room = _room(recipes, bundle.positions, tokens)
     batches = _fitting(calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=rows), room)
     for entry in entries:
+        decoder: Decoder | None = None  # the one before is closed first: there may be no room for two
         if open_decoder is not None:
             decoder = open_decoder(entry)
         else:

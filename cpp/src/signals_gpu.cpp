@@ -19,9 +19,10 @@ struct Utilization {
     unsigned int gpu, memory;
 };
 
-// Clocks that are low because there is nothing to do (1), because somebody set them (2), or because a GPU that is busy
-// keeps to its power limit (4), as it did when costs were measured, are no throttling.
-constexpr unsigned long long kHarmless = 0x1 | 0x2 | 0x4;
+// Clocks that are low because there is nothing to do, because somebody set them, or because a GPU that is busy keeps to
+// its power limit, as it did when costs were measured, are no throttling: it is a slowdown by hardware, of heat (by
+// software or hardware), or by a power brake.
+constexpr unsigned long long kThrottled = 0x8 | 0x20 | 0x40 | 0x80;
 
 class Gpu : public Source {
   public:
@@ -43,7 +44,7 @@ class Gpu : public Source {
         add(into, "gpu.throttled", "share", [&] {
             unsigned long long reasons = 0;
             call<Device, unsigned long long*>("nvmlDeviceGetCurrentClocksThrottleReasons", handle(), &reasons);
-            return (reasons & ~kHarmless) != 0 ? 1.0 : 0.0;
+            return (reasons & kThrottled) != 0 ? 1.0 : 0.0;
         });
     }
 

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from l2a_compress.errors import L2AError, OutOfMemoryError, SessionError
 from l2a_compress.runtime.arena import giving_back, share_arena
 from l2a_compress.runtime.pages import zeros
-from l2a_compress.runtime.providers import Provider, open_session
+from l2a_compress.runtime.providers import CPU, Provider, open_session
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # What NumPy and ONNX call the elements of keys and values.
@@ -78,6 +78,8 @@ class GraphDecoder:
         self.providers: list[str] = self.session.get_providers()
         self.inputs = {item.name: item for item in self.session.get_inputs()}
         self.in_place = in_place
+        # onnxruntime copies an input from the host to a device as it is bound, not as a graph runs.
+        self._copied = in_place and self.providers[0] != CPU
         names = [item.name for item in self.session.get_outputs()]
         self._fresh = [name for name in names if not (in_place and name.startswith(_PRESENT))]  # made by each step
         self._binding = self.session.io_binding()
@@ -124,6 +126,8 @@ class GraphDecoder:
         given = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         self._given = {name: np.ascontiguousarray(value) for name, value in given.items()}
         try:
+            for name, buffer in self._buffers.items() if self._copied else ():
+                binding.bind_ortvalue_input(name, buffer)
             for name, value in self._given.items():
                 binding.bind_cpu_input(name, value)
             for name in self._fresh:

@@ -34,7 +34,6 @@ def open_session(
     options: ort.SessionOptions,
     provider: Provider = "cpu",
     *,
-    cache: Path | None = None,
     strict: bool = True,
     onnxruntime: Any = ort,
 ) -> ort.InferenceSession:
@@ -44,7 +43,6 @@ def open_session(
         path: the graph.
         options: of the session; changed.
         provider: the preferred one.
-        cache: a folder for engines that the provider builds, as EPContext graphs; None: they are built at each opening.
         strict: whether to refuse a session that lacks the preferred provider; else it is told, and runs on the next.
         onnxruntime: the module.
 
@@ -55,25 +53,16 @@ def open_session(
     if provider not in ORDERS:
         raise ConfigError(f"provider {provider!r}: choose one of {', '.join(ORDERS)}")
     order = ORDERS[provider]
-    if cache is not None and provider in ("trt", "trt-rtx"):
-        options.add_session_config_entry("ep.context_enable", "1")
-        options.add_session_config_entry("ep.context_file_path", str(cache / f"{path.stem}.{provider}.context.onnx"))
     if provider == "trt-rtx":
         _add_plugin(options, onnxruntime)
         session = onnxruntime.InferenceSession(str(path), options)
     else:
-        wanted = [(name, _settings(name, cache)) for name in order]
+        if provider != "cpu" and (preload := getattr(onnxruntime, "preload_dlls", None)) is not None:
+            preload()  # CUDA and cuDNN that came as packages are found by this alone
         with huge_pages():
-            session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+            session = onnxruntime.InferenceSession(str(path), options, providers=list(order))
     _compare(path, provider, order, session.get_providers(), strict=strict)
     return session
-
-
-def _settings(name: str, cache: Path | None) -> dict[str, str]:
-    """Of a provider. Source: https://onnxruntime.ai/docs/execution-providers/TensorRT-ExecutionProvider.html."""
-    if name != TENSORRT or cache is None:
-        return {}
-    return {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": "1"}
 
 
 def _add_plugin(options: ort.SessionOptions, onnxruntime: Any) -> None:

@@ -142,10 +142,10 @@ class Tensors:
 
     def room(self, name: str, size: int) -> int:
         """Address of at least so many bytes."""
-        known = self._buffers.get(name)
-        if known is None or known.size < size:
-            known = self._buffers[name] = self._cuda.allocate(size)
-        return known.pointer
+        if name not in self._buffers or self._buffers[name].size < size:
+            self._buffers.pop(name, None)  # first: there may be no room for both, and what it holds is not read again
+            self._buffers[name] = self._cuda.allocate(size)
+        return self._buffers[name].pointer
 
     def put(self, engine: Engine, name: str, value: Array) -> None:
         """A value from the host as an input; an engine may want some where the host is."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from l2a_compress.limits import Contract, limits_of
 from l2a_compress.modeling.generation import GenerationConfig, generate
 from l2a_compress.runtime.caches import Caches
 from l2a_compress.runtime.engine import Engine, Runs
+from l2a_compress.runtime.lane import Lane
 from l2a_compress.runtime.request import Limits, Request
 from l2a_compress.runtime.runtime import Runtime
 from l2a_compress.runtime.sampling import Sampler, Sampling
@@ -232,6 +234,36 @@ def test_a_contract_that_there_is_not_is_refused(made: tuple[Path, Path]) -> Non
     bundle = Bundle.load(made[1])
     with pytest.raises(ConfigError, match="contract must be one of cap, mean"):
         limits_of(Budget(), bundle.cost, 1, contract="Cap")  # type: ignore[arg-type]
+
+
+def test_what_a_device_reads_is_bound_again_before_each_run(
+    made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[str] = []
+    bind = ort.IOBinding.bind_ortvalue_input
+
+    def noted(binding: ort.IOBinding, name: str, value: ort.OrtValue) -> None:
+        bound.append(name)
+        bind(binding, name, value)
+
+    monkeypatch.setattr(ort.IOBinding, "bind_ortvalue_input", noted)
+    found = []
+    for device in (False, True):
+        engine = Engine(made[1], max_rows=2, threads=1)
+        (lane,) = engine.lanes
+        assert isinstance(lane, Lane)
+        monkeypatch.setattr(lane._decoder, "_copied", device)
+        requests = engine.submit([[3, 5, engine.tags.think]] * 2, [None] * 2, limits=Limits(max_think_tokens=3))
+        bound.clear()
+        engine.step()
+        engine.step()
+        past = len(lane.caches.inputs)
+        # Two prompts, the first step of both together, and where a device reads before each of the four runs.
+        assert len(bound) == past * (3 + 4 * device)
+        while engine.busy:
+            engine.step()
+        found.append([request.written for request in requests])
+    assert found[0] == found[1]
 
 
 def test_caches_keep_what_they_hold_while_they_grow() -> None:

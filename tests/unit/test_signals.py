@@ -219,10 +219,11 @@ def test_a_gpu_is_read_value_by_value(device: int | str) -> None:
     assert values(gpu) == {"memory_free": 4 << 30, "memory_total": 10 << 30, "utilization": None, "throttled": 0}
     assert first["gpu.utilization"].why == "RuntimeError: Not Supported"
     assert nvml.opened == ["init", device]
-    nvml.reasons = 1 | 4  # a power limit is what a busy GPU runs at
+    nvml.reasons = 1 | 4 | 0x10 | 0x100 | 0x800  # a power limit is what a busy GPU runs at; the others are settings
     assert values(gpu)["throttled"] == 0
-    nvml.reasons = 4 | 8
-    assert values(gpu)["throttled"] == 1
+    for reason in (0x8, 0x20, 0x40, 0x80):
+        nvml.reasons = 4 | reason
+        assert values(gpu)["throttled"] == 1
 
 
 class TwoGpus(FakeNvml):

@@ -11,8 +11,9 @@ from l2a_compress.gpu import handle, visible
 from l2a_compress.runtime.signals.reading import Source, each
 
 # Clocks that are low because there is nothing to do, because somebody set them, or because a GPU that is busy keeps to
-# its power limit, as it did when costs were measured, are no throttling.
-_HARMLESS = tuple(f"nvmlClocksThrottleReason{name}" for name in ("GpuIdle", "ApplicationsClocksSetting", "SwPowerCap"))
+# its power limit, as it did when costs were measured, are no throttling: it is a slowdown by hardware, of heat (by
+# software or hardware), or by a power brake.
+_THROTTLED = 0x8 | 0x20 | 0x40 | 0x80
 
 
 class Gpu(Source):
@@ -50,10 +51,7 @@ class Gpu(Source):
         nvml, handle = self._nvml, self._handle
 
         def throttled() -> float:
-            reasons = int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
-            for name in _HARMLESS:
-                reasons &= ~int(getattr(nvml, name, 0))
-            return float(reasons != 0)
+            return float(int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)) & _THROTTLED != 0)
 
         return each(
             {
