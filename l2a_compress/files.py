@@ -20,7 +20,7 @@ from pathlib import Path
 
 from l2a_compress.errors import L2AError, StorageError
 
-__all__ = ["atomic_dir", "sha256_of", "write_atomic"]
+__all__ = ["atomic_dir", "make_folder", "sha256_of", "write_atomic"]
 
 _HINTS = {
     errno.ENOSPC: "free some space or choose another disk",
@@ -72,6 +72,18 @@ def write_atomic(path: str | Path, data: bytes | memoryview | str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder for results and its parents, where they are not there.
+
+    Raises:
+        StorageError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from error
 
 
 @contextmanager

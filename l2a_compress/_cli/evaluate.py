@@ -214,7 +214,8 @@ def evaluate_artifact(artifact: Path, out: Path, *, quiet: bool = False) -> None
 def _measure(loaded: LoadedArtifact, out: Path, settings: EvalConfig | None, *, quiet: bool, **options: Any) -> None:
     from l2a_compress.evaluation.console import print_report, progress_bar
     from l2a_compress.evaluation.frontier import evaluate as measure
-    from l2a_compress.evaluation.report import make_folder, write_report
+    from l2a_compress.evaluation.report import write_report
+    from l2a_compress.files import make_folder
 
     make_folder(out)  # what is wrong with it is said before the work
     with progress_bar(quiet=quiet) as progress:

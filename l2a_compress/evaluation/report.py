@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from l2a_compress.errors import ConfigError, StorageError
+from l2a_compress.errors import ConfigError
 from l2a_compress.evaluation.statistics import FrontierCheck
 from l2a_compress.evaluation.values import THINK_BIN, Point
-from l2a_compress.files import write_atomic
+from l2a_compress.files import make_folder, write_atomic
 
 __all__ = ["REPORT_FILE", "Report", "validate", "write_report"]
 
@@ -131,18 +131,6 @@ def validate(data: object) -> None:
         jsonschema.validate(data, json.loads(text), cls=jsonschema.Draft202012Validator)
     except jsonschema.ValidationError as error:
         raise ConfigError(f"report: {error.json_path}: {error.message}") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a folder for results, where it is not there.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from error
 
 
 def write_report(report: Report, folder: str | Path) -> dict[str, Path]:

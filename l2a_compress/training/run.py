@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ARTIFACT_FILE
 from l2a_compress.errors import ConfigError, StorageError
-from l2a_compress.files import write_atomic
+from l2a_compress.files import make_folder, write_atomic
 from l2a_compress.modeling.budgets import minimum_compute
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.importance import drop_losses, prior_scores
@@ -288,10 +288,7 @@ def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool
     if remade or not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
         (out / SEARCH_FILE).unlink(missing_ok=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{out}: cannot be made: {error.strerror}; choose another --out") from error
+    make_folder(out)
     write_atomic(noted, text)
     return checkpoints
 
