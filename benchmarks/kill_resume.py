@@ -65,6 +65,7 @@ def settings(base: Path, save_steps: int) -> dict[str, Any]:
         "gates": {"stem_layers": 1, "hidden": 4},
         "adapter": {"rank": 1, "dropout": 0.1},
         "optim": {"steps": STEPS, "batch_size": 2, "save_steps": save_steps, "log_steps": 1000, "threads": 1},
+        "evaluation": {"calibration": 4},  # each start reads them, and nothing is evaluated
     }
 
 

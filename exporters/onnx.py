@@ -319,7 +319,16 @@ def _quality(artifact: Path, config: ArtifactConfig) -> tuple[dict[str, Any], ..
     if not report.is_file():
         return tuple(splits)
     try:
-        points = json.loads(report.read_text())["points"]
-        return (*(dict(point) for point in points), *splits)
+        found = json.loads(report.read_text())
+        points = [{**point, "metric": found["metric"]} for point in found["points"]]
+        if found["model"].get("artifact") != config.digest:
+            log.warning(
+                "%s: is of another artifact than %s, or does not say of which: its figures are left out of the bundle; "
+                "`l2a compress evaluate` makes it anew",
+                report,
+                artifact,
+            )
+            points = []
+        return (*points, *splits)
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{report}: not a report ({error}); evaluate the artifact again or move the file") from error

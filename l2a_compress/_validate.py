@@ -25,12 +25,14 @@ def shown(value: object) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
-def integer(value: object, name: str, error: type[L2AError], *, minimum: int, maximum: int | None = None) -> int:
+def integer(
+    value: object, name: str, error: type[L2AError], *, minimum: int | None = None, maximum: int | None = None
+) -> int:
     """Return ``value`` as a plain int of at least ``minimum`` and at most ``maximum``; a bool or a float is refused."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise error(f"{name} must be an integer, found {shown(value)}")
     found = int(value)
-    if found < minimum:
+    if minimum is not None and found < minimum:
         raise error(f"{name} must be at least {minimum}, found {shown(value)}")
     if maximum is not None and found > maximum:
         raise error(f"{name} must be at most {maximum}, found {shown(value)}")

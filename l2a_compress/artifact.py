@@ -6,6 +6,8 @@ An artifact folder holds ``artifact.json`` beside the safetensors that it lists.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -89,6 +91,13 @@ class ArtifactConfig:
             ArtifactError: ``metrics.split`` is none.
         """
         return Split.from_json(self.metrics["split"]) if "split" in self.metrics else None
+
+    @property
+    def digest(self) -> str:
+        """Of the model that the folder describes: its SHA-256 is the same whatever is noted in ``metrics`` later."""
+        data = self.to_json()
+        told = {name: data[name] for name in ("gates", "adapter", "prices", "files")} | {"base": self.base["digest"]}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal description."""

@@ -20,7 +20,10 @@ from pathlib import Path
 
 from l2a_compress.errors import L2AError, StorageError
 
-__all__ = ["atomic_dir", "make_folder", "sha256_of", "write_atomic"]
+if sys.platform != "win32":
+    import fcntl
+
+__all__ = ["atomic_dir", "locked", "make_folder", "sha256_of", "write_atomic"]
 
 _HINTS = {
     errno.ENOSPC: "free some space or choose another disk",
@@ -84,6 +87,33 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder, which is made where it is not there, against other processes that ask for the same.
+
+    File systems that know no locks, and Windows, hold nothing.
+
+    Raises:
+        StorageError: Another one holds it, or it cannot be made.
+    """
+    make_folder(folder)
+    if sys.platform == "win32":
+        yield
+        return
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        told = "another process works in it; wait for its end, or choose another --out"
+        raise StorageError(f"{folder}: {told}") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A file, folder or hub name to evaluate on, all of it, instead of the recipe's held-out split.",
+            help="A file, folder or hub name to evaluate on, all of a split, instead of what the recipe held out.",
             show_default=False,
         ),
     ] = None,
@@ -76,6 +76,14 @@ def evaluate(
     columns: Annotated[
         str | None,
         typer.Option(help="Our column name=that of --data, e.g. prompt=question,answer=solution.", show_default=False),
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="The split of --data, e.g. test. Default: train, where it has splits.", show_default=False),
+    ] = None,
+    subset: Annotated[
+        str | None,
+        typer.Option(help="The subset of --data: a hub's, or a folder in the folder.", show_default=False),
     ] = None,
     metric: Annotated[
         str | None,
@@ -131,7 +139,7 @@ def evaluate(
     from l2a_compress.evaluation.report import REPORT_FILE
     from l2a_compress.training.store import load_artifact
 
-    source = _source(data, kind, columns)
+    source = _source(data, kind=kind, columns=columns, split=split, subset=subset)
     options = {
         "metric": metric,
         "seed": seed,
@@ -144,6 +152,12 @@ def evaluate(
     loaded = load_artifact(artifact, base=base)
     settings = _settings(own_settings(loaded), budgets, contract, problems, baselines)
     if source is not None:
+        if any(_same(source, trained) for trained in loaded.recipe.data.sources):
+            typer.echo(
+                f"--data {source.source}: the model was trained on this split of it; --split takes another, and "
+                "without --data what was held out is measured",
+                err=True,
+            )
         source = replace(source, max_length=_longest(loaded, settings, nll=(metric or metric_for(source)) == "nll"))
     _move(loaded.gated, device)
     folder = out or artifact.absolute().parent / "evaluation"
@@ -202,10 +216,13 @@ def split(
 
 def evaluate_artifact(artifact: Path, out: Path, *, quiet: bool = False) -> None:
     """Measures an artifact as its own recipe says, as training does at its end, where it was trained."""
+    import gc
+
     import torch
 
     from l2a_compress.training.store import load_artifact
 
+    gc.collect()  # the model that was trained leaves the device before it is loaded again
     loaded = load_artifact(artifact)
     _move(loaded.gated, "cuda" if torch.cuda.is_available() else "cpu")
     _measure(loaded, out, None, quiet=quiet)
@@ -241,24 +258,30 @@ def _settings(
     return recipe
 
 
-def _source(data: str | None, kind: str | None, columns: str | None) -> DataConfig | None:
+def _source(data: str | None, **told: str | None) -> DataConfig | None:
     from l2a_compress.training.data_config import DataConfig, parse_columns
 
     if data is None:
-        for option, value in (("--kind", kind), ("--columns", columns)):
+        for option, value in told.items():
             if value is not None:
-                raise ConfigError(
-                    f"{option} {value!r} says how the rows of --data are read; give --data, or leave it out"
-                )
+                raise ConfigError(f"--{option} {value!r} says what of --data is read; give --data, or leave it out")
         return None
     # All of the file is evaluated: nothing of it was held back from this model by a split of ours.
     return DataConfig(
         source=data,
-        kind="reasoning" if kind is None else kind,  # type: ignore[arg-type]
-        columns=parse_columns(columns or ""),
+        kind=told["kind"] or "reasoning",  # type: ignore[arg-type]
+        columns=parse_columns(told["columns"] or ""),
+        split=told["split"],
+        subset=told["subset"],
         heldout_share=1.0,
         calibration_share=0.0,
     )
+
+
+def _same(one: DataConfig, other: DataConfig) -> bool:
+    """Whether both read the same split of the same place; no split is train."""
+    places = {str(Path(each.source).resolve()) if Path(each.source).exists() else each.source for each in (one, other)}
+    return len(places) == 1 and one.source != "embedded" and (one.split or "train") == (other.split or "train")
 
 
 def _longest(loaded: LoadedArtifact, settings: EvalConfig, *, nll: bool) -> int:

@@ -170,6 +170,9 @@ def verify(
     from l2a_compress.exporters.verify import lint, parity, specialized
     from l2a_compress.runtime.tensorrt import EngineDecoder
 
+    for option, value in (("--base", base), ("--engines", engines)):
+        if artifact is None and value is not None:
+            raise ConfigError(f"{option} {value!r} says what is compared with an artifact's tokens; give --artifact")
     found = Bundle.load(bundle)
     typer.echo(f"{len(found.files)} files as the manifest lists them")
     broken = lint(bundle, found)

@@ -30,6 +30,7 @@ ContractOption = Annotated[
 ]
 ProviderOption = Annotated[str, typer.Option(help="What onnxruntime runs it on: cpu, cuda, trt or trt-rtx.")]
 PolicyFile = Annotated[Path | None, typer.Option("--policy", help="A TOML file with the selector's rules.")]
+_LONGEST_INTERVAL = 86400  # seconds
 Cloud = Literal["aws", "gcp", "azure"]
 Spot = Annotated[str | None, typer.Option(help="Heed the spot notices of: aws, gcp or azure.")]
 
@@ -97,7 +98,7 @@ def run(
         typer.echo(f"runs on {runtime.engine.runs_on}", err=True)
     if asked == "auto":
         runtime.controller.budget(tier)  # may measure, which is not the answer's time
-    began, count, first = time.perf_counter(), 0, 0.0
+    began, first = time.perf_counter(), 0.0
     for piece in runtime.stream(
         prompt,
         asked,  # type: ignore[arg-type]
@@ -107,7 +108,6 @@ def run(
         seconds=seconds,
     ):
         if not isinstance(piece, Answer):
-            count += 1
             first = first or time.perf_counter()
             typer.echo(piece, nl=False)
             continue
@@ -119,8 +119,9 @@ def run(
             typer.echo(
                 f"budget {piece.budget}{why}: cost {piece.cost:.3f}, {piece.layers} of {shape.num_layers} layers, "
                 f"{piece.heads} of {shape.num_layers * shape.num_groups} KV groups; {piece.think_tokens} think "
-                f"tokens, ended by {piece.stopped_by}; first token after {1000 * (first - began):.1f} ms, then "
-                f"{1000 * (ended - first) / max(1, count - 1):.2f} ms a token"
+                f"tokens, ended by {piece.stopped_by}, and {piece.answer_tokens} of the answer; first token after "
+                f"{1000 * (first - began):.1f} ms, then "
+                f"{1000 * (ended - first) / max(1, piece.think_tokens + piece.answer_tokens - 1):.2f} ms a token"
             )
 
 
@@ -141,8 +142,8 @@ def select(
 
     from l2a_compress.runtime import Runtime
 
-    if not interval > 0:
-        raise ConfigError(f"--interval must be above 0, found {interval!r}")
+    if not 0 < interval <= _LONGEST_INTERVAL:
+        raise ConfigError(f"--interval must be above 0 and at most {_LONGEST_INTERVAL}, found {interval!r}")
     runtime = Runtime.open(
         bundle,
         max_rows=max_rows,
@@ -226,7 +227,8 @@ def _costs(table: CostTable, quality: Sequence[Mapping[str, Any]]) -> Table:
         if point.get("name") == "l2a" and point.get("contract") == "cap" and point.get("think_cap") is None
     }
     shown = Table(title=f"{table.device}, {table.threads or 'all'} threads, {table.serve}")
-    for name in ("budget", "layers", "groups", "prefill ms", "ms", f"ms x{table.rows}", "share", "MB", "accuracy"):
+    metric = next((str(point["metric"]) for point in quality if "metric" in point), "accuracy")
+    for name in ("budget", "layers", "groups", "prefill ms", "ms", f"ms x{table.rows}", "share", "MB", metric):
         shown.add_column(name, justify="right")
     dense = table.steps[0].decode_seconds
     for step in table.steps:
@@ -244,7 +246,7 @@ def _costs(table: CostTable, quality: Sequence[Mapping[str, Any]]) -> Table:
         )
     shown.caption = (
         f"Milliseconds of a token: of a prompt, written alone, written by {table.rows} rows together; share: of the "
-        "time of the largest budget. MB: peak of a process. Accuracy: of the largest evaluated budget within this one."
+        f"time of the largest budget. MB: peak of a process. The {metric} is of the largest evaluated budget within."
     )
     return shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,14 +81,14 @@ def train(
 
     For several processes: accelerate launch --multi_gpu --num_processes N -m l2a_compress compress train ...
     """
-    from l2a_compress.evaluation.baselines import known_baselines
+    from l2a_compress.evaluation.frontier import check_evaluation
     from l2a_compress.profiles import load_recipe
     from l2a_compress.training.data_config import parse_columns
     from l2a_compress.training.recipe import Recipe, with_overrides
     from l2a_compress.training.run import is_main_process
     from l2a_compress.training.run import train as run_training
 
-    flags = {
+    flags: dict[str, Any] = {
         "model.name": model,
         "optim.steps": steps,
         "seed": seed,
@@ -97,26 +98,38 @@ def train(
         "static.method": static,
         "static.compute": static_compute,
     }
-    table = load_recipe(recipe)
     if without is not None:
-        table.setdefault("objective", {})["without"] = [name.strip() for name in without.split(",") if name.strip()]
+        flags["objective.without"] = [name.strip() for name in without.split(",") if name.strip()]
     if add_tags:
-        table.setdefault("model", {})["add_tags"] = True
+        flags["model.add_tags"] = True
+    table = load_recipe(recipe)
     for name, value in flags.items():
-        if value is not None:
-            section, _, key = name.rpartition(".")
-            (table.setdefault(section, {}) if section else table)[key] = value
+        section, _, key = name.rpartition(".")
+        part = table.setdefault(section, {}) if section and value is not None else table
+        if value is not None and isinstance(part, dict):  # a section that is no table is refused below
+            part[key] = value
     if data is not None:
         table["data"] = {"source": data, "kind": kind or ("embedded" if data == "embedded" else "gsm8k")}
     elif kind is not None:
         _one_source(table, "--kind")["kind"] = kind
     if columns is not None:
         _one_source(table, "--columns")["columns"] = parse_columns(columns)
-    resolved = Recipe.from_json(with_overrides(table, settings or []))
-    if static_compute is not None and not resolved.static.method:
-        raise ConfigError("--static-compute says what a static model spends; name its method by --static")
-    known_baselines(resolved.evaluation.baselines)
-    artifact = run_training(resolved, out, trackers=tracker or (), resume=resume, force=force, quiet=quiet)
+    table = with_overrides(table, settings or [])
+    resolved = Recipe.from_json(table)
+    if static is not None and "compute" not in table["static"]:
+        raise ConfigError(
+            f"--static {static}: needs --static-compute, the share of the dense compute that it spends; 1 fine-tunes "
+            "the dense model"
+        )
+    artifact = run_training(
+        resolved,
+        out,
+        trackers=tracker or (),
+        resume=resume,
+        force=force,
+        quiet=quiet,
+        check=partial(check_evaluation, resolved) if evaluate else None,
+    )
     if evaluate and is_main_process():
         from l2a_compress._cli.evaluate import evaluate_artifact
 

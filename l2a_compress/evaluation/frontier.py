@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from l2a_compress.budget import Budget
 from l2a_compress.errors import ConfigError, DataError
-from l2a_compress.evaluation.baselines import OTHERS, Context, baseline_runs, known_baselines
+from l2a_compress.evaluation.baselines import BASELINES, OTHERS, Context, baseline_runs, known_baselines
 from l2a_compress.evaluation.likelihood import measure_likelihoods
 from l2a_compress.evaluation.points import Bench, allocate, dense_run, point_of
 from l2a_compress.evaluation.prompts import held_out
@@ -25,12 +26,14 @@ from l2a_compress.evaluation.statistics import check_frontier
 from l2a_compress.evaluation.values import Contract, Measured, Metric, Point, Run
 from l2a_compress.evaluation.workers import measure_runs
 from l2a_compress.limits import Contract as GateContract
+from l2a_compress.modeling.budgets import minimum_compute
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import GenerationConfig
+from l2a_compress.modeling.prices import price_grid
 from l2a_compress.training.calibration import calibration_examples, example_batches
 from l2a_compress.training.data_config import WITH_ANSWERS, DataConfig, MixtureConfig
 from l2a_compress.training.examples import Split
-from l2a_compress.training.recipe import EvalConfig
+from l2a_compress.training.recipe import EvalConfig, Recipe
 
 if TYPE_CHECKING:
     from l2a_compress.training.store import LoadedArtifact
@@ -84,13 +87,12 @@ def evaluate(
     settings = settings or own_settings(artifact)
     data, seed = data or artifact.recipe.data, artifact.recipe.seed if seed is None else seed
     contracts = cast("tuple[GateContract, ...]", tuple(dict.fromkeys(settings.contracts)))
-    names = known_baselines(settings.baselines)
     metric = metric or metric_for(data)
-    refused = [name for name in names if metric == "nll" and name in OTHERS]
-    if refused:
-        raise ConfigError(f"baseline {refused[0]!r} is about generated tokens; leave it out, or use --metric accuracy")
+    names = _allowed(settings.baselines, metric)
     if metric == "nll" and think_shares:
         raise ConfigError("think shares are of generated tokens: leave --think-shares out, or use --metric accuracy")
+    if not all(0 <= share <= 1 for share in think_shares or ()):
+        raise ConfigError(f"think shares {', '.join(map(str, think_shares or ()))}: must lie in [0, 1]")
     if think_shares is None:
         think_shares = THINK_SHARES if metric == "accuracy" and "static" not in artifact.config.metrics else ()
     began, bench = time.perf_counter(), bench_of(artifact, settings, data, metric, seed, batch_size)
@@ -124,6 +126,45 @@ def evaluate(
     )
 
 
+def check_evaluation(recipe: Recipe, gated: GatedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses, before a training, what :func:`evaluate` could not do with what it leaves.
+
+    Args:
+        recipe: of the training.
+        gated: its model, trained or not.
+        tokenizer: of the model.
+
+    Raises:
+        ConfigError: baselines that the data does not allow, or a budget that the model cannot keep to.
+        DataError: the held-out examples cannot be read, or none of them fits.
+    """
+    settings, metric = recipe.evaluation, metric_for(recipe.data)
+    names = _allowed(settings.baselines, metric)
+    held_out(recipe.data, tokenizer, metric=metric, count=1, seed=recipe.seed)
+    if recipe.static.method:  # is only ever asked for what it spends, and reads nothing of calibration before
+        if set(names) & set(BASELINES):
+            calibration_examples(recipe, 1)
+        return
+    least = minimum_compute(gated.cost, gated.gate_config)
+    calibrated = price_grid(gated)[0] if "mean" in settings.contracts else least
+    for budget in settings.budgets:
+        if budget < least:
+            raise ConfigError(f"evaluation.budgets: {budget:g} is below {least:.4g}, what the always-on layers cost")
+        if budget < calibrated:
+            raise ConfigError(
+                f"evaluation.budgets: {budget:g} is below {calibrated:g}, the least that prices of the contract mean "
+                "are calibrated for; leave it out, set evaluation.contracts to cap alone, or lower gates.least_compute"
+            )
+
+
+def _allowed(baselines: Sequence[str], metric: Metric) -> tuple[str, ...]:
+    names = known_baselines(baselines)
+    refused = [name for name in names if metric == "nll" and name in OTHERS]
+    if refused:
+        raise ConfigError(f"baseline {refused[0]!r} is about generated tokens; leave it out, or use --metric accuracy")
+    return names
+
+
 @contextmanager
 def evaluating(gated: GatedModel) -> Iterator[None]:
     """Evaluation mode, and fused attention in the place of eager: a decoded token then copies no keys and values."""
@@ -140,8 +181,7 @@ def evaluating(gated: GatedModel) -> Iterator[None]:
 
 def metric_for(data: DataConfig | MixtureConfig) -> Metric:
     """Exact answers are compared where every source has them."""
-    sources = data.sources if isinstance(data, MixtureConfig) else (data,)
-    return "accuracy" if all(source.kind in WITH_ANSWERS for source in sources) else "nll"
+    return "accuracy" if all(source.kind in WITH_ANSWERS for source in data.sources) else "nll"
 
 
 def bench_of(
@@ -195,8 +235,8 @@ def _split_runs(bench: Bench, artifact: LoadedArtifact, works: Sequence[float], 
 
 
 def think_cap(bench: Bench, share: float) -> int:
-    """A cap on think tokens, of a share of the longest full reasoning."""
-    return round(share * bench.gated.gate_config.think_reference)
+    """A cap on think tokens, of a share of the longest full reasoning; no more than generation writes at all."""
+    return min(round(share * bench.gated.gate_config.think_reference), bench.generation.max_think_tokens)
 
 
 def _cost(bench: Bench, run: Run) -> float:
@@ -268,6 +308,7 @@ def _model(artifact: LoadedArtifact) -> dict[str, Any]:
     base, gated = artifact.config.base, artifact.gated
     return {
         **{name: base.get(name) for name in ("name", "family", "digest")},
+        "artifact": artifact.config.digest,
         "shape": gated.shape.to_json(),
         "gates": gated.gate_config.to_json(),
         "adapter": gated.adapter_config.to_json(),

@@ -14,8 +14,8 @@ from l2a_compress.evaluation.values import Metric
 from l2a_compress.modeling.tags import read_tags
 from l2a_compress.training.data import load_some
 from l2a_compress.training.data_config import DataConfig, MixtureConfig
-from l2a_compress.training.encode import UnfitError, encode, encode_prompt
-from l2a_compress.training.examples import Encoded, Example, Split, Style
+from l2a_compress.training.encode import encode, encode_prompt
+from l2a_compress.training.examples import Encoded, Example, Split, Style, UnfitError
 from l2a_compress.training.pieces import token_ids
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def held_out(
         problem = _problem(example, tokenizer, data.max_length, labelled=metric == "nll")
         if problem is not None:
             problems.append(problem)
-    unfit = f"too long for max_length = {data.max_length}, or with a tag in their text"
+    unfit = f"too long for max_length = {data.max_length}, with a tag in their text, or refused by the chat template"
     if problems and len(problems) < len(examples):
         left_out = len(examples) - len(problems)
         log.warning("%d of %d held-out examples are left out: %s", left_out, len(examples), unfit)

@@ -28,6 +28,8 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 0:
             raise ConfigError(f"adapter rank = {self.rank!r}: must be a whole number, 0 for none")
+        if not self.alpha > 0:
+            raise ConfigError(f"adapter alpha = {self.alpha!r}: must be above 0: adapters learn nothing by 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter dropout = {self.dropout!r}: must lie in [0, 1)")
 

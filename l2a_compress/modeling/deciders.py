@@ -152,7 +152,7 @@ def demanded(allocator: Allocator, cost: CostModel, summary: Tensor, budgets: Bu
     priced = torch.isfinite(limits.price)
     if demand is None or not bool(priced.any()):
         return budgets
-    chosen = demand.chosen(summary, budgets.think, limits.price)
+    chosen = demand.worth(demand.failure(summary, budgets.think), limits.price)
     units = torch.tensor(level_units(allocator.config, cost), device=chosen.device)[chosen]
     return replace(
         budgets,

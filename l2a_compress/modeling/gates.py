@@ -168,11 +168,14 @@ class Demand(BudgetedLogit):
         return self.logit(summary, self.embedding(budget))
 
     @torch.no_grad()
-    def chosen(self, summary: Tensor, think: Tensor, price: Tensor) -> Tensor:
-        """Which of ``levels`` each input gets. [batch, 2 * width], [batch], [batch] -> [batch], long."""
+    def failure(self, summary: Tensor, think: Tensor) -> Tensor:
+        """The chance of a failure at each of ``levels``. [batch, 2 * width], [batch] -> [batch, levels]."""
         batch, count = len(summary), len(self.levels)
         told = torch.stack([self.levels.expand(batch, -1), think[:, None].expand(-1, count)], dim=-1)
-        failure = torch.sigmoid(self(summary[:, None].expand(-1, count, -1), told))
+        return torch.sigmoid(self(summary[:, None].expand(-1, count, -1), told))
+
+    def worth(self, failure: Tensor, price: Tensor) -> Tensor:
+        """Which of ``levels`` each input gets. [batch, levels], [batch] -> [batch], long."""
         return (failure + price[:, None] * self.levels).argmin(-1)
 
 

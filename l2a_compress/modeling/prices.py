@@ -107,15 +107,16 @@ def _demanded_cost(gated: GatedModel, summaries: Tensor) -> MeanCost:
     """That of inputs each of which gets the level that is worth its price. What one takes at a level is kept."""
     demand, rows = gated.allocator.demand, len(summaries)
     assert demand is not None
-    think = _budgets(gated, rows, 1.0).think.to(summaries.device)
+    failure = demand.failure(summaries, _budgets(gated, rows, 1.0).think.to(summaries.device))
     known = torch.full((rows, len(demand.levels)), torch.nan, dtype=torch.float64, device=summaries.device)
 
     def mean_cost(price: float) -> float:
-        chosen = demand.chosen(summaries, think, torch.full_like(think, price))
+        chosen = demand.worth(failure, demand.levels.new_full((rows,), price))
         new = known[range(rows), chosen].isnan().nonzero().squeeze(1)
-        priced = _budgets(gated, len(new), 1.0, price).to(summaries.device)
-        hard = decide(gated.allocator, gated.cost, summaries[new], priced).hard
-        known[new, chosen[new]] = _units(gated, hard.layers, hard.groups)
+        if len(new):
+            priced = _budgets(gated, len(new), 1.0, price).to(summaries.device)
+            hard = decide(gated.allocator, gated.cost, summaries[new], priced).hard
+            known[new, chosen[new]] = _units(gated, hard.layers, hard.groups)
         return _mean(gated, known[range(rows), chosen])
 
     return mean_cost

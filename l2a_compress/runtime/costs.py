@@ -154,8 +154,8 @@ def keep(engine: Engine, table: CostTable) -> None:
 
 def cached_path(engine: Engine) -> Path:
     """Where the table of an engine is kept. ``L2A_CACHE`` moves the folder, else it is under ``XDG_CACHE_HOME``."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(os.environ.get("L2A_CACHE") or Path(home) / "l2a_compress")
+    told = os.environ.get("L2A_CACHE")
+    cache = Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2a_compress"
     manifest = (engine.folder / MANIFEST_FILE).read_bytes()
     about = [processor(), os.cpu_count(), engine.threads, engine.serve, engine.max_rows, engine.contract]
     about += [ort.__version__]  # whose kernels change from one to the next

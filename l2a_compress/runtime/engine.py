@@ -115,6 +115,8 @@ class Engine:
         for name, value in (("max_rows", max_rows), ("max_graphs", max_graphs)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, found {value!r}")
+        if threads is not None and threads < 0:
+            raise ConfigError(f"threads must be at least 0 (onnxruntime's choice), found {threads!r}")
         choices = (("serve", serve, Serve), ("engine", engine, Runs), ("contract", contract, Contract))
         for name, word, words in ((name, word, get_args(kind)) for name, word, kind in choices):
             if word not in words:

@@ -40,6 +40,7 @@ class Answer:
         think: The reasoning.
         answer: The answer.
         think_tokens: Tokens of the reasoning, without tags.
+        answer_tokens: Tokens of the answer, without tags.
         stopped_by: Why reasoning ended: ``model``, ``cap`` or ``tau``.
         budget: What it might spend when it ended.
         layers: How many layers ran at the end.
@@ -50,6 +51,7 @@ class Answer:
     think: str
     answer: str
     think_tokens: int
+    answer_tokens: int
     stopped_by: str
     budget: Budget
     layers: int
@@ -315,6 +317,7 @@ class Runtime:
             think=self.tokenizer.decode(reasoning.think).strip(),
             answer=_before(answer, request.limits.stop, whole=True).strip(),
             think_tokens=len(reasoning.think),
+            answer_tokens=len(reasoning.answer),
             stopped_by=reasoning.stopped_by,
             budget=request.budget,
             layers=0 if ran is None else len(ran.layers),

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from l2a_compress.errors import DataError
 from l2a_compress.training.collate import Collator, left_padded
 from l2a_compress.training.data import load_some
-from l2a_compress.training.encode import UnfitError, encode, encode_prompt
-from l2a_compress.training.examples import Encoded, Example
+from l2a_compress.training.encode import encode, encode_prompt
+from l2a_compress.training.examples import Encoded, Example, UnfitError
 from l2a_compress.training.recipe import Recipe
 
 log = logging.getLogger(__name__)

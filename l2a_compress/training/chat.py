@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from l2a_compress.errors import DataError
-from l2a_compress.training.examples import Message
+from l2a_compress.training.examples import Message, UnfitError
 from l2a_compress.training.pieces import begin_ids, token_ids
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ def chat_pieces(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase)
     piece is the last reply and ends with the tokenizer's end token.
 
     Raises:
-        DataError: The template refuses the conversation, or does not show where its last reply begins.
+        UnfitError: The template refuses the conversation.
+        DataError: It does not show where the last reply begins.
     """
     pieces = _templated(messages, tokenizer) if tokenizer.chat_template else _plain(messages, tokenizer)
     return [*pieces[:-1], (_ended(pieces[-1][0], tokenizer.eos_token_id), True)]
@@ -58,7 +59,7 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, 
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply_follows))
     except TemplateError as error:
-        raise DataError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+        raise UnfitError(f"the tokenizer's chat template refuses a conversation: {error}") from error
 
 
 def _plain(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:

@@ -98,6 +98,11 @@ class DataConfig:
         if self.streaming and self.limit is None:
             raise ConfigError("data.streaming needs data.limit: a stream has no length of its own")
 
+    @property
+    def sources(self) -> tuple[DataConfig, ...]:
+        """Itself, as of a mixture of one."""
+        return (self,)
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON object that ``from_json`` turns back into an equal config."""
         return asdict(self)

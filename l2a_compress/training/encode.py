@@ -12,20 +12,16 @@ from typing import TYPE_CHECKING
 from l2a_compress.errors import DataError
 from l2a_compress.modeling.tags import Tags, read_tags
 from l2a_compress.training.chat import chat_pieces
-from l2a_compress.training.examples import Encoded, Example, Style
+from l2a_compress.training.examples import Encoded, Example, Style, UnfitError
 from l2a_compress.training.pieces import begin_ids, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORE", "UnfitError", "encode", "encode_prompt"]
+__all__ = ["IGNORE", "encode", "encode_prompt"]
 
 IGNORE = -100
 _LENGTH = 512  # most tokens of an example, where nobody says
-
-
-class UnfitError(DataError):
-    """An example that cannot be encoded: too long, too short, or with a tag in its own text."""
 
 
 def encode(

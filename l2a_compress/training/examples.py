@@ -18,6 +18,7 @@ __all__ = [
     "Message",
     "Split",
     "Style",
+    "UnfitError",
     "position",
     "split_of",
 ]
@@ -28,6 +29,10 @@ ExampleKind = Literal["reasoning", "chat", "text"]
 
 STYLES: tuple[Style, ...] = get_args(Style)
 SPLITS: tuple[Split, ...] = get_args(Split)
+
+
+class UnfitError(DataError):
+    """An example that cannot be encoded: too long, too short, with a tag in its text, or refused by the template."""
 
 
 @dataclass(frozen=True, kw_only=True)

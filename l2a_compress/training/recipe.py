@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, get_args, get_origin, get_type_hints
 
+from l2a_compress import _validate
 from l2a_compress._precision import PRECISIONS, use_bfloat16
 from l2a_compress.errors import ConfigError
 from l2a_compress.limits import Contract
@@ -96,9 +97,8 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "save_steps", "log_steps", "teacher_top_k", "prior_rows"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"optim.{name} = {value!r}: must be a whole number of at least 1")
+            _validate.integer(getattr(self, name), f"optim.{name}", ConfigError, minimum=1)
+        _validate.integer(self.threads, "optim.threads", ConfigError, minimum=0)
         for name in ("lr", "gate_lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"optim.{name} = {getattr(self, name)!r}: must be above 0")
@@ -143,9 +143,6 @@ class EvalConfig:
     max_answer_tokens: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("budgets", "contracts", "baselines"):
-            if not isinstance(getattr(self, name), tuple):
-                raise ConfigError(f"evaluation.{name} = {getattr(self, name)!r}: must be a list")
         for name, least in (
             ("problems", 1),
             ("calibration", 1),
@@ -153,9 +150,9 @@ class EvalConfig:
             ("max_think_tokens", 1),
             ("max_answer_tokens", 1),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigError(f"evaluation.{name} = {value!r}: must be a whole number of at least {least}")
+            _validate.integer(getattr(self, name), f"evaluation.{name}", ConfigError, minimum=least)
+        if not self.contracts:
+            raise ConfigError(f"evaluation.contracts: give at least one of {', '.join(get_args(Contract))}")
         if not self.budgets or not all(0 < budget <= 1 for budget in self.budgets):
             raise ConfigError(f"evaluation.budgets = {self.budgets!r}: must be shares of the dense cost, in (0, 1]")
         for contract in self.contracts:
@@ -178,8 +175,11 @@ class StaticConfig:
     artifact: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 < self.compute <= 1:
-            raise ConfigError(f"static.compute = {self.compute}: must lie in (0, 1]")
+        _validate.share(self.compute, "static.compute", ConfigError)
+        if self.compute < 1 and not self.method:
+            raise ConfigError(
+                f"static.compute = {self.compute:g} is of a static model: name its static.method (--static)"
+            )
         if (self.method == "fixed_budget") != bool(self.artifact):
             raise ConfigError("static.artifact names the artifact of static.method fixed_budget: give both or neither")
 
@@ -232,9 +232,7 @@ class Recipe:
         values: dict[str, Any] = {name: _section(kinds[name], name, data[name]) for name in kinds if name in data}
         if "data" in data:
             values["data"] = data_from_json(data["data"])
-        seed = data.get("seed", 0)
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise ConfigError(f"recipe: seed = {seed!r}: must be a whole number of at least 0")
+        seed = _validate.integer(data.get("seed", 0), "seed", ConfigError, minimum=0, maximum=2**32 - 1)
         return cls(seed=seed, **values)
 
     @classmethod
@@ -251,10 +249,24 @@ def _section(kind: type, name: str, table: object) -> Any:
     if unknown:
         raise ConfigError(f"recipe: [{name}] has no setting {unknown[0]!r}; known: {', '.join(known)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"recipe: [{name}]: {error}") from None
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        _typed(value, hints[key], f"{name}.{key}")
+    return kind(**values)
+
+
+def _typed(value: object, hint: Any, name: str) -> None:
+    """Refuses a value of another type than its setting has."""
+    checks: dict[Any, Any] = {bool: _validate.flag, int: _validate.integer, float: _validate.number}
+    if get_origin(hint) is tuple:
+        if not isinstance(value, tuple):
+            raise ConfigError(f"{name} must be a list, found {_validate.shown(value)}")
+        for one in value:
+            _typed(one, get_args(hint)[0], name)
+    elif hint in checks:
+        checks[hint](value, name, ConfigError)
+    elif not isinstance(value, str) and not (value is None and type(None) in get_args(hint)):
+        raise ConfigError(f"{name} must be text, found {_validate.shown(value)}")
 
 
 def with_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

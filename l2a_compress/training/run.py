@@ -11,7 +11,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from l2a_compress.allocation import Allocation
-from l2a_compress.artifact import ARTIFACT_FILE
-from l2a_compress.errors import ConfigError, StorageError
-from l2a_compress.files import make_folder, write_atomic
-from l2a_compress.modeling.budgets import minimum_compute
+from l2a_compress.artifact import ARTIFACT_FILE, ArtifactConfig
+from l2a_compress.errors import ArtifactError, ConfigError, StorageError
+from l2a_compress.files import locked, write_atomic
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.importance import drop_losses, prior_scores
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.modeling.prices import calibrate_prices, price_grid
 from l2a_compress.modeling.tags import ensure_tags
 from l2a_compress.training.calibration import calibration_prompts, demand_batches
+from l2a_compress.training.checks import check_model, check_recipe, is_searched
 from l2a_compress.training.data import load_examples
 from l2a_compress.training.data_config import MixtureConfig
 from l2a_compress.training.demand import fit_demand
@@ -48,6 +49,8 @@ RECIPE_FILE = "recipe.json"
 LOG_FILE = "training_log.jsonl"
 SEARCH_FILE = "search.json"  # what was tried, once the exploration is over
 _SEARCH_ROWS = 64  # training examples that a static method is chosen on
+_MENDABLE = ("optim.threads", "optim.save_steps", "optim.log_steps")
+_MOST_TOLD = 3  # settings that a message names
 
 
 def train(
@@ -58,6 +61,7 @@ def train(
     resume: bool = True,
     force: bool = False,
     quiet: bool = False,
+    check: Callable[[GatedModel, PreTrainedTokenizerBase], object] | None = None,
 ) -> Path:
     """Trains gates and adapters and writes the artifact to ``out / "artifact"``.
 
@@ -71,31 +75,45 @@ def train(
         resume: go on from the last checkpoint; else start again.
         force: throw away the checkpoints of a run with other settings, where the folder holds one.
         quiet: no progress bar.
+        check: told the untrained model and its tokenizer before anything else is done with them, to raise what is wrong
+            with them for what follows the training.
 
     Raises:
         ConfigError: the folder holds a run with other settings, or these do not go together.
         DataError: the data cannot be read, or one of its splits is empty.
         TrainingError: the loss is not finite, or a checkpoint cannot be read.
-        StorageError: the disk is full or not writable.
+        StorageError: the disk is full or not writable, or another process trains in the folder.
     """
-    searched = _is_searched(recipe)
-    _check(recipe)
     state = _processes()
+    check_recipe(recipe, trackers, state.num_processes)
+    with locked(out) if state.is_main_process else nullcontext():
+        return _train(recipe, out, state, trackers=trackers, resume=resume, force=force, quiet=quiet, check=check)
+
+
+def _train(
+    recipe: Recipe,
+    out: Path,
+    state: PartialState,
+    *,
+    trackers: Sequence[str],
+    resume: bool,
+    force: bool,
+    quiet: bool,
+    check: Callable[[GatedModel, PreTrainedTokenizerBase], object] | None,
+) -> Path:
+    searched = is_searched(recipe)
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
     checkpoints = _prepare(recipe, out, resume=resume, force=force, main=state.is_main_process)
     state.wait_for_everyone()
     gated, tokenizer, digest = build(recipe)
+    check_model(recipe, gated)
+    if check is not None:
+        check(gated, tokenizer)
     samples = training_samples(recipe, tokenizer)
     collate = SampleCollator(tokenizer)
     gated.to(state.device)
     if not recipe.static.method:
-        least = minimum_compute(gated.cost, gated.gate_config)
-        if gated.gate_config.has_demand and gated.gate_config.least_compute < least:
-            raise ConfigError(
-                f"gates.least_compute = {gated.gate_config.least_compute:g}: is below {least:.4g}, what the always-on "
-                "layers cost; raise it"
-            )
         # Read now, so that what is wrong with it does not show when training is over.
         device = gated.model.device
         calibration = calibration_prompts(recipe, tokenizer, recipe.evaluation.calibration, device=device)
@@ -146,7 +164,8 @@ def train(
     trainer.train(resume_from_checkpoint=start)
     if samples.unfit:
         log.warning(
-            "%d examples were too long or had a tag in their text, and were replaced by others of their source",
+            "%d examples were too long, had a tag in their text, or were refused by the chat template, and were "
+            "replaced by others of their source",
             samples.unfit,
         )
     if not state.is_main_process:
@@ -157,9 +176,11 @@ def train(
             fit_demand(gated, demand, seed=recipe.seed)
         gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
     last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
+    trainer.accelerator.free_memory()  # it knows the model, which knows it: else both stay
     metrics: dict[str, Any] = {
         "steps": trainer.state.global_step,
-        "seconds": round(time.time() - began, 1),
+        "from_step": int(start.rpartition("-")[2]) if start else 0,
+        "seconds": round(time.time() - began, 1),  # since that step
         "last": last,
     }
     if searched and (out / SEARCH_FILE).is_file():
@@ -167,42 +188,20 @@ def train(
         metrics["search"] = {name: noted[name] for name in ("order", "trials")}
     if recipe.static.method:
         metrics["static"] = {"allocation": allocation.to_json(), "budget": budget}
-    save_artifact(
-        gated,
-        tokenizer,
-        recipe,
-        out / "artifact",
-        base_digest=digest,
-        metrics=metrics,
-        force=True,
-    )
-    (out / "evaluation" / "report.json").unlink(missing_ok=True)  # of the artifact of before
-    return out / "artifact"
+    artifact = out / "artifact"
+    before = _before(artifact)
+    made = save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics=metrics, force=True)
+    if before is not None and before.digest == made.digest:  # what was measured of it since holds
+        dataclasses.replace(made, metrics=made.metrics | before.metrics).write(artifact)
+    return artifact
 
 
-def _is_searched(recipe: Recipe) -> bool:
-    """Whether the order of the layers is searched, and not learned."""
-    return bool(recipe.annealing.search_rows) and recipe.gates.mode == "stem" and not recipe.static.method
-
-
-def _check(recipe: Recipe) -> None:
-    """Refuses settings that do not go together, before anything is read."""
-    if _is_searched(recipe) and not recipe.gates.has_demand and recipe.draws.contract != "cap":
-        raise ConfigError(
-            f"draws.contract = {recipe.draws.contract!r}: where the order of the layers is searched and there is no "
-            "demand head, nothing learns what a price buys; set draws.contract=cap, or gates.demand=true"
-        )
-    if _is_searched(recipe) and recipe.annealing.search_trials and not recipe.adapter.rank:
-        raise ConfigError(
-            f"annealing.search_trials = {recipe.annealing.search_trials}: a trial trains the adapters, and "
-            "adapter.rank = 0 has none; set annealing.search_trials=0, or a rank"
-        )
-    if recipe.model.dtype == "float16" and not recipe.optim.bf16:
-        raise ConfigError(
-            "model.dtype = 'float16': gradients of 16 bits vanish in it; set model.dtype=bfloat16 or float32"
-        )
-    if recipe.gates.mode == "inline" and recipe.draws.switch_share:
-        log.warning("draws.switch_share = %g has no effect: inline gates keep one budget", recipe.draws.switch_share)
+def _before(artifact: Path) -> ArtifactConfig | None:
+    """The artifact that is replaced, where it is a whole one."""
+    try:
+        return ArtifactConfig.load(artifact)
+    except ArtifactError:
+        return None
 
 
 def build(recipe: Recipe) -> tuple[GatedModel, PreTrainedTokenizerBase, str]:
@@ -224,7 +223,7 @@ def build(recipe: Recipe) -> tuple[GatedModel, PreTrainedTokenizerBase, str]:
 
 def training_samples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """All samples of the run, in order."""
-    mixture = recipe.data if isinstance(recipe.data, MixtureConfig) else MixtureConfig(sources=(recipe.data,))
+    mixture = MixtureConfig(sources=recipe.data.sources)
     draws = recipe.draws
     if not recipe.objective.weight("kl"):  # noised samples would have no loss at all
         draws = dataclasses.replace(draws, noised_share=0.0)
@@ -246,16 +245,13 @@ def static_allocation(recipe: Recipe, gated: GatedModel, samples: Samples, colla
     """What a static method keeps of the model, chosen on training examples."""
     from l2a_compress.evaluation.baselines import BASELINES, Context
 
-    name = recipe.static.method
-    if name not in BASELINES:
-        raise ConfigError(f"static.method = {name!r}: choose from {', '.join(BASELINES)}")
     chooser = gated
     if recipe.static.artifact:
         from l2a_compress.training.store import load_artifact
 
         chooser = load_artifact(recipe.static.artifact).gated.to(gated.model.device)
     batches = in_batches(whole_samples(samples, _SEARCH_ROWS), collate, device=gated.model.device)
-    chosen = BASELINES[name](Context(chooser, lambda: batches), recipe.static.compute)
+    chosen = BASELINES[recipe.static.method](Context(chooser, lambda: batches), recipe.static.compute)
     (allocation,) = broadcast_object_list([chosen])  # all processes train the main one's choice
     assert isinstance(allocation, Allocation)
     return allocation
@@ -281,24 +277,38 @@ def _prepare(recipe: Recipe, out: Path, *, resume: bool, force: bool, main: bool
         taken = os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir()))
         if taken and not known.is_file():
             raise StorageError(f"{folder}: is of something else than a run, and is not replaced; choose another --out")
-    text = json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n"
-    remade = noted.is_file() and _trained(noted.read_text()) != _trained(text)
-    if remade and not force:
-        raise ConfigError(f"{out}: holds a run with other settings; choose another --out, or --force to replace it")
-    if remade or not resume:
+    others = _others(noted.read_text(), recipe) if noted.is_file() else []
+    if others and not force:
+        told = "; ".join(others[:_MOST_TOLD]) + ("; ..." if len(others) > _MOST_TOLD else "")
+        raise ConfigError(
+            f"{out}: holds a run with other settings ({told}); choose another --out, or --force to replace it"
+        )
+    if others or not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
         (out / SEARCH_FILE).unlink(missing_ok=True)
-    make_folder(out)
-    write_atomic(noted, text)
+    write_atomic(noted, json.dumps(recipe.to_json(), indent=2, sort_keys=True) + "\n")
     return checkpoints
 
 
-def _trained(recipe: str) -> dict[str, Any] | None:
-    """A recipe without what may be mended when training is over; None where it cannot be read."""
+def _others(noted: str, recipe: Recipe) -> list[str]:
+    """In what a noted recipe would train another model."""
     try:
-        return {name: section for name, section in json.loads(recipe).items() if name != "evaluation"}
-    except (ValueError, AttributeError):
-        return None
+        old = _settings(Recipe.from_json(json.loads(noted)))
+    except (ValueError, AttributeError, ConfigError) as error:
+        return [f"the noted recipe cannot be read: {error}"]
+    new = _settings(recipe)
+    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    return [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names]
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """By dotted name, without what may change in the middle of a run or behind it."""
+    found: dict[str, Any] = {}
+    for section, value in recipe.to_json().items():
+        if section != "evaluation":
+            parts = value.items() if isinstance(value, dict) else [("", value)]
+            found |= {f"{section}.{key}".removesuffix("."): one for key, one in parts}
+    return {name: value for name, value in found.items() if name not in _MENDABLE}
 
 
 def _write_log(trainer: L2ATrainer, path: Path) -> None:

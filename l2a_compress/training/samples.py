@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from l2a_compress.errors import DataError
 from l2a_compress.training.collate import Collator
 from l2a_compress.training.draws import Draw, DrawConfig, draw, survivors
-from l2a_compress.training.encode import UnfitError, encode
-from l2a_compress.training.examples import STYLES, Encoded, Example, Style
+from l2a_compress.training.encode import encode
+from l2a_compress.training.examples import STYLES, Encoded, Example, Style, UnfitError
 from l2a_compress.training.mixture import Mixture
 
 Sample = dict[str, Any]
@@ -73,13 +73,15 @@ class Samples(Dataset[Sample]):
             try:
                 encoded = encode(example, self.tokenizer, _style(example, drawn.style), self.max_length(place))
                 return self._noised(encoded, index, drawn.lost) if drawn.lost else encoded
-            except UnfitError:
+            except UnfitError as error:
+                last = error
                 origin, place = self._passed(place)
                 self._unfit.add(origin)
             if place == first:
                 break
-        longest = self.max_length(first)
-        raise DataError(f"{tried} examples in a row do not fit max_length = {longest}; raise data.max_length")
+        raise DataError(
+            f"{tried} examples in a row cannot be used: of the last one {last}; raise data.max_length for long ones"
+        )
 
     def _passed(self, place: int) -> tuple[tuple[int, int], int]:
         """The source and the item of an example, and the place of the next one of that source."""

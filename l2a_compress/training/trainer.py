@@ -242,15 +242,10 @@ def training_arguments(
     optim: OptimConfig, *, folder: Path, seed: int, trackers: list[str], world_size: int, quiet: bool
 ) -> TrainingArguments:
     """The Trainer's arguments for a recipe; the global batch is split over ``world_size`` processes."""
-    per_device = optim.batch_size // (optim.accumulate * world_size)
-    if per_device * optim.accumulate * world_size != optim.batch_size:
-        raise TrainingError(
-            f"batch_size {optim.batch_size} does not split over {world_size} processes x {optim.accumulate}"
-        )
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=optim.steps,
-        per_device_train_batch_size=per_device,
+        per_device_train_batch_size=optim.batch_size // (optim.accumulate * world_size),
         gradient_accumulation_steps=optim.accumulate,
         max_grad_norm=optim.clip,
         weight_decay=0.0,

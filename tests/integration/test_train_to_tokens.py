@@ -183,7 +183,7 @@ def test_the_command_line_trains_the_same_artifact(tmp_path: Path, capsys: pytes
         (["--without", "everything"], "unknown term"),
         (["--model", "no/such/folder"], "cannot be loaded"),
         (["--set", "model.name=gpt2-like"], "cannot be loaded"),
-        (["--steps", "0"], "optim.steps = 0"),
+        (["--steps", "0"], "optim.steps must be at least 1"),
         (["--data", "missing.jsonl"], "missing.jsonl"),
     ],
 )

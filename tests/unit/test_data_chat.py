@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from l2a_compress.errors import DataError
-from l2a_compress.training.encode import IGNORE, UnfitError, encode, encode_prompt
-from l2a_compress.training.examples import Encoded, Example, Message
+from l2a_compress.training.encode import IGNORE, encode, encode_prompt
+from l2a_compress.training.examples import Encoded, Example, Message, UnfitError
 from toy_data import CHATML, new_bpe
 
 TURNS = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Why?"), ("assistant", "Because.")]

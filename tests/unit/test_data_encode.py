@@ -14,8 +14,8 @@ from l2a_compress.embedded import pretrain, task
 from l2a_compress.errors import DataError, TokenizerError
 from l2a_compress.modeling.tags import TAGS, read_tags
 from l2a_compress.training.embedded_examples import EmbeddedExamples
-from l2a_compress.training.encode import IGNORE, UnfitError, encode, encode_prompt
-from l2a_compress.training.examples import STYLES, Encoded, Example, Style
+from l2a_compress.training.encode import IGNORE, encode, encode_prompt
+from l2a_compress.training.examples import STYLES, Encoded, Example, Style, UnfitError
 from toy_data import bpe_tokenizer, new_bpe, word_tokenizer
 
 TOKENIZERS = {"word": word_tokenizer, "bpe": bpe_tokenizer}

@@ -181,7 +181,17 @@ def test_the_command_answers_and_tells_what_ran(made: tuple[Path, Path], capsys:
         ["Ann has 3 apples."], Budget(compute=0.6), limits=Limits(max_think_tokens=5, max_answer_tokens=64)
     )
     assert f"cost {expected.cost:.3f}, {expected.layers} of 6 layers" in stats
-    assert f"{expected.think_tokens} think tokens" in stats
+    assert f"{expected.think_tokens} think tokens, ended by {expected.stopped_by}" in stats
+    assert f"and {expected.answer_tokens} of the answer; first token" in stats
+    drawn = ["--temperature", "0.9", "--top-k", "5", "--top-p", "0.9", "--seed", "3", "--stop", "7", "--threads", "1"]
+    assert main([*command, *drawn]) == 0
+    (expected,) = Runtime.open(made[1], threads=1).generate(
+        ["Ann has 3 apples."],
+        Budget(compute=0.6),
+        limits=Limits(max_think_tokens=5, max_answer_tokens=64, stop=("7",)),
+        sampling=Sampling(temperature=0.9, top_k=5, top_p=0.9, seed=3),
+    )
+    assert f"and {expected.answer_tokens} of the answer; first token" in capsys.readouterr().out
     assert main([*command[:3], "--budget", "1.5"]) == 2
     assert "budget.compute" in capsys.readouterr().err
     assert main(["run", str(made[0]), "x"]) == 2

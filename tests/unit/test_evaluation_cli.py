@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from l2a_compress._cli import main
+from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.modeling.loading import digest_of, load_base
 from l2a_compress.training.data_config import DataConfig
 from l2a_compress.training.recipe import EvalConfig, Recipe
@@ -75,7 +78,7 @@ def test_flags_override_the_recipe(artifact: Path, tmp_path: Path) -> None:
         ("cap", 0.8, 3, 4),
         ("cap", 0.5, 3, 4),
     ]
-    assert [p["think_cap"] for p in report["think_points"]] == [10]
+    assert [p["think_cap"] for p in report["think_points"]] == [6]  # no more than is written at all
     assert {p["name"] for p in report["baselines"]} == {"uniform", "block_influence"}
 
 
@@ -93,6 +96,26 @@ def test_a_file_of_ones_own(artifact: Path, tmp_path: Path) -> None:
     assert asked.max_length == max(200, room)
     assert evaluate("-a", artifact, *flags, "--out", tmp_path / "nll", "--metric", "nll") == 0
     assert json.loads((tmp_path / "nll" / "report.json").read_text())["data"]["max_length"] == 200  # the recipe's
+
+
+def test_a_split_of_a_folder_is_measured_and_that_of_training_is_told(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for split, count in (("train", 5), ("test", 3)):
+        rows = [{"prompt": f"{n} + 1 = ?", "trace": f"{n} + 1", "answer": str(n + 1)} for n in range(count)]
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    mine = tmp_path / "artifact"
+    shutil.copytree(artifact, mine)
+    config = ArtifactConfig.load(mine)
+    data = config.training["data"] | {"source": str(folder), "kind": "reasoning"}
+    dataclasses.replace(config, training=config.training | {"data": data}).write(mine)
+    flags = ["--data", folder, "--contract", "cap", "--budgets", "1.0", "--out", tmp_path / "out"]
+    for more, count, told in (([], 5, True), (["--split", "test"], 3, False)):
+        assert evaluate("-a", mine, *flags, *more) == 0
+        assert json.loads((tmp_path / "out" / "report.json").read_text())["dense"]["n"] == count
+        assert ("was trained on this split of it" in capsys.readouterr().err) == told
 
 
 def test_nll(artifact: Path, tmp_path: Path) -> None:
@@ -113,8 +136,10 @@ def test_nll(artifact: Path, tmp_path: Path) -> None:
         (["--think-shares", "0.5", "--metric", "nll"], "leave --think-shares out"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--kind", "poem", "--data", "x.jsonl"], "poem"),
-        (["--kind", "gsm8k"], "--kind 'gsm8k' says how the rows of --data are read; give --data"),
-        (["--columns", "prompt=q"], "--columns 'prompt=q' says how"),
+        (["--think-shares", "2"], "think shares 2.0: must lie in [0, 1]"),
+        (["--kind", "gsm8k"], "--kind 'gsm8k' says what of --data is read; give --data"),
+        (["--columns", "prompt=q"], "--columns 'prompt=q' says what"),
+        (["--split", "test"], "--split 'test' says what"),
         (["--metric", "speed"], "speed"),
         (["--device", "abacus"], "--device 'abacus'"),
     ],

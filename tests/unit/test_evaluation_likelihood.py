@@ -15,6 +15,7 @@ from l2a_compress.evaluation.likelihood import measure_likelihoods
 from l2a_compress.evaluation.points import Bench, allocate, dense_run, point_of
 from l2a_compress.evaluation.prompts import held_out
 from l2a_compress.evaluation.values import Run
+from l2a_compress.modeling.generation import GenerationConfig
 from l2a_compress.training.data_config import DataConfig
 from toy_data import bpe_tokenizer, word_tokenizer, write_jsonl
 from toy_evaluation import new_bench
@@ -91,7 +92,7 @@ def test_plain_text_is_measured_and_has_no_answers(tmp_path: Path) -> None:
     gated.think_id = None
     problems = held_out(data, tokenizer, metric="nll", count=100, seed=0)
     assert len(problems) == 6
-    text = Bench(gated=gated, tokenizer=tokenizer, problems=problems, generation=new_bench().generation, batch_size=4)
+    text = Bench(gated=gated, tokenizer=tokenizer, problems=problems, generation=GenerationConfig(), batch_size=4)
     run = allocate(text, Budget(compute=0.7), "cap")
     dense, found = measure_likelihoods(text, [dense_run(text), run])
     assert all(row.hits == row.trials for row in dense.rows)

@@ -188,7 +188,7 @@ def test_the_seed_chooses_the_problems() -> None:
         ({"budgets": (0.01,)}, BudgetError, "always-on"),
         ({"budgets": (float("nan"),)}, ConfigError, "nan"),
         ({"budgets": ()}, ConfigError, "budgets"),
-        ({"problems": 0}, ConfigError, "evaluation.problems = 0"),
+        ({"problems": 0}, ConfigError, "evaluation.problems must be at least 1"),
         ({"contracts": ("best",)}, ConfigError, "'best'"),
         ({"baselines": ("magic",)}, ConfigError, "'magic'"),
     ],

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from l2a_compress._cli import main
 from l2a_compress.allocation import Allocation
+from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.budget import Budget, budgets_of
 from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
@@ -917,7 +918,7 @@ def test_rows_are_within_their_tensor() -> None:
             stored.rows(start, count)
 
 
-def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
+def test_calibration_measures_every_graph_and_leaves_no_file_of_a_dropped_one(
     made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = dataclasses.replace(OPTIONS, budgets=(1.0, 0.999, 0.45), calibrate=True)
@@ -932,6 +933,25 @@ def test_calibration_measures_every_graph_and_drops_what_gains_nothing(
     assert kept == sorted(kept, reverse=True)
     dropped = set(costs["graphs"]) - {graph.name for graph in bundle.graphs}
     assert all(name in caplog.text and not (tmp_path / "bundle" / f"{name}.onnx").exists() for name in dropped)
+
+
+def test_figures_of_another_artifact_are_left_out(
+    made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact, report = tmp_path / "artifact", tmp_path / "evaluation" / "report.json"
+    shutil.copytree(made[0], artifact)
+    report.parent.mkdir()
+    settings = dataclasses.replace(OPTIONS, budgets=(1.0,), if_graph=False)
+    told = {"metric": "agreement", "points": [{"budget": 1.0, "accuracy": 0.5}]}
+    for digest, count in ((ArtifactConfig.load(artifact).digest, 1), ("0" * 64, 0), (None, 0)):
+        caplog.clear()
+        report.write_text(json.dumps(told | {"model": {"artifact": digest} if digest else {}}))
+        bundle = export(artifact, tmp_path / "bundle", settings, force=True)
+        assert bundle.quality == ({"budget": 1.0, "accuracy": 0.5, "metric": "agreement"},) * count
+        assert ("is of another artifact" in caplog.text) == (not count)
+    report.write_text("{}")
+    with pytest.raises(ConfigError, match="not a report"):
+        export(artifact, tmp_path / "bundle", settings, force=True)
 
 
 @pytest.mark.parametrize(
@@ -1003,6 +1023,9 @@ def test_the_commands_export_verify_and_inspect(
     assert "b0.55" in capsys.readouterr().out
     assert main(["compress", "inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dialect"] == "ort"
+    for option, value in (("--base", "x"), ("--engines", "trt")):  # which say nothing alone
+        assert main(["compress", "verify", str(out), option, value]) == 2
+        assert f"{option} '{value}' says what is compared" in capsys.readouterr().err
     (out / "if.onnx").unlink()
     assert main(["compress", "verify", str(out)]) != 0
 

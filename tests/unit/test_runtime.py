@@ -172,6 +172,7 @@ def test_a_lean_graph_computes_again_what_a_higher_budget_needs(lean: Path) -> N
                 engine.set_budget(request, high)
 
     finish(engine, rise)
+    compared = 0
     for request, prompt in zip(requests, texts(4), strict=True):
         # What was written stays; what follows is what the dense model says after it.
         if len(request.written) < 5:
@@ -192,6 +193,8 @@ def test_a_lean_graph_computes_again_what_a_higher_budget_needs(lean: Path) -> N
         assert request.kept == (2,) * 6
         if len(request.written) > len(kept) and request.reasoning.think[len(kept) : len(kept) + 1]:
             assert request.written[len(kept)] == int(outputs["logits"][0, 0].argmax())
+            compared += 1
+    assert compared >= 2
 
 
 def test_a_budget_that_cannot_be_leaves_the_old_one(made: Path) -> None:
@@ -233,12 +236,12 @@ def test_variants_say_what_their_own_graphs_say_and_only_those_in_use_are_loaded
         assert engine.graphs == [variant.name]
         for request in requests:
             assert request.allocation(2) == variant.allocation
-        other = Engine(made, max_rows=1, threads=1)
-        for request, prompt in zip(requests, texts(5), strict=True):
-            (same,) = other.submit([prompt], [Budget(compute=variant.budget or 1.0)], limits=LIMITS)
-            same.kept = request.kept
-            finish(other)
-            if variant.budget == 1.0:  # the others are told their budget's share of the ladder at <think>
+        if variant.budget == 1.0:  # the others are told their budget's share of the ladder at <think>
+            other = Engine(made, max_rows=1, threads=1)
+            for request, prompt in zip(requests, texts(5), strict=True):
+                (same,) = other.submit([prompt], [Budget()], limits=LIMITS)
+                same.kept = request.kept
+                finish(other)
                 assert same.written == request.written
     with pytest.raises(BudgetError, match="no variant"):
         engine.submit(texts(1), [Budget(layers=1)])
@@ -1074,6 +1077,7 @@ def test_a_task_that_is_cancelled_leaves_no_request(made: Path, monkeypatch: pyt
             break
         return streams
 
+    assert whole.think_tokens > 50  # which takes far longer than the pause in between
     with Server(runtime) as server:
         first, second, third = asyncio.run(both(server))
         assert first.answer().think_tokens < whole.think_tokens
@@ -1153,7 +1157,7 @@ def test_two_hundred_failures_end_no_process_and_lose_no_request(made: Path, mon
                     request.error, SessionError
                 )
                 ends["errors" if request.error else "answers"] += 1
-            assert engine.rows == 0 or not engine.busy
+            assert engine.rows == 0
             assert not engine._scheduler.held
     assert injected[0] == 200
     assert ends["answers"] > 5 * ends["errors"] > 0
@@ -1240,6 +1244,8 @@ def test_the_commands_select_and_bench(
         (["run", str(made), TEXT, "--serve", "all"], "serve"),
         (["select", str(made), "--spot", "moon"], "--spot"),
         (["select", str(made), "--interval", "0"], "--interval"),
+        (["select", str(made), "--interval", "1e20"], "--interval"),
+        (["bench", str(made), "--threads", "-1"], "threads must be at least 0"),
         (["bench", str(made), "--rounds", "0"], "--rounds"),
     ):
         assert main(bad) == 2

@@ -295,7 +295,7 @@ def service() -> Iterator[tuple[str, dict[tuple[str, str], Callable[[Any], tuple
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}", answers
     server.shutdown()
@@ -387,25 +387,26 @@ def test_an_answer_that_makes_no_sense_is_not_available(text: str, service: Any)
 
 
 class Slow(Source):
-    """Answers after a while, with how often it was asked."""
+    """Answers once it may, with how often it was asked."""
 
     units = {"slow.count": "count"}  # noqa: RUF012
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.may = 0, threading.Event()
 
     def _values(self) -> dict[str, float | str]:
-        time.sleep(0.5)
+        assert self.may.wait(60)
+        time.sleep(0.01)
         self.count += 1
         return {"slow.count": self.count}
 
 
 def test_a_slow_source_never_makes_its_reader_wait() -> None:
-    with Background(Slow(), 0.0) as source:
-        began = time.perf_counter()
-        first = source.read()["slow.count"]
-        assert time.perf_counter() - began < 0.4
+    slow = Slow()
+    with Background(slow, 0.0) as source:
+        first = source.read()["slow.count"]  # while the source waits for us
         assert (first.value, first.why) == (None, "not read yet")
+        slow.may.set()
         deadline = time.monotonic() + 10
         while (source.read()["slow.count"].value or 0) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -413,7 +414,7 @@ def test_a_slow_source_never_makes_its_reader_wait() -> None:
         assert (reading.value or 0) >= 2
         assert reading.age(reading.at + 3) == 3
     ended = source.read()["slow.count"].value
-    time.sleep(0.6)
+    time.sleep(0.05)
     assert source.read()["slow.count"].value == ended
 
 

@@ -88,10 +88,13 @@ def test_every_pair_is_measured_on_problems_that_are_not_held_out(monkeypatch: p
     cap = round(0.05 * reference)
     assert [(p.budget, p.think_cap) for p in found.points] == [(1.0, None), (1.0, cap), (0.5, None), (0.5, cap)]
     for one in found.points:
-        tokens = one.tokens / one.n
-        assert one.work == pytest.approx(one.cost * tokens, rel=1e-3) if one.distinct_allocations == 1 else one.work
+        assert one.work is not None
+        assert 0 < one.work <= one.tokens / one.n
+        if one.distinct_allocations == 1:
+            assert one.work == pytest.approx(one.cost * one.tokens / one.n, rel=1e-3)
     assert found.dense.work == pytest.approx(found.dense.tokens / found.dense.n)
     whole = found.dense.work
+    assert found.split.points
     assert {p.work for p in found.split.points} <= {round((p.work or 0) / whole, 5) for p in found.points}
 
 

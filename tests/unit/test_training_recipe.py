@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,12 +97,26 @@ def test_every_shipped_recipe_reads() -> None:
         ({"optim": {"learning_rate": 1}}, r"\[optim\] has no setting 'learning_rate'; known: steps, .*lr"),
         ({"gates": {"stems": 1}}, r"\[gates\] has no setting 'stems'"),
         ({"optim": 3}, r"\[optim\] must be a table"),
-        ({"seed": -1}, "seed = -1"),
-        ({"seed": True}, "seed = True"),
-        ({"optim": {"steps": 0}}, "optim.steps = 0"),
-        ({"optim": {"steps": 10.0}}, "optim.steps = 10.0"),
+        ({"seed": -1}, "seed must be at least 0, found -1"),
+        ({"seed": True}, "seed must be an integer, found True"),
+        ({"seed": 2**32}, "seed must be at most 4294967295"),
+        ({"optim": {"steps": 0}}, "optim.steps must be at least 1, found 0"),
+        ({"optim": {"steps": 10.0}}, "optim.steps must be an integer, found 10.0"),
+        ({"optim": {"threads": -1}}, "optim.threads must be at least 0"),
         ({"optim": {"lr": 0}}, "optim.lr = 0"),
-        ({"optim": {"lr": "fast"}}, "optim"),
+        ({"optim": {"lr": "fast"}}, "optim.lr must be a number, found 'fast'"),
+        ({"optim": {"clip": math.inf}}, "optim.clip must be finite"),
+        ({"optim": {"gradient_checkpointing": "no"}}, "optim.gradient_checkpointing must be true or false, found 'no'"),
+        ({"gates": {"demand": "False"}}, "gates.demand must be true or false, found 'False'"),
+        ({"annealing": {"search_rows": 1e2}}, "annealing.search_rows must be an integer, found 100.0"),
+        ({"annealing": {"noise_end": math.nan}}, "annealing.noise_end must be finite"),
+        ({"adapter": {"alpha": 0}}, "adapter alpha = 0: must be above 0"),
+        ({"model": {"name": 3}}, "model.name must be text, found 3"),
+        ({"model": {"gguf_file": 3}}, "model.gguf_file must be text"),
+        ({"objective": {"without": "kl"}}, "objective.without must be a list, found 'kl'"),
+        ({"evaluation": {"baselines": [1]}}, "evaluation.baselines must be text, found 1"),
+        ({"evaluation": {"contracts": []}}, "evaluation.contracts: give at least one of cap, mean"),
+        ({"static": {"compute": 0.5}}, "is of a static model: name its static.method"),
         ({"optim": {"batch_size": 10, "accumulate": 4}}, "batch_size 10 must be a multiple of accumulate 4"),
         ({"optim": {"teacher": "none"}}, "choose online or cached"),
         ({"optim": {"warmup": 1.5}}, "shares of the steps"),

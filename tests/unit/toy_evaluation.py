@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.evaluation.points import Bench
 from l2a_compress.evaluation.prompts import held_out
 from l2a_compress.evaluation.values import Metric
+from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.modeling.generation import GenerationConfig
 from l2a_compress.modeling.prices import calibrate_prices
 from l2a_compress.training.data_config import DataConfig
@@ -24,12 +26,22 @@ THINK = 8
 SETTINGS = EvalConfig(budgets=(1.0, 0.7, 0.5), problems=9, max_think_tokens=THINK, baselines=("uniform",))
 
 
-def new_artifact(**changes: Any) -> LoadedArtifact:
-    """A model with random gates and adapters, and prices calibrated on random prompts."""
+def _gated() -> GatedModel:
     gated = new_gated()
     with torch.no_grad():  # wide scores, so that inputs are given different allocations
         gated.allocator.layer_gates.outer.mul_(4)
-    gated.prices = calibrate_prices(gated, [prompts(16)], [0.4, 0.6, 0.8, 1.0])
+    return gated
+
+
+@functools.cache
+def _prices() -> list[tuple[float, float]]:
+    return calibrate_prices(_gated(), [prompts(16)], [0.4, 0.6, 0.8, 1.0])
+
+
+def new_artifact(**changes: Any) -> LoadedArtifact:
+    """A model with random gates and adapters, and prices calibrated on random prompts."""
+    gated = _gated()
+    gated.prices = _prices()
     recipe = Recipe(evaluation=dataclasses.replace(SETTINGS, **changes))
     config: ArtifactConfig = dataclasses.replace(
         EXAMPLE_ARTIFACT, base={"name": "tiny <b>", "family": "qwen3", "digest": "0" * 64, "path": None}
