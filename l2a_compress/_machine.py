@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from l2a_compress.errors import OutOfMemoryError, SessionError
 
+_ARM = ("CPU implementer", "CPU variant", "CPU part")  # which it tells in the place of a name
+
 
 def processor() -> str:
     """The processor's name, as far as the system tells it."""
@@ -17,7 +20,15 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    said = [(name.strip(), value.strip()) for name, _, value in (line.partition(":") for line in lines)]
+    names = [value for name, value in said if name == "model name"]
+    parts = [f"{name.removeprefix('CPU ')} {value}" for name, value in said if name in _ARM]
+    return names[0] if names else " ".join([platform.machine(), *dict.fromkeys(parts)])
+
+
+def processors() -> int | None:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def peak_bytes() -> int | None:
@@ -34,8 +45,8 @@ def _held(name: str) -> int | None:
     status = Path("/proc/self/status")
     if not status.is_file():
         return None
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith(name)]
-    return int(line.split()[1]) * 1024
+    line = next((line for line in status.read_text().splitlines() if line.startswith(name)), None)  # not all systems do
+    return None if line is None else int(line.split()[1]) * 1024
 
 
 def first_to_go() -> None:

@@ -6,6 +6,7 @@ reads its own layer's input and spends what the layers before it left.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -248,10 +249,11 @@ def _opened(layers: Tensor, groups: Tensor, allocator: Allocator) -> Tensor:
     return groups | (~layers[..., None] & least)
 
 
-def level_units(config: GateConfig, cost: CostModel) -> list[int]:
+@functools.cache
+def level_units(config: GateConfig, cost: CostModel) -> tuple[int, ...]:
     """What each of :func:`demand_levels` leaves to spend behind the stem, in units of the cost model."""
     stem = config.stem_layers * (cost.layer_units + cost.shape.num_groups * cost.group_units)
-    return [cost.limit(Budget(compute=round(level, 4))) - stem for level in demand_levels(config).tolist()]
+    return tuple(cost.limit(Budget(compute=round(level, 4))) - stem for level in demand_levels(config).tolist())
 
 
 def soft_fraction(layer: Tensor, group: Tensor, cost: CostModel, heads: bool, temperature: float) -> Tensor:

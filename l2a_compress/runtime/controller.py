@@ -219,15 +219,20 @@ class Controller:
         late = set(self.engine.hopeless)
         timely = [request for request in requests if request not in late]
         ahead = ((request.deadline, request) for request in timely if request.deadline is not None)
-        deadlines = [(deadline, request) for deadline, request in ahead if deadline > now]
-        if not deadlines:
-            return None, None
-        deadline, request = min(deadlines, key=lambda pair: pair[0])
-        left = deadline - now
+        for deadline, request in sorted(ahead, key=lambda pair: pair[0]):
+            left, rest = deadline - now, self._rest(request, work)
+            least = rest.new_tokens - rest.think_tokens * (1 - self.policy.short_share)
+            if self.table.steps[-1].seconds(replace(rest, new_tokens=least)) <= left:
+                return rest, left
+        return None, None
+
+    @staticmethod
+    def _rest(request: Request, work: Work) -> Work:
+        """What is left to do of a request."""
         if request.started is None:
-            return replace(work, prompt_tokens=len(request.prompt)), left
+            return replace(work, prompt_tokens=len(request.prompt))
         new = max(1.0, work.new_tokens - len(request.written))  # its reasoning is as long as it is: it has been told
-        return replace(work, prompt_tokens=0, new_tokens=new, think_tokens=0.0), left
+        return replace(work, prompt_tokens=0, new_tokens=new, think_tokens=0.0)
 
     def _learn(self) -> None:
         """Slow means of what requests write whose reasoning is not cut short."""

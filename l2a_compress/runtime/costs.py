@@ -21,7 +21,7 @@ from typing import Any
 import onnxruntime as ort
 
 from l2a_compress import _validate
-from l2a_compress._machine import held_bytes, peak_bytes, peak_of, processor
+from l2a_compress._machine import held_bytes, peak_bytes, peak_of, processor, processors
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import MANIFEST_FILE
 from l2a_compress.errors import ConfigError, OutOfMemoryError, SessionError, StorageError
@@ -32,6 +32,7 @@ from l2a_compress.runtime.sampling import Endless
 from l2a_compress.runtime.selector import Step
 
 PROMPT, TOKENS, ROUNDS = 64, 12, 5
+_MEASURED_BY = 2  # of how it is measured: another number where old tables mean something else
 FAR = 8 * PROMPT  # the context at which it is measured what more of it costs
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class CostTable:
         rows: The most rows that were measured together.
         steps: From the largest budget to the smallest, measured behind short contexts.
         context_seconds: That a step of the largest budget takes longer for each token more in a row's caches.
-        alone: Whether memory is that of processes of their own; such a table alone is kept.
+        alone: Whether there was room for all rows, and memory is that of processes of their own; such a table alone is
+            kept.
     """
 
     device: str
@@ -72,11 +74,16 @@ class CostTable:
     def step_seconds(self, budget: float, rows: int, context: int) -> float:
         """Of one token of each of so many rows that have ``context`` tokens in the caches, all together.
 
-        Attention reads the caches of the groups that are kept, so that they share what a longer context costs.
+        Attention reads the caches of the groups that are kept, so that they share what a longer context costs. Between
+        two steps the ``If`` graph spends all of its budget, and a variant what the smaller step costs.
         """
-        step = next((step for step in self.steps if step.budget <= budget), self.steps[-1])
-        longer = max(0, context - rows * (PROMPT + TOKENS // 2))
-        return step.step_seconds(rows) + longer * self.context_seconds * step.heads / self.steps[0].heads
+        place = next((place for place, step in enumerate(self.steps) if step.budget <= budget), len(self.steps) - 1)
+        step, above = self.steps[place], self.steps[max(0, place - 1)]
+        part = (budget - step.budget) / (above.budget - step.budget) if above.budget > step.budget else 0.0
+        part = min(1.0, max(0.0, part)) if self.serve == "if" else 0.0
+        longer = max(0, context - rows * (PROMPT + TOKENS // 2)) * self.context_seconds / self.steps[0].heads
+        low, high = (each.step_seconds(rows) + longer * each.heads for each in (step, above))
+        return low + part * (high - low)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` turns back into an equal table."""
@@ -126,7 +133,7 @@ def cost_table(engine: Engine, *, progress: Callable[[str], None] | None = None)
     """
     try:
         return CostTable.load(cached_path(engine))
-    except ConfigError:
+    except (ConfigError, StorageError):
         (progress or (lambda _: None))("measuring what each budget costs on this machine")
     table = measure(engine)
     try:
@@ -155,14 +162,21 @@ def keep(engine: Engine, table: CostTable) -> None:
 def cached_path(engine: Engine) -> Path:
     """Where the table of an engine is kept. ``L2A_CACHE`` moves the folder, else it is under ``XDG_CACHE_HOME``."""
     told = os.environ.get("L2A_CACHE")
-    cache = Path(told) if told else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2a_compress"
+    cache = Path(told) if told else _user_cache() / "l2a_compress"
     manifest = (engine.folder / MANIFEST_FILE).read_bytes()
-    about = [processor(), os.cpu_count(), engine.threads, engine.serve, engine.max_rows, engine.contract]
+    about = [_MEASURED_BY, processor(), processors(), engine.threads, engine.serve, engine.max_rows, engine.contract]
     about += [ort.__version__]  # whose kernels change from one to the next
     about += [] if engine.engine == "python" else [engine.engine]
     about += [] if engine.provider == "cpu" else [engine.provider]
     digest = hashlib.sha256(json.dumps(about).encode() + manifest).hexdigest()
     return cache / "costs" / f"{digest[:32]}.json"
+
+
+def _user_cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user that the system does not know
+        raise StorageError(f"no folder for what is measured: {error}; set L2A_CACHE to one") from error
 
 
 def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
@@ -175,7 +189,7 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         ConfigError: requests are running.
         SessionError: a graph cannot be loaded or run.
     """
-    rows, ladder = engine.max_rows, engine.ladder
+    rows, ladder, room = engine.max_rows, engine.ladder, True
     alone: dict[float, list[Step]] = {budget: [] for budget in ladder}
     full: dict[float, list[float]] = {budget: [] for budget in ladder}
     far = min(FAR, engine.bundle.positions - TOKENS - 2 - TAGS)  # as long as the bundle allows
@@ -184,7 +198,15 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         for budget in ladder:
             if engine.serve == "variants":  # loading does not count
                 _rehearse(engine, budget, rows=1)
-            one, many = _rehearse(engine, budget, rows=1), _rehearse(engine, budget, rows=rows)
+            one, many = _rehearse(engine, budget, rows=1), None
+            while many is None:
+                try:
+                    many = _rehearse(engine, budget, rows=rows)
+                except OutOfMemoryError:
+                    if rows == 1:
+                        raise
+                    rows, room = rows // 2, False
+                    full = {budget: [] for budget in ladder}  # of more rows than there is room for
             if number:  # the first round warms up
                 alone[budget].append(one)
                 full[budget].append(many.decode_seconds)
@@ -215,17 +237,24 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         rows=rows,
         steps=tuple(steps),
         context_seconds=max(0.0, statistics.median(longer or [0.0])),
-        alone=all(alone for _, alone in peaks.values()),
+        alone=room and all(alone for _, alone in peaks.values()),
     )
 
 
 def _rehearse(engine: Engine, budget: float, *, rows: int, prompt_tokens: int = PROMPT) -> Step:
-    """What so many rows of made-up text cost: of all of them, where it is the time of a step."""
+    """What so many rows of made-up text cost: of all of them, where it is the time of a step.
+
+    Each row has another text, as gates that read the prompt then keep other layers of each, and a step runs them all.
+
+    Raises:
+        OutOfMemoryError: there is no room for all rows.
+    """
     if engine.busy:
         raise ConfigError("requests are running; measure before they come: `l2a bench`, or `Runtime.controller`")
-    text = [1 + place % (engine.bundle.shape.vocab_size - 1) for place in range(prompt_tokens - 1)]
+    words, think = engine.bundle.shape.vocab_size - 1, engine.tags.think
+    texts = [[1 + (place * (2 * row + 1) + row) % words for place in range(prompt_tokens - 1)] for row in range(rows)]
     limits = Limits(max_think_tokens=TOKENS + 1, max_answer_tokens=1, tau_threshold=None)
-    requests = engine.submit([[*text, engine.tags.think]] * rows, [Budget(compute=budget)] * rows, limits=limits)
+    requests = engine.submit([[*text, think] for text in texts], [Budget(compute=budget)] * rows, limits=limits)
     for request in requests:
         request.sampler = Endless(engine.tags)
     engine.steps.clear()
@@ -238,6 +267,8 @@ def _rehearse(engine: Engine, budget: float, *, rows: int, prompt_tokens: int = 
     engine.steps.clear()
     if failed is not None or lane is None:
         raise failed or SessionError(f"{engine.folder}: no row could run")
+    if min(step.rows for step in steps) < rows:
+        raise OutOfMemoryError(f"{engine.folder}: there is no memory for {rows} rows; free some, or lower max_rows")
     return Step(
         budget=budget,
         prefill_seconds=sum(step.prompt_seconds for step in steps) / (rows * prompt_tokens),

@@ -54,7 +54,7 @@ class StepTime:
         prompt_seconds: That it took, loading of graphs among them.
         rows: That were decoded.
         context: Tokens that they have in the caches, all together.
-        seconds: That it took.
+        seconds: That decoding them took, without drawing tokens from what the model says.
     """
 
     ended: float
@@ -139,6 +139,7 @@ class Engine:
         self.ended: deque[Request] = deque(maxlen=64)
         self.steps: deque[StepTime] = deque(maxlen=512)
         self.paused = False
+        self._decoding = 0.0  # seconds of the step that runs
         self._numbers = itertools.count()
         self._scheduler = Scheduler(self.lanes, memory_left=memory_left or (lambda: None), clock=clock)
 
@@ -314,7 +315,7 @@ class Engine:
         self._scheduler.retire()
         self.lanes.free()
         self._scheduler.squeeze()
-        admitted, decoded = self.clock(), list[Request]()
+        admitted, decoded, self._decoding = self.clock(), list[Request](), 0.0
         for lane in list(self.lanes):
             if lane.requests and self._scheduler.grow(lane):
                 decoded += lane.requests
@@ -323,9 +324,9 @@ class Engine:
         if decoded:
             now, budget = self.clock(), max(request.budget.compute for request in decoded)
             rows, context = len(decoded), sum(request.length for request in decoded)
-            self.steps.append(StepTime(now, budget, prompt_tokens, admitted - began, rows, context, now - admitted))
+            self.steps.append(StepTime(now, budget, prompt_tokens, admitted - began, rows, context, self._decoding))
         if not self.busy:
-            self._rest()
+            self._rest(worked=bool(prompt_tokens or decoded))
 
     def close(self) -> None:
         """Ends all requests and frees graphs and caches."""
@@ -428,11 +429,13 @@ class Engine:
 
     def _decode(self, lane: Lane | EngineLane, requests: list[Request]) -> bool:
         """One token of some rows of a graph. False where rows have moved."""
+        began = self.clock()
         try:
             outputs = lane.decode(requests, self.lanes.inputs(lane, requests))
         except (SessionError, MemoryError) as error:
             failure = self._ours(error)
         else:
+            self._decoding += self.clock() - began  # drawing tokens from it is no work of the model
             for row, request in enumerate(requests):
                 request.failures = 0
                 if not request.done:
@@ -469,12 +472,12 @@ class Engine:
         self._end(newest, error)
         return True
 
-    def _rest(self) -> None:
-        """Nobody waits or runs: rows and caches end, and what prompts took goes back."""
-        rows = self.rows
+    def _rest(self, *, worked: bool = False) -> None:
+        """Nobody waits or runs: rows and caches end, and what prompts took goes back, where there is anything."""
+        worked = worked or self.rows > 0
         self._scheduler.retire()
         self.lanes.free()
-        if rows:
+        if worked:
             give_back()
 
     def _end(self, request: Request, error: L2AError | None = None) -> None:
@@ -500,6 +503,7 @@ class Engine:
         request.written.append(request.reasoning.advance(token, stop))
         if request.done or (request.stops is not None and request.stops(request)):
             self._end(request)
+            request.finished = True
             self.ended.append(request)
             if request.started is not None and request.ended is not None:
                 self._scheduler.ended(request.ended - request.started)

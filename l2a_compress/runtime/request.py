@@ -67,6 +67,7 @@ class Request:
         kept: KV groups that it runs of each layer; None until that is decided.
         written: All tokens so far, tags included.
         error: Why it ended without an answer; None where it did not.
+        finished: Whether it ended by itself: by the model, a limit or a stop text, and was not cancelled.
         submitted: Seconds of the engine's clock.
         started: When its prompt was computed; None until then.
         ended: When it was done; None until then.
@@ -84,6 +85,7 @@ class Request:
     kept: tuple[int, ...] | None = None
     written: list[int] = field(default_factory=list)
     error: L2AError | None = None
+    finished: bool = False
     started: float | None = None
     ended: float | None = None
     told: Told = field(repr=False)

@@ -41,6 +41,8 @@ class Answer:
         answer: The answer.
         think_tokens: Tokens of the reasoning, without tags.
         answer_tokens: Tokens of the answer, without tags.
+        finished: Whether the text ended by itself: by the model, a limit or a stop text. Else the request was
+            cancelled, or the server closed, and this is as far as it came.
         stopped_by: Why reasoning ended: ``model``, ``cap`` or ``tau``.
         budget: What it might spend when it ended.
         layers: How many layers ran at the end.
@@ -52,6 +54,7 @@ class Answer:
     answer: str
     think_tokens: int
     answer_tokens: int
+    finished: bool
     stopped_by: str
     budget: Budget
     layers: int
@@ -318,6 +321,7 @@ class Runtime:
             answer=_before(answer, request.limits.stop, whole=True).strip(),
             think_tokens=len(reasoning.think),
             answer_tokens=len(reasoning.answer),
+            finished=request.finished,
             stopped_by=reasoning.stopped_by,
             budget=request.budget,
             layers=0 if ran is None else len(ran.layers),

@@ -10,6 +10,7 @@ import numpy as np
 from l2a_compress.errors import ConfigError, SessionError
 from l2a_compress.reasoning import Tags
 
+_AT_FIRST = 256  # tokens that are sorted; more where these are not likely enough
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -61,16 +62,32 @@ class Sampler:
             raise SessionError("the model's logits are not numbers; export with another precision")
         if settings.temperature == 0:
             return best
-        scaled = logits.astype(np.float64) / settings.temperature
-        order = np.argsort(-scaled, kind="stable")
-        if settings.top_k:
-            order = order[: settings.top_k]
-        weights = np.exp(scaled[order] - scaled[order[0]])
-        weights /= weights.sum()
+        with np.errstate(over="ignore"):
+            scaled = logits.astype(np.float64) / settings.temperature
+        draw = self._draw.random()
+        if not np.isfinite(scaled[best]):  # weights would be no numbers
+            return best
+        weights = np.exp(scaled - scaled[best])
+        order = _first(weights, settings.top_k or _AT_FIRST)
+        whole = weights[order].sum() if settings.top_k else weights.sum()
+        reach = settings.top_p if settings.top_p < 1 else draw
+        while not settings.top_k and len(order) < len(weights) and weights[order].sum() <= reach * whole:
+            order = _first(weights, 8 * len(order))
+        chances = (weights[order] / whole).cumsum()
         if settings.top_p < 1:
-            order = order[: int(np.searchsorted(weights.cumsum(), settings.top_p)) + 1]
-            weights = weights[: len(order)] / weights[: len(order)].sum()
-        return int(order[np.searchsorted(weights.cumsum(), self._draw.random(), side="right").clip(0, len(order) - 1)])
+            order = order[: int(np.searchsorted(chances, settings.top_p)) + 1]
+            chances = chances[: len(order)] / chances[: len(order)][-1]
+        return int(order[np.searchsorted(chances, draw, side="right").clip(0, len(order) - 1)])
+
+
+def _first(weights: Array, count: int) -> Array:
+    """Places of that many of the largest ``weights``, the largest first; of equal ones the first comes first."""
+    if count < len(weights):
+        least = np.partition(weights, len(weights) - count)[len(weights) - count]
+        found = np.flatnonzero(weights >= least)
+    else:
+        found = np.arange(len(weights))
+    return found[np.argsort(-weights[found], kind="stable")][:count]
 
 
 class Endless(Sampler):

@@ -272,6 +272,8 @@ class Server:
     def _check(self) -> None:
         if self._closed.is_set():
             raise SessionError("the server is closed; open another one")
+        if not self.alive:  # as in a child of a fork, which has none of the threads
+            raise SessionError("the server's thread does not run in this process; open another one, behind the fork")
 
     def _open(self, action: Callable[[], Result]) -> Result:
         self._check()

@@ -220,6 +220,23 @@ def test_who_cannot_be_in_time_any_more_holds_nobody_down(made: Path) -> None:
     assert waiting in engine.waiting
 
 
+def test_a_running_request_that_even_the_least_does_not_help_holds_nobody_down(made: Path) -> None:
+    controller, _, clock = steered(made, Policy(dwell_seconds=0.0, target_seconds=1e6))
+    engine = controller.engine
+    limits = Limits(max_think_tokens=60, tau_threshold=None)
+    least = controller.table.steps[-1]
+    running, other = (engine.submit(texts(1), [None], limits=limits, tiers=["default"])[0] for _ in range(2))
+    engine.step()
+    needs = least.seconds(controller._rest(running, controller._work([])))
+    for left, budget in ((1.1 * needs, 0.45), (0.9 * needs, 1.0)):
+        running.deadline = clock.now + left
+        controller.update(force=True)
+        assert controller.budget().compute == budget
+        clock.now += 1.0
+    for request in (running, other):
+        engine.cancel(request)
+
+
 def test_who_was_interrupted_does_not_count_as_one_that_waits_for_its_first_token(made: Path) -> None:
     controller, _, clock = steered(made, Policy())
     engine = controller.engine
@@ -262,17 +279,17 @@ def test_who_is_late_gives_way_to_those_that_can_be_in_time(made: Path) -> None:
     assert order == [hopeful, hopeless]
 
 
-def test_the_service_sees_that_others_take_the_machine(made: Path) -> None:
+def test_the_service_sees_that_others_take_the_machine(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     controller, _, clock = steered(made, Policy())
     engine = controller.engine
     engine.submit(texts(1), [None], limits=Limits(max_think_tokens=60, tau_threshold=None))
-    old = engine._decode
+    step = GraphDecoder.step
 
-    def slow(lane: Any, requests: Any) -> bool:
+    def slow(self: GraphDecoder, tokens: Array, mask: Array, **inputs: Any) -> Any:
         clock.now += 0.02  # the table says 0.01
-        return old(lane, requests)
+        return step(self, tokens, mask, **inputs)
 
-    engine._decode = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(GraphDecoder, "step", slow)
     for _ in range(12):
         engine.step()
     controller.update(force=True)

@@ -9,6 +9,7 @@ import gc
 import json
 import math
 import os
+import platform
 import random
 import re
 import shutil
@@ -29,7 +30,7 @@ import numpy as np
 import pytest
 
 from l2a_compress._cli import main
-from l2a_compress._machine import peak_bytes, peak_of
+from l2a_compress._machine import held_bytes, peak_bytes, peak_of, processor
 from l2a_compress.budget import Budget
 from l2a_compress.bundle import describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, OutOfMemoryError, SessionError
@@ -41,9 +42,10 @@ from l2a_compress.runtime.costs import CostTable, cached_path, cost_table, keep,
 from l2a_compress.runtime.decoder import GraphDecoder, session_error
 from l2a_compress.runtime.engine import Engine
 from l2a_compress.runtime.request import Request
+from l2a_compress.runtime.sampling import Sampler
 from l2a_compress.runtime.server import Stream
 from toy_models import new_artifact
-from toy_runtime import LIMITS, Told, finish, table, texts
+from toy_runtime import LIMITS, Clock, Told, finish, table, texts
 
 ROOT = Path(__file__).parents[2]
 TEXT = "Ann has 3 apples."
@@ -526,6 +528,61 @@ def test_what_is_cancelled_last_gives_its_memory_back_at_once(made: Path, monkey
     assert again.written
 
 
+def test_an_engine_whose_work_ended_by_itself_gives_its_memory_back_once(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr("l2a_compress.runtime.engine.give_back", lambda: returned.append(1))
+    engine = Engine(made, max_rows=2, threads=1)
+    engine.submit(texts(3), [None] * 3, limits=LIMITS)
+    finish(engine)
+    assert (engine.rows, returned) == (0, [1])
+    engine.step()  # nothing more has run
+    assert returned == [1]
+
+
+def test_what_drawing_tokens_takes_is_no_work_of_the_model(made: Path) -> None:
+    clock = Clock()
+
+    class Slow(Sampler):
+        def token(self, logits: Any) -> int:
+            clock.now += 1.0
+            return super().token(logits)
+
+    engine = Engine(made, max_rows=2, threads=1, clock=clock)
+    for request in engine.submit(texts(2), [None] * 2, limits=LIMITS):
+        request.sampler = Slow(Sampling())
+    engine.step()
+    assert clock.now >= 2.0
+    assert engine.steps[-1].rows == 2
+    assert engine.steps[-1].seconds == 0.0
+
+
+def test_an_answer_says_whether_it_ended_by_itself(made: Path) -> None:
+    runtime = Runtime.open(made, max_rows=1, threads=1)
+    first, second = runtime.submit([TEXT] * 2, [None] * 2, limits=LIMITS)
+    runtime.step()
+    for request in (first, second):  # one in the middle, one that has not begun
+        runtime.engine.cancel(request)
+        assert not runtime.answer(request).finished
+    assert runtime.answer(second).think_tokens == 0
+    assert runtime.generate([TEXT], limits=LIMITS)[0].finished
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_server_says_that_it_does_not_run_in_a_forked_process(made: Path) -> None:
+    with Server(Runtime.open(made, max_rows=1, threads=1)) as server:
+        child = os.fork()
+        if not child:
+            try:
+                server.stream(TEXT)
+            except SessionError as error:
+                os._exit(0 if "behind the fork" in str(error) else 1)
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_row_more_needs_no_more_memory_than_it_takes(made: Path) -> None:
     left = [math.inf]
     engine = Engine(made, max_rows=8, threads=1, memory_left=lambda: left[0])
@@ -836,6 +893,73 @@ def test_the_cost_table_is_measured_once(made: Path) -> None:
     with pytest.raises(ConfigError, match="measure before"):
         measure(engine)
     engine.cancel(request)
+
+
+def test_costs_are_of_rows_with_different_texts(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = Engine(made, max_rows=3, threads=1), list[list[int]]()
+    submit = engine.submit
+
+    def noted(prompts: Any, *args: Any, **more: Any) -> Any:
+        asked[:] = prompts
+        return submit(prompts, *args, **more)
+
+    monkeypatch.setattr(engine, "submit", noted)
+    monkeypatch.setattr("l2a_compress.runtime.costs._peak", lambda *_: (1.0, True))
+    measure(engine, rounds=1)
+    rows = [prompt for prompt in asked if len(prompt) == len(asked[0])]
+    assert len(rows) == len({tuple(prompt) for prompt in rows}) == 3
+    assert all(0 < token < engine.bundle.shape.vocab_size for prompt in rows for token in prompt)
+
+
+def test_costs_that_not_all_rows_were_measured_for_are_not_kept(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("l2a_compress.runtime.costs._peak", lambda *_: (1.0, True))
+    engine = Engine(made, max_rows=4, threads=1, memory_left=lambda: 1e15 if engine.rows < 2 else 0.0)
+    found = measure(engine, rounds=1)
+    assert (found.rows, found.alone) == (2, False)
+    engine._scheduler.memory_left = lambda: 0.0
+    with pytest.raises(OutOfMemoryError):
+        measure(engine, rounds=1)
+
+
+def test_between_two_steps_the_if_graph_spends_its_budget_and_a_variant_the_smaller_step() -> None:
+    found = table(1.0, 0.5)
+    high, low = found.steps[0], found.steps[1]
+    middle = (high.budget + low.budget) / 2
+    costs = [each.step_seconds(2) for each in (high, low)]
+    assert found.serve == "if"
+    assert found.step_seconds(middle, 2, 0) == pytest.approx(sum(costs) / 2)
+    assert [found.step_seconds(each.budget, 2, 0) for each in (high, low)] == pytest.approx(costs)
+    assert found.step_seconds(0.01, 2, 0) == pytest.approx(found.steps[-1].step_seconds(2))
+    assert dataclasses.replace(found, serve="variants").step_seconds(middle, 2, 0) == pytest.approx(costs[1])
+
+
+def test_the_processor_and_memory_of_other_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/cpuinfo": tmp_path / "cpuinfo", "/proc/self/status": tmp_path / "status"}
+    monkeypatch.setattr("l2a_compress._machine.Path", lambda name: files[name])
+    names = []
+    for part in ("0xd0c", "0xd4f"):
+        files["/proc/cpuinfo"].write_text(f"processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: {part}\n\n" * 2)
+        names.append(processor())
+    assert names[0] == f"{platform.machine()} implementer 0x41 part 0xd0c"
+    assert names[0] != names[1]
+    files["/proc/cpuinfo"].write_text("model name\t: EPYC\nmodel name\t: EPYC\n")
+    assert processor() == "EPYC"
+    files["/proc/self/status"].write_text("Name:\tpython\nVmRSS:\t  10 kB\n")  # as of gVisor
+    assert (held_bytes(), peak_bytes()) == (10240, None)
+
+
+def test_who_has_no_home_measures_and_keeps_nothing(
+    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("L2A_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", classmethod(none))
+    monkeypatch.setattr("l2a_compress.runtime.costs.measure", lambda _: table(1.0))
+    assert cost_table(Engine(made, threads=1)) == table(1.0)
+    assert "set L2A_CACHE to one" in caplog.text
 
 
 def test_no_second_model_is_loaded_where_memory_is_short(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,6 +226,31 @@ def test_a_gpu_is_read_value_by_value(device: int | str) -> None:
         assert values(gpu)["throttled"] == 1
 
 
+def test_of_a_gpu_that_is_cut_the_first_instance_is_read() -> None:
+    class Cut(FakeNvml):
+        mode, places = 1, {1: "instance"}
+
+        def nvmlDeviceGetMigMode(self, gpu: str) -> tuple[int, int]:
+            assert gpu == "handle"
+            return self.mode, self.mode
+
+        def nvmlDeviceGetMaxMigDeviceCount(self, gpu: str) -> int:
+            return 3
+
+        def nvmlDeviceGetMigDeviceHandleByIndex(self, gpu: str, place: int) -> str:
+            return self.places[place]
+
+        def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
+            return SimpleNamespace(free=1 if handle == "instance" else 7, total=10)
+
+    nvml = Cut()
+    assert values(Gpu(0, nvml))["memory_free"] == 1
+    nvml.mode = 0
+    assert values(Gpu(0, nvml))["memory_free"] == 7
+    nvml.mode, nvml.places = 1, {}
+    assert values(Gpu(0, nvml))["memory_free"] == 7
+
+
 class TwoGpus(FakeNvml):
     """A machine of two."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from importlib import import_module
 from types import MappingProxyType
 from typing import Any
@@ -66,4 +67,16 @@ class Gpu(Source):
         if self._nvml is None:
             self._nvml = import_module("pynvml")
         self._nvml.nvmlInit()
-        self._handle = handle(self._nvml, visible() if self._device is None else self._device)
+        device = visible() if self._device is None else self._device
+        found = handle(self._nvml, device)
+        self._handle = self._instance(found) if isinstance(device, int) else found
+
+    def _instance(self, gpu: Any) -> Any:
+        """The first MIG instance of a GPU that is cut into some, which CUDA then shows; else the GPU."""
+        nvml = self._nvml
+        with suppress(Exception):  # NVMLError: it knows no MIG
+            if nvml.nvmlDeviceGetMigMode(gpu)[0]:
+                for place in range(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+                    with suppress(Exception):  # no instance at this place
+                        return nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, place)
+        return gpu

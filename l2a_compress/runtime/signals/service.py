@@ -74,7 +74,7 @@ class Service(Source):
             expected += self._table.step_seconds(done.budget, done.rows, done.context)
             taken += done.seconds
             count += 1
-        if count < self._LEAST:
+        if count < self._LEAST or not taken:
             raise ValueError("too little has run lately")
         return max(0.0, 1 - expected / taken)
 
