@@ -33,6 +33,11 @@ Caches::Caches(const std::vector<const Graph*>& graphs) {
     for (const Graph* graph : graphs) {
         for (const CacheInput& cache : graph->caches()) {
             Buffer& buffer = buffers_[{cache.layer, cache.is_key}];
+            if (buffer.groups > 0 && buffer.type != cache.type) {
+                bundle_error(graph->path() + ": its input " + cache.past +
+                             " has another type than that of a graph before it; export it again");
+            }
+            buffer.type = cache.type;
             buffer.groups = std::max(buffer.groups, cache.groups);
             buffer.token_bytes = cache.head_dim * static_cast<std::int64_t>(element_bytes(cache.type));
         }
@@ -75,7 +80,8 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
     std::byte* free = next.data_.get();
     for (const auto& [place, old] : buffers_) {
         Buffer& buffer = next.buffers_[place];
-        buffer = {old.groups, old.token_bytes, free};
+        buffer = old;
+        buffer.data = free;
         next.written_[place].resize(static_cast<std::size_t>(next.rows_ * old.groups));
         free += old.size(next.rows_, next.capacity_);
         std::int64_t row = 0;

@@ -22,7 +22,7 @@ class Caches {
         std::int64_t tokens = 0;
     };
 
-    // Room for what any of the graphs reads.
+    // Room for what any of the graphs reads. Throws Error (bundle) where their caches differ in type.
     explicit Caches(const std::vector<const Graph*>& graphs);
 
     [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
@@ -54,6 +54,7 @@ class Caches {
 
   private:
     struct Buffer {
+        ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
         std::int64_t groups = 0;
         std::int64_t token_bytes = 0;  // of one group
         std::byte* data = nullptr;

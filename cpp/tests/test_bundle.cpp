@@ -147,4 +147,10 @@ TEST_CASE("manifests that are almost right") {
     CHECK(has(text.error(), "stands twice"));
 }
 
+TEST_CASE("caches of two types cannot be served together") {
+    const l2a::Runtime runtime = cases::open("mixed");
+    CHECK_NOTHROW(cases::engine(runtime, false, 1));
+    CHECK_THROWS_AS(cases::engine(runtime, true, 1), l2a::Error);
+}
+
 TEST_SUITE_END();

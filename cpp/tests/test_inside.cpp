@@ -102,6 +102,15 @@ TEST_CASE("zeroed pages take memory only where they are written to") {
     CHECK_FALSE(core::zeroed(std::size_t{1} << 62U));
 }
 
+TEST_CASE("graphs of one engine must have caches of one type") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/mixed", {1, core::Contract::cap, L2A_GRAPH_VARIANTS});
+    const core::Graph& first = *runtime.graphs().front();
+    const core::Graph& last = *runtime.graphs().back();
+    CHECK_NOTHROW(core::Caches({&first}));
+    CHECK_NOTHROW(core::Caches({&last}));
+    CHECK_THROWS_AS(core::Caches({&first, &last}), core::Error);
+}
+
 TEST_CASE("caches that grow keep the tokens of rows that run, and touch nothing else") {
     const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
     const core::Graph& graph = *runtime.first(core::Kind::any);
