@@ -147,6 +147,17 @@ TEST_CASE("manifests that are almost right") {
     CHECK(has(text.error(), "stands twice"));
 }
 
+TEST_CASE("graphs that have one name for two weights do not open together") {
+    std::string found;
+    try {
+        (void)cases::open("apart");
+    } catch (const l2a::Error& error) {
+        CHECK(error.code() == L2A_ERROR_BUNDLE);
+        found = error.what();
+    }
+    CHECK(has(found, "stands elsewhere"));
+}
+
 TEST_CASE("caches of two types cannot be served together") {
     const l2a::Runtime runtime = cases::open("mixed");
     CHECK_NOTHROW(cases::engine(runtime, false, 1));
