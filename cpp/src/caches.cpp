@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 namespace l2a::core {
 namespace {
 
 constexpr std::size_t kMostViews = 64;
+constexpr double kCountable = 0x1p62;  // of all buffers, whose sizes are then far from overflow
 
 bool is_zero(const std::byte* data, std::size_t bytes) noexcept {
     return bytes == 0 || (*data == std::byte{0} && std::memcmp(data, data + 1, bytes - 1) == 0);
@@ -56,8 +58,9 @@ std::int64_t Caches::grown(std::int64_t capacity) const noexcept {
     return capacity <= capacity_ ? capacity_ : std::max(capacity, capacity_ * 3 / 2);
 }
 
-std::int64_t Caches::bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept {
-    return std::max(rows, rows_) * grown(capacity) * token_bytes_;
+double Caches::bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept {
+    return static_cast<double>(std::max(rows, rows_)) * static_cast<double>(grown(capacity)) *
+           static_cast<double>(token_bytes_);
 }
 
 std::byte* Caches::at(const Buffer& buffer, std::int64_t row, std::int64_t group) const noexcept {
@@ -69,11 +72,14 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
     Caches next({});
     next.rows_ = std::max(rows, rows_);
     next.capacity_ = grown(capacity);
+    const double wanted = bytes_for(rows, capacity);
     std::size_t total = 0;
-    for (const auto& [place, old] : buffers_) total += old.size(next.rows_, next.capacity_);
-    next.data_ = zeroed(total);
-    if (!next.data_ && total > 0) {
-        throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(total) +
+    if (wanted < kCountable) {
+        for (const auto& [place, old] : buffers_) total += old.size(next.rows_, next.capacity_);
+        next.data_ = zeroed(total);
+    }
+    if (!next.data_ && wanted > 0) {
+        throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(static_cast<std::int64_t>(std::min(wanted, 9e18))) +
                                                  " bytes for keys and values are not there; free some, or lower the "
                                                  "limits");
     }
@@ -193,6 +199,7 @@ std::int64_t Caches::unwritten(const std::vector<Extent>& extents) const {
     std::int64_t capacity = capacity_;
     for (const Extent& extent : extents) capacity = std::max(capacity, grown(extent.tokens));
     const std::int64_t rows = std::max(rows_, static_cast<std::int64_t>(extents.size()));
+    if (!(bytes_for(rows, capacity) < kCountable)) return std::numeric_limits<std::int64_t>::max();
     const bool anew = rows > rows_ || capacity > capacity_;
     Written wanted;
     for (const auto& [place, buffer] : buffers_) {

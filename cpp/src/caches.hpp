@@ -29,7 +29,7 @@ class Caches {
     [[nodiscard]] std::int64_t capacity() const noexcept { return capacity_; }
     [[nodiscard]] std::int64_t bytes() const noexcept { return rows_ * capacity_ * token_bytes_; }
     // Bytes of all buffers once there is room for so many rows of so many tokens.
-    [[nodiscard]] std::int64_t bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept;
+    [[nodiscard]] double bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept;
     // Makes room. Of the first rows, whose lengths are given, the tokens stay; what else is there does not. Throws
     // Error (out of memory), and all is as it was.
     void reserve(std::int64_t rows, std::int64_t capacity, const std::vector<std::int64_t>& lengths);
@@ -41,7 +41,7 @@ class Caches {
     // Bytes of memory that what was written holds: where the system had no huge pages for it, what it was given.
     [[nodiscard]] std::int64_t held() const;
     // Bytes that the first rows will take beyond what is held, until they are as long as given. Where buffers must grow
-    // for it, what rows hold is there twice for a moment.
+    // for it, what rows hold is there twice for a moment. INT64_MAX where that is more than integers hold.
     [[nodiscard]] std::int64_t unwritten(const std::vector<Extent>& extents) const;
     // Gives back the memory of all but the first tokens of the first rows.
     void trim(const std::vector<std::int64_t>& lengths);

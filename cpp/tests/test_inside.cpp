@@ -111,6 +111,19 @@ TEST_CASE("graphs of one engine must have caches of one type") {
     CHECK_THROWS_AS(core::Caches({&first, &last}), core::Error);
 }
 
+TEST_CASE("caches of more bytes than integers hold are a lack of memory") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
+    const core::Graph& graph = *runtime.first(core::Kind::any);
+    core::Caches caches({&graph});
+    caches.reserve(1, 10, {});
+    const std::int64_t many = std::int64_t{1} << 60;  // whose bytes are a multiple of 2^64
+    CHECK(caches.bytes_for(8, many) > 1e19);
+    CHECK(caches.unwritten({{&graph, many}}) == std::numeric_limits<std::int64_t>::max());
+    CHECK_THROWS_AS(caches.reserve(8, many, {}), core::Error);
+    CHECK(caches.rows() == 1);
+    CHECK(caches.capacity() == 10);
+}
+
 TEST_CASE("caches that grow keep the tokens of rows that run, and touch nothing else") {
     const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
     const core::Graph& graph = *runtime.first(core::Kind::any);
