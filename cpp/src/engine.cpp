@@ -79,7 +79,8 @@ void Engine::cancel(Request& request) {
     if (!request.done()) end(request);
     waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &request), waiting_.end());
     full_ = -1;  // what it waited for is nothing to the next one
-    if (request.row >= 0) leave(request);
+    if (request.row >= 0) remove(request.row);
+    rest();
 }
 
 void Engine::forget(std::uint64_t id) {

@@ -103,7 +103,7 @@ class Engine {
     void failed(Request& request, const Error& error);
     void interrupt(Request& request);
     void retire();
-    void leave(const Request& request);
+    void rest();
     void remove(std::int64_t row);
     void arrange();
     void decode();

@@ -36,6 +36,7 @@ void Engine::step() {
     squeeze();
     if (!rows_.empty()) decode();
     retire();
+    rest();
 }
 
 void Engine::admit_all() {
@@ -182,15 +183,14 @@ void Engine::interrupt(Request& request) {
 
 void Engine::retire() {
     for (std::size_t row = rows_.size(); row-- > 0;) {
-        if (rows_[row]->done()) leave(*rows_[row]);
+        if (rows_[row]->done()) remove(static_cast<std::int64_t>(row));
     }
     if (rows_.empty()) full_ = -1;
 }
 
-// A request that is done gives its row to others, and the last one all memory back.
-void Engine::leave(const Request& request) {
-    remove(request.row);
-    if (!rows_.empty()) return;
+// Without rows all memory of keys and values goes back, however the last one ended.
+void Engine::rest() {
+    if (!rows_.empty() || caches_.rows() == 0) return;
     caches_.clear();
     if (waiting_.empty()) give_back();  // what prompts took
 }
