@@ -92,13 +92,14 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
         free += old.size(next.rows_, next.capacity_);
         std::int64_t row = 0;
         for (const std::int64_t length : lengths) {
-            const auto bytes = static_cast<std::size_t>(length * old.token_bytes);
             for (std::int64_t group = 0; group < old.groups; ++group) {
+                const auto chunk = static_cast<std::size_t>(row * old.groups + group);
+                const std::int64_t tokens = std::min(written_[place][chunk], length);
+                const auto bytes = static_cast<std::size_t>(tokens * old.token_bytes);
                 const std::byte* written = at(old, row, group);
                 // A layer that is skipped is not written: its new pages stay untouched too.
                 if (!is_zero(written, bytes)) std::memcpy(next.at(buffer, row, group), written, bytes);
-                const auto chunk = static_cast<std::size_t>(row * old.groups + group);
-                next.written_[place][chunk] = std::min(written_[place][chunk], length);
+                next.written_[place][chunk] = tokens;
             }
             ++row;
         }
@@ -226,22 +227,27 @@ void Caches::note(Written& written, const Graph& graph, std::int64_t row, std::i
 
 void Caches::copy(std::int64_t source, std::int64_t target, std::int64_t tokens) {
     for (const auto& [place, buffer] : buffers_) {
-        longer(written_.at(place), target * buffer.groups, buffer.groups, tokens);
+        const std::int64_t* from = written_.at(place).data() + source * buffer.groups;
+        std::int64_t* to = written_.at(place).data() + target * buffer.groups;
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
+            const std::int64_t count = std::min(tokens, from[group]);
+            to[group] = std::max(to[group], count);
             std::memcpy(at(buffer, target, group), at(buffer, source, group),
-                        static_cast<std::size_t>(tokens * buffer.token_bytes));
+                        static_cast<std::size_t>(count * buffer.token_bytes));
         }
     }
 }
 
 void Caches::swap(std::int64_t one, std::int64_t other, std::int64_t tokens) {
     for (const auto& [place, buffer] : buffers_) {
-        for (const std::int64_t row : {one, other}) {
-            longer(written_.at(place), row * buffer.groups, buffer.groups, tokens);
-        }
+        std::int64_t* its = written_.at(place).data() + one * buffer.groups;
+        std::int64_t* others = written_.at(place).data() + other * buffer.groups;
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
+            const std::int64_t count = std::min(tokens, std::max(its[group], others[group]));
+            its[group] = std::max(its[group], count);
+            others[group] = std::max(others[group], count);
             std::byte* first = at(buffer, one, group);
-            std::swap_ranges(first, first + tokens * buffer.token_bytes, at(buffer, other, group));
+            std::swap_ranges(first, first + count * buffer.token_bytes, at(buffer, other, group));
         }
     }
 }

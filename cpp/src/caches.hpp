@@ -47,9 +47,10 @@ class Caches {
     void trim(const std::vector<std::int64_t>& lengths);
     // Gives all rows back.
     void clear() noexcept;
-    // Copies the first tokens of a row over another row.
+    // Copies the first tokens of a row over another row, as far as they were written: of layers that a row does not have,
+    // what another row left there may stay. Nobody reads it before it is written anew.
     void copy(std::int64_t source, std::int64_t target, std::int64_t tokens);
-    // Exchanges the first tokens of two rows.
+    // Exchanges the first tokens of two rows, as far as one of them was written.
     void swap(std::int64_t one, std::int64_t other, std::int64_t tokens);
 
   private:

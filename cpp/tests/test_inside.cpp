@@ -137,6 +137,7 @@ TEST_CASE("caches that grow keep the tokens of rows that run, and touch nothing 
         return static_cast<std::byte*>(found);
     };
     caches.reserve(2, 100, {});
+    for (const std::int64_t row : {0, 1}) caches.mark(graph, row, 5);
     std::fill_n(at(0, 0), 5 * token, std::byte{7});  // of which 3 are kept
     std::fill_n(at(1, 0), 5 * token, std::byte{8});  // a row that has left
     caches.reserve(3, 200, {3});
@@ -186,9 +187,13 @@ TEST_CASE("what a row may still write is counted by what each graph has written 
     CHECK(unwritten(dense, 1, 50) == 50 * all);
     CHECK(unwritten(dense, 2, 50) == 50 * all);  // a row that there is no room for yet
     caches.copy(0, 1, 20);
-    CHECK(unwritten(dense, 1, 50) == 30 * all);
+    CHECK(unwritten(dense, 1, 50) == 50 * all - 20 * some);  // what the row does not have is not copied
+    caches.mark(dense, 1, 10);
+    caches.swap(0, 1, 40);  // nor exchanged where neither has it
+    CHECK(unwritten(dense, 0, 50) == 40 * all - 20 * some);
+    CHECK(unwritten(dense, 1, 50) == 40 * all - 20 * some);
     reserve(3, 100, {25});
-    CHECK(unwritten(dense, 0, 50) == 50 * all - 25 * some);
+    CHECK(unwritten(dense, 0, 50) == 40 * all - 15 * some);
     CHECK(unwritten(dense, 1, 50) == 50 * all);
     caches.clear();
     CHECK(caches.bytes() == 0);
