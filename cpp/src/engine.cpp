@@ -67,6 +67,7 @@ void Engine::set_budget(Request& request, const Budget& budget) {
     const Graph* graph = options_.variants && !kept.empty() ? graph_of(kept) : request.graph;
     request.reserve(cap);
     const bool holes = options_.variants || !runtime_->manifest().whole_cache;
+    if (request.row < 0) full_ = -1;  // there may be room for what it needs now
     if (grows && holes && request.row >= 0) interrupt(request);
     request.budget = budget;  // nothing fails from here on
     request.told = what;

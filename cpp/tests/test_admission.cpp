@@ -284,4 +284,22 @@ TEST_CASE("caches end with the last row, too where it has left to be computed ag
     CHECK(engine.statistics().cache_bytes == 0);
 }
 
+TEST_CASE("who waits for memory is tried again at once with another budget") {
+    const l2a::Runtime runtime = cases::open("fp32");
+    Told told(runtime, 2);
+    const l2a::Request first = told.submit(long_one());
+    told.engine.step();
+    const l2a::Request second = told.submit(long_one());
+    told.leave(0);
+    told.engine.step();
+    CHECK(second.info().running == 0);
+    told.left = std::numeric_limits<double>::infinity();
+    told.engine.step();
+    CHECK(second.info().running == 0);  // for a while
+    second.set_budget(l2a::full_budget());
+    told.engine.step();
+    CHECK(second.info().running == 1);
+    CHECK(first.info().running == 1);
+}
+
 TEST_SUITE_END();
