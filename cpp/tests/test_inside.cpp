@@ -72,6 +72,31 @@ TEST_CASE("greedy decoding takes the first of the largest logits, wherever it st
     CHECK(greedy.token(none.data(), none.size()) == 0);
 }
 
+// As NumPy's searchsorted has it among weights that are no numbers, which spends a draw as well.
+TEST_CASE("where the largest logit is infinite, or becomes so, the most likely token is drawn") {
+    const float infinite = std::numeric_limits<float>::infinity();
+    const std::vector<float> common{1, 2, 1.5F, 0};
+    for (const double top_p : {1.0, 0.5}) {
+        core::Sampling settings;
+        settings.temperature = 1;
+        settings.top_p = top_p;
+        for (settings.seed = 0; settings.seed < 20; ++settings.seed) {
+            core::Sampler sampler(settings);
+            core::Sampler other(settings);
+            const std::vector<float> logits{0, infinite, 1, -infinite};
+            CHECK(sampler.token(logits.data(), logits.size()) == 1);
+            (void)other.token(common.data(), common.size());
+            CHECK(sampler.token(common.data(), common.size()) == other.token(common.data(), common.size()));
+        }
+        const std::vector<float> none(4, -infinite);
+        CHECK(core::Sampler(settings).token(none.data(), none.size()) == 0);
+        settings.temperature = 1e-308;  // the largest alone is too large for it
+        CHECK(core::Sampler(settings).token(common.data(), common.size()) == 1);
+        settings.temperature = 1e-310;  // three are, and count as equal
+        CHECK(core::Sampler(settings).token(common.data(), common.size()) == 0);
+    }
+}
+
 TEST_CASE("limits are exact") {
     core::Shape shape{3, 8, 16, 4, 2, 2, 11};
     const auto cost = core::CostModel::of(shape);
