@@ -127,6 +127,15 @@ TEST_CASE("zeroed pages take memory only where they are written to") {
     CHECK_FALSE(core::zeroed(std::size_t{1} << 62U));
 }
 
+TEST_CASE("where the system does not say what memory is given, nothing less is known") {
+    core::Pages pages = core::zeroed(core::kPage);
+    REQUIRE(pages);
+    CHECK(core::resident(pages) == 0);
+    munmap(pages.get(), core::kPage);
+    CHECK(core::resident(pages) == std::numeric_limits<std::int64_t>::max());
+    (void)pages.release();
+}
+
 TEST_CASE("graphs of one engine must have caches of one type") {
     const core::Runtime runtime(std::string(L2A_CASES) + "/mixed", {1, core::Contract::cap, L2A_GRAPH_VARIANTS});
     const core::Graph& first = *runtime.graphs().front();
