@@ -22,9 +22,38 @@ std::vector<int64_t> ids_of(const std::string& line, int64_t think) {
     return ids;
 }
 
+double budget_of(const std::string& text) {
+    double found = 0;
+    if (!(std::istringstream(text) >> found)) throw std::runtime_error("not a budget: " + text);
+    return found;
+}
+
+void write(l2a::Engine& engine, const l2a::Request& request, l2a::Budget budget, Steering* steering) {
+    std::size_t told = 0;
+    while (!request.done()) {
+        engine.step();
+        const std::vector<int64_t> written = request.tokens();
+        for (; told < written.size(); ++told) std::cout << written[told] << ' ' << std::flush;
+        if (steering == nullptr) continue;
+        // From its next token on; a cap on reasoning is for requests that have not begun.
+        const int64_t think = budget.think_tokens;
+        budget = steering->decide(engine, 0).budget;
+        budget.think_tokens = think;
+        try {
+            request.set_budget(budget);
+        } catch (const l2a::Error& error) {  // the old one stays, to the end
+            std::cout << "\n# " << error.what() << '\n';
+            steering = nullptr;
+        }
+    }
+    const l2a_request_info info = request.info();
+    std::cout << "\n# budget " << info.budget.compute << ", cost " << info.cost << ", " << info.layers << " layers, "
+              << info.heads << " KV groups\n";
+}
+
 void answer(l2a::Engine& engine, const std::vector<int64_t>& prompt, l2a::RequestOptions options, Steering* steering) {
     if (steering != nullptr) {
-        const l2a_decision now = steering->decide(engine.statistics(), static_cast<int64_t>(prompt.size()));
+        const l2a_decision now = steering->decide(engine, static_cast<int64_t>(prompt.size()));
         if (now.admit == 0) {
             std::cout << "# there is no memory for another step; ask again later\n";
             return;
@@ -32,20 +61,12 @@ void answer(l2a::Engine& engine, const std::vector<int64_t>& prompt, l2a::Reques
         options.budget = now.budget;
     }
     const l2a::Request request = engine.submit(prompt, options);
-    std::size_t told = 0;
-    while (!request.done()) {
-        engine.step();
-        const std::vector<int64_t> written = request.tokens();
-        for (; told < written.size(); ++told) std::cout << written[told] << ' ' << std::flush;
-        if (steering != nullptr) {  // from its next token on; a cap on reasoning is for requests that have not begun
-            l2a::Budget budget = steering->decide(engine.statistics(), 0).budget;
-            budget.think_tokens = options.budget.think_tokens;
-            request.set_budget(budget);
-        }
+    try {
+        write(engine, request, options.budget, steering);
+    } catch (...) {
+        request.forget();
+        throw;
     }
-    const l2a_request_info info = request.info();
-    std::cout << "\n# budget " << info.budget.compute << ", cost " << info.cost << ", " << info.layers << " layers, "
-              << info.heads << " KV groups\n";
     request.forget();
 }
 
@@ -65,14 +86,18 @@ int run(int count, char** arguments) {
         if (count < 4) throw std::runtime_error("auto needs a cost table, as `l2a bench --out` writes it");
         steering = std::make_unique<Steering>(runtime, arguments[3]);
     } else {
-        options.budget = l2a::budget(std::stod(budget));
+        options.budget = l2a::budget(budget_of(budget));
     }
     for (std::string line; std::getline(std::cin, line);) {
-        if (line.rfind(":budget ", 0) == 0) {
-            options.budget = l2a::budget(std::stod(line.substr(8)));
-            continue;
+        try {
+            if (line.rfind(":budget ", 0) == 0) {
+                options.budget = l2a::budget(budget_of(line.substr(8)));
+            } else if (!line.empty()) {
+                answer(engine, ids_of(line, runtime.model().think), options, steering.get());
+            }
+        } catch (const std::exception& error) {  // the next line may be better
+            std::cout << "# " << error.what() << '\n';
         }
-        if (!line.empty()) answer(engine, ids_of(line, runtime.model().think), options, steering.get());
     }
     return 0;
 }

@@ -31,10 +31,11 @@ class Steering {
     }
 
     // Decides ten times a second at most; between that it is the last decision.
-    const l2a_decision& decide(const l2a_engine_stats& engine, int64_t prompt_tokens) {
+    const l2a_decision& decide(const l2a::Engine& served, int64_t prompt_tokens) {
         const double now = std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
         if (now - last_ < 0.1) return decision_;
         last_ = now;
+        const l2a_engine_stats engine = served.statistics();  // looks at all pages of the caches
         std::vector<l2a::Reading> readings = signals_.read();
         for (l2a::Reading& reading : readings) {  // what this process holds would be free for another step
             if (reading.name.find("memory_available") != std::string::npos) {

@@ -1,5 +1,5 @@
 // Whatever manifest.json holds, a bundle opens as a whole or is one bundle error. The folder's other files are those of
-// the seed manifest (fuzz/seeds.py), so that a change of it may well be a bundle that opens.
+// the seed manifest (fuzz/run), so that a change of it may well be a bundle that opens.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>

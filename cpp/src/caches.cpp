@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 namespace l2a::core {
 namespace {
 
 constexpr std::size_t kMostViews = 64;
+constexpr double kCountable = 0x1p62;  // of all buffers, whose sizes are then far from overflow
 
 bool is_zero(const std::byte* data, std::size_t bytes) noexcept {
     return bytes == 0 || (*data == std::byte{0} && std::memcmp(data, data + 1, bytes - 1) == 0);
@@ -33,6 +35,11 @@ Caches::Caches(const std::vector<const Graph*>& graphs) {
     for (const Graph* graph : graphs) {
         for (const CacheInput& cache : graph->caches()) {
             Buffer& buffer = buffers_[{cache.layer, cache.is_key}];
+            if (buffer.groups > 0 && buffer.type != cache.type) {
+                bundle_error(graph->path() + ": its input " + cache.past +
+                             " has another type than that of a graph before it; export it again");
+            }
+            buffer.type = cache.type;
             buffer.groups = std::max(buffer.groups, cache.groups);
             buffer.token_bytes = cache.head_dim * static_cast<std::int64_t>(element_bytes(cache.type));
         }
@@ -51,8 +58,9 @@ std::int64_t Caches::grown(std::int64_t capacity) const noexcept {
     return capacity <= capacity_ ? capacity_ : std::max(capacity, capacity_ * 3 / 2);
 }
 
-std::int64_t Caches::bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept {
-    return std::max(rows, rows_) * grown(capacity) * token_bytes_;
+double Caches::bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept {
+    return static_cast<double>(std::max(rows, rows_)) * static_cast<double>(grown(capacity)) *
+           static_cast<double>(token_bytes_);
 }
 
 std::byte* Caches::at(const Buffer& buffer, std::int64_t row, std::int64_t group) const noexcept {
@@ -64,29 +72,34 @@ void Caches::reserve(std::int64_t rows, std::int64_t capacity, const std::vector
     Caches next({});
     next.rows_ = std::max(rows, rows_);
     next.capacity_ = grown(capacity);
+    const double wanted = bytes_for(rows, capacity);
     std::size_t total = 0;
-    for (const auto& [place, old] : buffers_) total += old.size(next.rows_, next.capacity_);
-    next.data_ = zeroed(total);
-    if (!next.data_ && total > 0) {
-        throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(total) +
+    if (wanted < kCountable) {
+        for (const auto& [place, old] : buffers_) total += old.size(next.rows_, next.capacity_);
+        next.data_ = zeroed(total);
+    }
+    if (!next.data_ && wanted > 0) {
+        throw Error(L2A_ERROR_OUT_OF_MEMORY, std::to_string(static_cast<std::int64_t>(std::min(wanted, 9e18))) +
                                                  " bytes for keys and values are not there; free some, or lower the "
                                                  "limits");
     }
     std::byte* free = next.data_.get();
     for (const auto& [place, old] : buffers_) {
         Buffer& buffer = next.buffers_[place];
-        buffer = {old.groups, old.token_bytes, free};
+        buffer = old;
+        buffer.data = free;
         next.written_[place].resize(static_cast<std::size_t>(next.rows_ * old.groups));
         free += old.size(next.rows_, next.capacity_);
         std::int64_t row = 0;
         for (const std::int64_t length : lengths) {
-            const auto bytes = static_cast<std::size_t>(length * old.token_bytes);
             for (std::int64_t group = 0; group < old.groups; ++group) {
+                const auto chunk = static_cast<std::size_t>(row * old.groups + group);
+                const std::int64_t tokens = std::min(written_[place][chunk], length);
+                const auto bytes = static_cast<std::size_t>(tokens * old.token_bytes);
                 const std::byte* written = at(old, row, group);
                 // A layer that is skipped is not written: its new pages stay untouched too.
                 if (!is_zero(written, bytes)) std::memcpy(next.at(buffer, row, group), written, bytes);
-                const auto chunk = static_cast<std::size_t>(row * old.groups + group);
-                next.written_[place][chunk] = std::min(written_[place][chunk], length);
+                next.written_[place][chunk] = tokens;
             }
             ++row;
         }
@@ -187,6 +200,7 @@ std::int64_t Caches::unwritten(const std::vector<Extent>& extents) const {
     std::int64_t capacity = capacity_;
     for (const Extent& extent : extents) capacity = std::max(capacity, grown(extent.tokens));
     const std::int64_t rows = std::max(rows_, static_cast<std::int64_t>(extents.size()));
+    if (!(bytes_for(rows, capacity) < kCountable)) return std::numeric_limits<std::int64_t>::max();
     const bool anew = rows > rows_ || capacity > capacity_;
     Written wanted;
     for (const auto& [place, buffer] : buffers_) {
@@ -213,22 +227,27 @@ void Caches::note(Written& written, const Graph& graph, std::int64_t row, std::i
 
 void Caches::copy(std::int64_t source, std::int64_t target, std::int64_t tokens) {
     for (const auto& [place, buffer] : buffers_) {
-        longer(written_.at(place), target * buffer.groups, buffer.groups, tokens);
+        const std::int64_t* from = written_.at(place).data() + source * buffer.groups;
+        std::int64_t* to = written_.at(place).data() + target * buffer.groups;
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
+            const std::int64_t count = std::min(tokens, from[group]);
+            to[group] = std::max(to[group], count);
             std::memcpy(at(buffer, target, group), at(buffer, source, group),
-                        static_cast<std::size_t>(tokens * buffer.token_bytes));
+                        static_cast<std::size_t>(count * buffer.token_bytes));
         }
     }
 }
 
 void Caches::swap(std::int64_t one, std::int64_t other, std::int64_t tokens) {
     for (const auto& [place, buffer] : buffers_) {
-        for (const std::int64_t row : {one, other}) {
-            longer(written_.at(place), row * buffer.groups, buffer.groups, tokens);
-        }
+        std::int64_t* its = written_.at(place).data() + one * buffer.groups;
+        std::int64_t* others = written_.at(place).data() + other * buffer.groups;
         for (std::int64_t group = 0; group < buffer.groups; ++group) {
+            const std::int64_t count = std::min(tokens, std::max(its[group], others[group]));
+            its[group] = std::max(its[group], count);
+            others[group] = std::max(others[group], count);
             std::byte* first = at(buffer, one, group);
-            std::swap_ranges(first, first + tokens * buffer.token_bytes, at(buffer, other, group));
+            std::swap_ranges(first, first + count * buffer.token_bytes, at(buffer, other, group));
         }
     }
 }

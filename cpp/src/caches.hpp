@@ -22,14 +22,14 @@ class Caches {
         std::int64_t tokens = 0;
     };
 
-    // Room for what any of the graphs reads.
+    // Room for what any of the graphs reads. Throws Error (bundle) where their caches differ in type.
     explicit Caches(const std::vector<const Graph*>& graphs);
 
     [[nodiscard]] std::int64_t rows() const noexcept { return rows_; }
     [[nodiscard]] std::int64_t capacity() const noexcept { return capacity_; }
     [[nodiscard]] std::int64_t bytes() const noexcept { return rows_ * capacity_ * token_bytes_; }
     // Bytes of all buffers once there is room for so many rows of so many tokens.
-    [[nodiscard]] std::int64_t bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept;
+    [[nodiscard]] double bytes_for(std::int64_t rows, std::int64_t capacity) const noexcept;
     // Makes room. Of the first rows, whose lengths are given, the tokens stay; what else is there does not. Throws
     // Error (out of memory), and all is as it was.
     void reserve(std::int64_t rows, std::int64_t capacity, const std::vector<std::int64_t>& lengths);
@@ -41,19 +41,21 @@ class Caches {
     // Bytes of memory that what was written holds: where the system had no huge pages for it, what it was given.
     [[nodiscard]] std::int64_t held() const;
     // Bytes that the first rows will take beyond what is held, until they are as long as given. Where buffers must grow
-    // for it, what rows hold is there twice for a moment.
+    // for it, what rows hold is there twice for a moment. INT64_MAX where that is more than integers hold.
     [[nodiscard]] std::int64_t unwritten(const std::vector<Extent>& extents) const;
     // Gives back the memory of all but the first tokens of the first rows.
     void trim(const std::vector<std::int64_t>& lengths);
     // Gives all rows back.
     void clear() noexcept;
-    // Copies the first tokens of a row over another row.
+    // Copies the first tokens of a row over another row, as far as they were written: of layers that a row does not have,
+    // what another row left there may stay. Nobody reads it before it is written anew.
     void copy(std::int64_t source, std::int64_t target, std::int64_t tokens);
-    // Exchanges the first tokens of two rows.
+    // Exchanges the first tokens of two rows, as far as one of them was written.
     void swap(std::int64_t one, std::int64_t other, std::int64_t tokens);
 
   private:
     struct Buffer {
+        ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
         std::int64_t groups = 0;
         std::int64_t token_bytes = 0;  // of one group
         std::byte* data = nullptr;

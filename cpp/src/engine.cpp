@@ -67,6 +67,7 @@ void Engine::set_budget(Request& request, const Budget& budget) {
     const Graph* graph = options_.variants && !kept.empty() ? graph_of(kept) : request.graph;
     request.reserve(cap);
     const bool holes = options_.variants || !runtime_->manifest().whole_cache;
+    if (request.row < 0) full_ = -1;  // there may be room for what it needs now
     if (grows && holes && request.row >= 0) interrupt(request);
     request.budget = budget;  // nothing fails from here on
     request.told = what;
@@ -79,7 +80,8 @@ void Engine::cancel(Request& request) {
     if (!request.done()) end(request);
     waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), &request), waiting_.end());
     full_ = -1;  // what it waited for is nothing to the next one
-    if (request.row >= 0) leave(request);
+    if (request.row >= 0) remove(request.row);
+    rest();
 }
 
 void Engine::forget(std::uint64_t id) {

@@ -94,8 +94,8 @@ class Engine {
     bool admit(Request& request);
     void crowded();
     [[nodiscard]] bool beyond(std::int64_t rows, std::int64_t tokens) const;
-    [[nodiscard]] std::int64_t unwritten(const Request* more = nullptr) const;
-    [[nodiscard]] std::int64_t scratch(const Request& request) const;
+    [[nodiscard]] double unwritten(const Request* more = nullptr) const;
+    [[nodiscard]] double scratch(const Request& request) const;
     void squeeze();
     void make_room(std::int64_t rows, std::int64_t tokens);
     [[nodiscard]] std::vector<std::int64_t> lengths() const;
@@ -103,7 +103,7 @@ class Engine {
     void failed(Request& request, const Error& error);
     void interrupt(Request& request);
     void retire();
-    void leave(const Request& request);
+    void rest();
     void remove(std::int64_t row);
     void arrange();
     void decode();

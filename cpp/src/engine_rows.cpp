@@ -23,6 +23,11 @@ auto with_memory(Action&& action) {
     }
 }
 
+// For a message.
+std::string digits(double bytes) {
+    return std::to_string(static_cast<std::int64_t>(std::clamp(bytes, 0.0, 9e18)));
+}
+
 }  // namespace
 
 void Engine::step() {
@@ -31,6 +36,7 @@ void Engine::step() {
     squeeze();
     if (!rows_.empty()) decode();
     retire();
+    rest();
 }
 
 void Engine::admit_all() {
@@ -69,23 +75,22 @@ bool Engine::admit(Request& request) {
     std::int64_t rows = used + 1;
     const std::int64_t tokens = request.most_tokens();
     if (used == 0) caches_.clear();  // what others needed does not count
-    const std::int64_t need = unwritten(&request) + scratch(request);
+    const double need = unwritten(&request) + scratch(request);
     const double left = options_.memory_left();
-    if (static_cast<double>(need) > left) {
+    if (need > left) {
         if (used > 0) return false;
         throw Error(L2A_ERROR_OUT_OF_MEMORY,
-                    "request " + std::to_string(request.id) + ": " + std::to_string(need) +
-                        " bytes for its keys and values and to compute its prompt, of which " +
-                        std::to_string(static_cast<std::int64_t>(std::max(left, 0.0))) +
+                    "request " + std::to_string(request.id) + ": " + digits(need) +
+                        " bytes for its keys and values and to compute its prompt, of which " + digits(left) +
                         " are left; free some, shorten the prompt, or lower its limits");
     }
     const std::int64_t many = std::min(options_.max_rows, 2 * rows - 1);
-    const bool fits = !beyond(many, tokens) && !(static_cast<double>(caches_.bytes_for(many, tokens)) > left);
+    const bool fits = !beyond(many, tokens) && !(caches_.bytes_for(many, tokens) > left);
     if (rows > caches_.rows() && fits) rows = many;  // to grow seldom
     if (beyond(rows, tokens)) {
-        const std::int64_t bytes = caches_.bytes_for(rows, tokens);
+        const double bytes = caches_.bytes_for(rows, tokens);
         if (used > 0) return false;
-        throw Error(L2A_ERROR_OUT_OF_MEMORY, "request " + std::to_string(request.id) + ": " + std::to_string(bytes) +
+        throw Error(L2A_ERROR_OUT_OF_MEMORY, "request " + std::to_string(request.id) + ": " + digits(bytes) +
                                                  " bytes of keys and values are more than max_cache_bytes, " +
                                                  std::to_string(options_.max_cache_bytes) + "; lower its limits");
     }
@@ -95,22 +100,23 @@ bool Engine::admit(Request& request) {
 }
 
 bool Engine::beyond(std::int64_t rows, std::int64_t tokens) const {
-    return options_.max_cache_bytes > 0 && caches_.bytes_for(rows, tokens) > options_.max_cache_bytes;
+    return options_.max_cache_bytes > 0 && caches_.bytes_for(rows, tokens) > static_cast<double>(options_.max_cache_bytes);
 }
 
 // Bytes that keys and values of all rows may still take, and of one more where it is given.
-std::int64_t Engine::unwritten(const Request* more) const {
+double Engine::unwritten(const Request* more) const {
     std::vector<Caches::Extent> extents;
     for (const Request* request : rows_) extents.push_back({request->graph, request->most_tokens()});
     if (more != nullptr) extents.push_back({more->graph, more->most_tokens()});
-    return caches_.unwritten(extents);
+    return static_cast<double>(caches_.unwritten(extents));
 }
 
 // Bytes that computing a request's tokens takes for a while: twice what one layer makes of them, at fp32.
-std::int64_t Engine::scratch(const Request& request) const {
+double Engine::scratch(const Request& request) const {
     const Shape& shape = runtime_->manifest().shape;
-    const auto tokens = static_cast<std::int64_t>(request.prompt.size() + request.written.size());
-    return 2 * 4 * tokens * (4 * shape.hidden_size + 3 * shape.intermediate_size);
+    const auto tokens = static_cast<double>(request.prompt.size() + request.written.size());
+    return 2 * 4 * tokens *
+           (4 * static_cast<double>(shape.hidden_size) + 3 * static_cast<double>(shape.intermediate_size));
 }
 
 // Interrupts the newest rows, where what all rows may still write does not fit any more.
@@ -119,7 +125,7 @@ void Engine::squeeze() {
     if (rows_.size() < 2 || now - looked_ < kLook) return;
     looked_ = now;
     const auto older = [](const Request* one, const Request* other) { return one->id < other->id; };
-    while (rows_.size() > 1 && static_cast<double>(unwritten()) > options_.memory_left()) {
+    while (rows_.size() > 1 && unwritten() > options_.memory_left()) {
         interrupt(**std::max_element(rows_.begin(), rows_.end(), older));
         crowded();
     }
@@ -177,15 +183,14 @@ void Engine::interrupt(Request& request) {
 
 void Engine::retire() {
     for (std::size_t row = rows_.size(); row-- > 0;) {
-        if (rows_[row]->done()) leave(*rows_[row]);
+        if (rows_[row]->done()) remove(static_cast<std::int64_t>(row));
     }
     if (rows_.empty()) full_ = -1;
 }
 
-// A request that is done gives its row to others, and the last one all memory back.
-void Engine::leave(const Request& request) {
-    remove(request.row);
-    if (!rows_.empty()) return;
+// Without rows all memory of keys and values goes back, however the last one ended.
+void Engine::rest() {
+    if (!rows_.empty() || caches_.rows() == 0) return;
     caches_.clear();
     if (waiting_.empty()) give_back();  // what prompts took
 }
@@ -241,7 +246,7 @@ bool Engine::grow() {
     const auto rows = static_cast<std::int64_t>(rows_.size());
     if (tokens <= caches_.capacity()) return true;
     try {
-        if (!beyond(rows, tokens) && !(static_cast<double>(unwritten()) > options_.memory_left())) {
+        if (!beyond(rows, tokens) && !(unwritten() > options_.memory_left())) {
             with_memory([&] { make_room(rows, tokens); });
             return true;
         }

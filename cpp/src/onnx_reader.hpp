@@ -18,6 +18,11 @@ struct ExternalTensor {
     std::vector<std::int64_t> dims;
     std::uint64_t offset = 0;
     std::uint64_t length = 0;
+
+    friend bool operator==(const ExternalTensor& one, const ExternalTensor& other) {
+        return one.name == other.name && one.location == other.location && one.type == other.type &&
+               one.dims == other.dims && one.offset == other.offset && one.length == other.length;
+    }
 };
 
 // All of a serialized ModelProto, those of branches among them. Throws Error (bundle) where it is not one.

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <string>
 #ifdef __GLIBC__
 #include <malloc.h>
@@ -87,7 +88,9 @@ std::int64_t resident(const Pages& pages) noexcept {
     std::int64_t found = 0;
     for (std::size_t done = 0; done < bytes; done += present.size() * kPage) {
         const std::size_t part = std::min(bytes - done, present.size() * kPage);
-        if (mincore(pages.get() + done, part, present.data()) != 0) return 0;
+        if (mincore(pages.get() + done, part, present.data()) != 0) {
+            return std::numeric_limits<std::int64_t>::max();
+        }
         const auto end = present.begin() + static_cast<std::ptrdiff_t>((part + kPage - 1) / kPage);
         found += std::count_if(present.begin(), end, [](unsigned char page) { return page & 1U; });
     }

@@ -30,7 +30,7 @@ Pages zeroed(std::size_t bytes) noexcept;
 // False where the system does not take them.
 bool give_back(std::uintptr_t start, std::uintptr_t end) noexcept;
 
-// Bytes of zeroed() that have been given memory.
+// Bytes of zeroed() that have been given memory; INT64_MAX where the system does not say.
 std::int64_t resident(const Pages& pages) noexcept;
 
 // Has the C library return to the system what it holds and nobody uses.

@@ -4,7 +4,6 @@
 
 #include <set>
 
-#include "onnx_reader.hpp"
 #include "pages.hpp"
 
 namespace l2a::core {
@@ -90,8 +89,9 @@ std::unique_ptr<Graph> Runtime::open(const GraphEntry& entry) {
 void Runtime::share_weights(OrtSessionOptions* options, std::string_view graph, const std::string& path) {
     std::set<std::string> seen;
     for (const ExternalTensor& place : external_tensors(graph)) {
+        OrtValue* value = weight(place, path);
         if (!seen.insert(place.name).second) continue;  // in two branches
-        ort_.check(ort_->AddInitializer(options, place.name.c_str(), weight(place, path)), path);
+        ort_.check(ort_->AddInitializer(options, place.name.c_str(), value), path);
     }
 }
 
@@ -150,7 +150,11 @@ OrtValue* Runtime::constant(Owner<OrtValue> value) {
 
 OrtValue* Runtime::weight(const ExternalTensor& place, const std::string& path) {
     const auto known = weights_.find(place.name);
-    if (known != weights_.end()) return known->second.get();
+    if (known != weights_.end()) {
+        if (known->second.place == place) return known->second.value.get();
+        bundle_error(path + ": its tensor " + place.name +
+                     " stands elsewhere than that of this name before it; export it again");
+    }
     const Mapping& file = *bundle_.weights;
     const std::size_t unit = element_bytes(place.type);
     std::uint64_t length = unit;
@@ -165,7 +169,7 @@ OrtValue* Runtime::weight(const ExternalTensor& place, const std::string& path) 
     auto* data = const_cast<std::byte*>(file.data() + place.offset);
     auto value = tensor(ort_, memory_.get(), data, static_cast<std::size_t>(length), place.dims,
                         static_cast<ONNXTensorElementDataType>(place.type));
-    return (weights_[place.name] = std::move(value)).get();
+    return (weights_[place.name] = {place, std::move(value)}).value.get();
 }
 
 const Graph* Runtime::first(Kind kind) const noexcept {

@@ -7,6 +7,7 @@
 
 #include "bundle.hpp"
 #include "graph.hpp"
+#include "onnx_reader.hpp"
 #include "ort.hpp"
 
 namespace l2a::core {
@@ -37,7 +38,11 @@ class Runtime {
     Bundle bundle_;
     Owner<OrtEnv> env_;
     Owner<OrtMemoryInfo> memory_;
-    std::map<std::string, Owner<OrtValue>> weights_;  // by name: over the mapped file
+    struct Weight {
+        ExternalTensor place;
+        Owner<OrtValue> value;  // over the mapped file
+    };
+    std::map<std::string, Weight> weights_;  // by name
     struct Constant {
         std::vector<std::byte> bytes;
         Owner<OrtValue> value;
@@ -54,7 +59,7 @@ class Runtime {
     // Gives it what it would compute from constants alone.
     void share_constants(OrtSessionOptions* options, std::string_view graph, const std::string& path);
     [[nodiscard]] OrtValue* constant(Owner<OrtValue> value);
-    [[nodiscard]] OrtValue* weight(const struct ExternalTensor& place, const std::string& path);
+    [[nodiscard]] OrtValue* weight(const ExternalTensor& place, const std::string& path);
 };
 
 }  // namespace l2a::core

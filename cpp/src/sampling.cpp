@@ -159,6 +159,10 @@ std::int64_t Sampler::token(const float* logits, std::size_t size) {
     std::vector<double> scaled(logits, logits + size);
     for (double& value : scaled) value /= settings_.temperature;
     std::vector<std::size_t> order = ranked(scaled, settings_.top_k);
+    if (!std::isfinite(scaled[order[0]])) {  // weights would be no numbers
+        draw_.uniform();
+        return static_cast<std::int64_t>(order[0]);
+    }
     std::vector<double> weights(order.size());
     for (std::size_t at = 0; at < order.size(); ++at) weights[at] = std::exp(scaled[order[at]] - scaled[order[0]]);
     normalize(weights);

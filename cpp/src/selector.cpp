@@ -9,6 +9,7 @@ namespace l2a::core {
 namespace {
 
 constexpr double kInfinite = std::numeric_limits<double>::infinity();
+constexpr double kMostTokens = 0x1p62;  // that a budget counts
 
 std::string text(double value) {
     char buffer[32];  // as %g writes it, whatever the locale
@@ -223,7 +224,8 @@ Decision select(const CostSteps& steps, const Readings& readings, const Work& wo
     found.budget.layers = selection.cap("memory", &CostStep::layers);
     found.budget.heads = selection.cap("pressure", &CostStep::heads);
     if (is_short)
-        found.budget.think_tokens = static_cast<std::int64_t>(std::floor(work.think_tokens * policy.short_share));
+        found.budget.think_tokens =
+            static_cast<std::int64_t>(std::min(std::floor(work.think_tokens * policy.short_share), kMostTokens));
     found.state.budget = step.budget;
     found.terms = std::move(selection.terms);
     return found;

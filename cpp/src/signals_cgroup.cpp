@@ -1,6 +1,4 @@
 // Sources: https://docs.kernel.org/admin-guide/cgroup-v2.html and .../cgroup-v1/memory.html
-#include <sys/stat.h>
-
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -9,6 +7,7 @@
 #include <sstream>
 #include <stdexcept>
 
+#include "files.hpp"
 #include "signals.hpp"
 
 namespace l2a::core {
@@ -134,11 +133,6 @@ double quota_1(const Levels& levels) {
     return found;
 }
 
-bool is_directory(const std::string& path) {
-    struct stat status {};
-    return stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode);
-}
-
 class Cgroup : public Source {
   public:
     Cgroup(const std::string& root, const std::string& only) : Source(only), root_(root) {}
@@ -191,7 +185,7 @@ class Cgroup : public Source {
         if (!why.empty()) return {{}, why};
         while (!path.empty() && path.back() == '/') path.pop_back();
         std::string group = mount + path;
-        if (path.find("..") != std::string::npos || !is_directory(group)) group = mount;
+        if (path.find("..") != std::string::npos || !is_folder(group)) group = mount;
         Found found;
         for (; group.size() > mount.size(); group = folder_of(group)) found.levels.push_back(group);
         found.levels.push_back(mount);

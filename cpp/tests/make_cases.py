@@ -6,7 +6,8 @@
 OUT gets a bundle of each precision, with two head levels and two variants of one budget, and cases.json: 64 prompts at
 6 budgets by the If graph and by variants, alone; the same with budgets that change in the middle; sampled text. And
 16 prompts with a bundle of a tiny model whose gates do not read them (``blind``), and the first bundle with an If graph
-and variants that fail on the longer half of its texts (``fragile``).
+and variants that fail on the longer half of its texts (``fragile``), and with a last variant whose caches have another
+type than those of the other graphs (``mixed``) or that has two weights in the places of one another (``apart``).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ def main() -> None:
         blind = new_artifact(Path(folder) / "blind", "llama", summary="none")
         found += _make(options, blind, {"blind": "fp32"}, prompts=16)
     most = _fragile(options.out / "fp32", options.out / "fragile", found)
+    _changed(options.out / "fp32", options.out / "mixed", _halve, last=True)
+    _changed(options.out / "fp32", options.out / "apart", _exchange, last=True)
     (options.out / "cases.json").write_text(json.dumps({"cases": found, "fragile": most}) + "\n")
     print(f"{len(found)} cases: {options.out / 'cases.json'}")
 
@@ -89,24 +92,31 @@ def _fragile(whole: Path, folder: Path, cases: list[dict[str, Any]]) -> int:
     Returns how many tokens they can read.
     """
     most = int(statistics.median(len(case["prompt"]) + len(case["expect"]["written"]) for case in cases))
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(whole, folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for entry in manifest["graphs"]:
-        if entry["kind"] in ("if", "variant"):
-            _break(folder / entry["file"], "tau" if entry["kind"] == "if" else "logits", most)
-    manifest["files"] = describe_bundle(folder)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    _changed(whole, folder, lambda graph: _break(graph, most))
     return most
 
 
-def _break(path: Path, output: str, most: int) -> None:
-    """Lets an output of a graph depend on a look-up that fails on more tokens than ``most``."""
+def _changed(whole: Path, folder: Path, change: Callable[[Any], None], *, last: bool = False) -> None:
+    """A copy of a bundle whose If graph and variants are changed, or the last variant alone."""
     import onnx
+
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(whole, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = [folder / entry["file"] for entry in manifest["graphs"] if entry["kind"] in ("if", "variant")]
+    for path in files[-1:] if last else files:
+        model = onnx.load(path, load_external_data=False)
+        change(model.graph)
+        onnx.save(model, path)
+    manifest["files"] = describe_bundle(folder)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _break(graph: Any, most: int) -> None:
+    """Lets an output of a graph depend on a look-up that fails on more tokens than ``most``."""
     from onnx import TensorProto, helper
 
-    model = onnx.load(path, load_external_data=False)
-    graph = model.graph
+    output = "tau" if any(each.name == "tau" for each in graph.output) else "logits"
     last = next(node for node in graph.node if output in node.output)
     last.output[list(last.output).index(output)] = "alone"
     graph.initializer.append(helper.make_tensor("table", TensorProto.FLOAT, [most + 1], [0.0] * (most + 1)))
@@ -117,7 +127,33 @@ def _break(path: Path, output: str, most: int) -> None:
             helper.make_node("Add", ["alone", "nothing"], [output]),
         ]
     )
-    onnx.save(model, path)
+
+
+def _halve(graph: Any) -> None:
+    """Gives the caches of a graph 16 bits."""
+    from onnx import TensorProto, helper
+
+    caches = [each for each in (*graph.input, *graph.output) if each.name.startswith(("past_key_values", "present"))]
+    for cache in caches:
+        cache.type.tensor_type.elem_type = TensorProto.FLOAT16
+    inside = {cache.name: f"{cache.name}.inside" for cache in caches}
+    for node in graph.node:
+        node.input[:] = [inside.get(name, name) for name in node.input]
+        node.output[:] = [inside.get(name, name) for name in node.output]
+    read = [each.name for each in graph.input if each.name in inside]
+    written = [each.name for each in graph.output if each.name in inside]
+    for place, name in enumerate(read):
+        graph.node.insert(place, helper.make_node("Cast", [name], [inside[name]], to=TensorProto.FLOAT))
+    graph.node.extend(helper.make_node("Cast", [inside[name]], [name], to=TensorProto.FLOAT16) for name in written)
+
+
+def _exchange(graph: Any) -> None:
+    """Lets two weights of a graph of one size stand in the places of one another."""
+    weights = [each for each in graph.initializer if each.external_data]
+    one, other = next(
+        pair for pair in itertools.combinations(weights, 2) if pair[0].dims == pair[1].dims and len(pair[0].dims) == 2
+    )
+    one.name, other.name = other.name, one.name
 
 
 def _ladder(gated: GatedModel) -> Iterator[tuple[float, Allocation]]:

@@ -254,4 +254,52 @@ TEST_CASE("caches end with the last row, at once where it is cancelled") {
     CHECK(third.tokens() == one.written);
 }
 
+TEST_CASE("caches end with the last row, too where it has left to be computed again or could not be computed") {
+    {
+        const l2a::Runtime runtime = cases::open("fp32");
+        l2a::Engine engine = cases::engine(runtime, true, 2);
+        const cases::Case one = cases::of("fp32", true).front();
+        l2a::RequestOptions options = one.options;
+        options.budget = l2a::budget(0.6);
+        for (const bool forgotten : {false, true}) {
+            const l2a::Request request = engine.submit(one.prompt, options);
+            engine.step();
+            CHECK(engine.statistics().cache_bytes > 0);
+            request.set_budget(l2a::full_budget());
+            REQUIRE(request.info().running == 0);
+            if (forgotten) request.forget();
+            else request.cancel();
+            CHECK(engine.statistics().cache_bytes == 0);
+        }
+    }
+    const l2a::Runtime runtime = cases::open("fragile");
+    const auto most = cases::all()["fragile"].get<std::size_t>();
+    const auto all = cases::of("fp32", false);
+    l2a::Engine engine = cases::engine(runtime, false, 2);
+    std::vector<int64_t> prompt = all.front().prompt;
+    while (prompt.size() <= most) prompt.insert(prompt.begin(), prompt.front());
+    const l2a::Request request = engine.submit(prompt, all.front().options);
+    while (engine.step()) continue;
+    CHECK(request.info().error == L2A_ERROR_SESSION);
+    CHECK(engine.statistics().cache_bytes == 0);
+}
+
+TEST_CASE("who waits for memory is tried again at once with another budget") {
+    const l2a::Runtime runtime = cases::open("fp32");
+    Told told(runtime, 2);
+    const l2a::Request first = told.submit(long_one());
+    told.engine.step();
+    const l2a::Request second = told.submit(long_one());
+    told.leave(0);
+    told.engine.step();
+    CHECK(second.info().running == 0);
+    told.left = std::numeric_limits<double>::infinity();
+    told.engine.step();
+    CHECK(second.info().running == 0);  // for a while
+    second.set_budget(l2a::full_budget());
+    told.engine.step();
+    CHECK(second.info().running == 1);
+    CHECK(first.info().running == 1);
+}
+
 TEST_SUITE_END();

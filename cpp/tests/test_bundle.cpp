@@ -147,4 +147,38 @@ TEST_CASE("manifests that are almost right") {
     CHECK(has(text.error(), "stands twice"));
 }
 
+TEST_CASE("graphs that have one name for two weights do not open together") {
+    std::string found;
+    try {
+        (void)cases::open("apart");
+    } catch (const l2a::Error& error) {
+        CHECK(error.code() == L2A_ERROR_BUNDLE);
+        found = error.what();
+    }
+    CHECK(has(found, "stands elsewhere"));
+}
+
+TEST_CASE("caches of two types cannot be served together") {
+    const l2a::Runtime runtime = cases::open("mixed");
+    CHECK_NOTHROW(cases::engine(runtime, false, 1));
+    CHECK_THROWS_AS(cases::engine(runtime, true, 1), l2a::Error);
+}
+
+TEST_CASE("sizes whose product no integer holds do not turn admission by memory off") {
+    Copy copy;
+    copy.manifest["shape"]["hidden_size"] = 1;
+    copy.manifest["shape"]["intermediate_size"] = 1LL << 57;
+    copy.keep();
+    const l2a::Runtime runtime(copy.folder);
+    const cases::Case one = cases::of("fp32", false).front();
+    l2a::Engine engine(runtime, {}, [] { return 1e15; });
+    l2a::RequestOptions options = one.options;
+    options.budget = l2a::full_budget();
+    std::vector<int64_t> prompt = one.prompt;
+    while (prompt.size() % 16 != 0) prompt.insert(prompt.begin(), prompt.front());  // 64 bits would have nothing left
+    const l2a::Request request = engine.submit(prompt, options);
+    while (engine.step()) continue;
+    CHECK(request.info().error == L2A_ERROR_OUT_OF_MEMORY);
+}
+
 TEST_SUITE_END();

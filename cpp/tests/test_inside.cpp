@@ -72,6 +72,31 @@ TEST_CASE("greedy decoding takes the first of the largest logits, wherever it st
     CHECK(greedy.token(none.data(), none.size()) == 0);
 }
 
+// As NumPy's searchsorted has it among weights that are no numbers, which spends a draw as well.
+TEST_CASE("where the largest logit is infinite, or becomes so, the most likely token is drawn") {
+    const float infinite = std::numeric_limits<float>::infinity();
+    const std::vector<float> common{1, 2, 1.5F, 0};
+    for (const double top_p : {1.0, 0.5}) {
+        core::Sampling settings;
+        settings.temperature = 1;
+        settings.top_p = top_p;
+        for (settings.seed = 0; settings.seed < 20; ++settings.seed) {
+            core::Sampler sampler(settings);
+            core::Sampler other(settings);
+            const std::vector<float> logits{0, infinite, 1, -infinite};
+            CHECK(sampler.token(logits.data(), logits.size()) == 1);
+            (void)other.token(common.data(), common.size());
+            CHECK(sampler.token(common.data(), common.size()) == other.token(common.data(), common.size()));
+        }
+        const std::vector<float> none(4, -infinite);
+        CHECK(core::Sampler(settings).token(none.data(), none.size()) == 0);
+        settings.temperature = 1e-308;  // the largest alone is too large for it
+        CHECK(core::Sampler(settings).token(common.data(), common.size()) == 1);
+        settings.temperature = 1e-310;  // three are, and count as equal
+        CHECK(core::Sampler(settings).token(common.data(), common.size()) == 0);
+    }
+}
+
 TEST_CASE("limits are exact") {
     core::Shape shape{3, 8, 16, 4, 2, 2, 11};
     const auto cost = core::CostModel::of(shape);
@@ -102,6 +127,37 @@ TEST_CASE("zeroed pages take memory only where they are written to") {
     CHECK_FALSE(core::zeroed(std::size_t{1} << 62U));
 }
 
+TEST_CASE("where the system does not say what memory is given, nothing less is known") {
+    core::Pages pages = core::zeroed(core::kPage);
+    REQUIRE(pages);
+    CHECK(core::resident(pages) == 0);
+    munmap(pages.get(), core::kPage);
+    CHECK(core::resident(pages) == std::numeric_limits<std::int64_t>::max());
+    (void)pages.release();
+}
+
+TEST_CASE("graphs of one engine must have caches of one type") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/mixed", {1, core::Contract::cap, L2A_GRAPH_VARIANTS});
+    const core::Graph& first = *runtime.graphs().front();
+    const core::Graph& last = *runtime.graphs().back();
+    CHECK_NOTHROW(core::Caches({&first}));
+    CHECK_NOTHROW(core::Caches({&last}));
+    CHECK_THROWS_AS(core::Caches({&first, &last}), core::Error);
+}
+
+TEST_CASE("caches of more bytes than integers hold are a lack of memory") {
+    const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
+    const core::Graph& graph = *runtime.first(core::Kind::any);
+    core::Caches caches({&graph});
+    caches.reserve(1, 10, {});
+    const std::int64_t many = std::int64_t{1} << 60;  // whose bytes are a multiple of 2^64
+    CHECK(caches.bytes_for(8, many) > 1e19);
+    CHECK(caches.unwritten({{&graph, many}}) == std::numeric_limits<std::int64_t>::max());
+    CHECK_THROWS_AS(caches.reserve(8, many, {}), core::Error);
+    CHECK(caches.rows() == 1);
+    CHECK(caches.capacity() == 10);
+}
+
 TEST_CASE("caches that grow keep the tokens of rows that run, and touch nothing else") {
     const core::Runtime runtime(std::string(L2A_CASES) + "/fp32", {1, core::Contract::cap, L2A_GRAPH_IF});
     const core::Graph& graph = *runtime.first(core::Kind::any);
@@ -115,6 +171,7 @@ TEST_CASE("caches that grow keep the tokens of rows that run, and touch nothing 
         return static_cast<std::byte*>(found);
     };
     caches.reserve(2, 100, {});
+    for (const std::int64_t row : {0, 1}) caches.mark(graph, row, 5);
     std::fill_n(at(0, 0), 5 * token, std::byte{7});  // of which 3 are kept
     std::fill_n(at(1, 0), 5 * token, std::byte{8});  // a row that has left
     caches.reserve(3, 200, {3});
@@ -164,9 +221,13 @@ TEST_CASE("what a row may still write is counted by what each graph has written 
     CHECK(unwritten(dense, 1, 50) == 50 * all);
     CHECK(unwritten(dense, 2, 50) == 50 * all);  // a row that there is no room for yet
     caches.copy(0, 1, 20);
-    CHECK(unwritten(dense, 1, 50) == 30 * all);
+    CHECK(unwritten(dense, 1, 50) == 50 * all - 20 * some);  // what the row does not have is not copied
+    caches.mark(dense, 1, 10);
+    caches.swap(0, 1, 40);  // nor exchanged where neither has it
+    CHECK(unwritten(dense, 0, 50) == 40 * all - 20 * some);
+    CHECK(unwritten(dense, 1, 50) == 40 * all - 20 * some);
     reserve(3, 100, {25});
-    CHECK(unwritten(dense, 0, 50) == 50 * all - 25 * some);
+    CHECK(unwritten(dense, 0, 50) == 40 * all - 15 * some);
     CHECK(unwritten(dense, 1, 50) == 50 * all);
     caches.clear();
     CHECK(caches.bytes() == 0);

@@ -99,6 +99,19 @@ TEST_CASE("policies and cost tables that cannot be are refused") {
     CHECK_THROWS_AS((void)selector.decide({}, {1, 1, 0, 1}, l2a::Selector::start(), 0.0, "gold"), l2a::Error);
 }
 
+TEST_CASE("more reasoning than integers count is cut to as much as they do") {
+    Json step{{"budget", 1.0}, {"layers", 2}, {"heads", 4}, {"prefill_seconds", 1.0}, {"decode_seconds", 1.0},
+              {"memory_bytes", 1.0}, {"cache_bytes", 1.0}};
+    Json steps{step};
+    step["budget"] = 0.5;
+    steps.push_back(step);
+    const l2a::Selector selector(Json{{"steps", steps}}.dump());
+    const l2a_decision found =
+        selector.decide({{"request.seconds_left", "seconds", 1.0, ""}}, {1, 1e300, 1e300, 1}, l2a::Selector::start(), 0.0);
+    CHECK(found.budget.compute == 0.5);
+    CHECK(found.budget.think_tokens > INT64_MAX / 4);
+}
+
 TEST_CASE("this machine") {
     for (const l2a::Reading& reading : l2a::Signals("0").read()) {
         CAPTURE(reading.name);

@@ -206,7 +206,7 @@ typedef struct l2a_engine_options {
 } l2a_engine_options;
 
 L2A_API void l2a_engine_options_init(l2a_engine_options* options, size_t size);
-/** @return L2A_ERROR_BUNDLE where the runtime has not the graphs to serve so. */
+/** @return L2A_ERROR_BUNDLE where the runtime has not the graphs to serve so, or their caches differ in type. */
 L2A_API l2a_status* l2a_engine_create(l2a_runtime* runtime, const l2a_engine_options* options, l2a_engine** out);
 L2A_API void l2a_engine_free(l2a_engine* engine);
 
