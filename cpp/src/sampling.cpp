@@ -12,6 +12,8 @@
 namespace l2a::core {
 namespace {
 
+constexpr std::size_t kAtFirst = 256, kMore = 16;  // tokens that are sorted, and times as many where these do not do
+
 // numpy.random.SeedSequence, after O'Neill's seed_seq_fe: a pool of four words of 32 bits.
 class SeedSequence {
   public:
@@ -56,30 +58,28 @@ class SeedSequence {
 };
 
 // Indices of the tokens that may be drawn, the most likely first; of equal ones the smaller index.
-std::vector<std::size_t> ranked(const std::vector<double>& scaled, std::int64_t top_k) {
-    std::vector<std::size_t> order(scaled.size());
+// Places of so many of the largest values, the largest first; of equal ones the first comes first.
+std::vector<std::size_t> first(const std::vector<double>& values, std::size_t count) {
+    std::vector<std::size_t> order(values.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
     const auto before = [&](std::size_t one, std::size_t other) {
-        return scaled[one] != scaled[other] ? scaled[one] > scaled[other] : one < other;
+        return values[one] != values[other] ? values[one] > values[other] : one < other;
     };
-    if (top_k > 0 && static_cast<std::size_t>(top_k) < order.size()) {
-        const auto end = order.begin() + top_k;
+    if (count >= order.size()) {
+        std::sort(order.begin(), order.end(), before);
+    } else {
+        const auto end = order.begin() + static_cast<std::ptrdiff_t>(count);
         std::partial_sort(order.begin(), end, order.end(), before);
         order.erase(end, order.end());
-    } else {
-        std::sort(order.begin(), order.end(), before);
     }
     return order;
 }
 
-void normalize(std::vector<double>& weights) {
-    const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
-    for (double& weight : weights) weight /= sum;
-}
-
-std::vector<double> sums(const std::vector<double>& weights) {
-    std::vector<double> found(weights.size());
-    std::partial_sum(weights.begin(), weights.end(), found.begin());
+// Sums of the weights of the values at these places, up to each of them. The largest value of all weighs 1.
+std::vector<double> sums(const std::vector<double>& values, double most, const std::vector<std::size_t>& order) {
+    std::vector<double> found(order.size());
+    double sum = 0;
+    for (std::size_t at = 0; at < order.size(); ++at) found[at] = sum += std::exp(values[order[at]] - most);
     return found;
 }
 
@@ -158,24 +158,33 @@ std::int64_t Sampler::token(const float* logits, std::size_t size) {
     if (settings_.temperature == 0) return static_cast<std::int64_t>(likeliest);
     std::vector<double> scaled(logits, logits + size);
     for (double& value : scaled) value /= settings_.temperature;
-    std::vector<std::size_t> order = ranked(scaled, settings_.top_k);
-    if (!std::isfinite(scaled[order[0]])) {  // weights would be no numbers
-        draw_.uniform();
-        return static_cast<std::int64_t>(order[0]);
+    Pcg64 drawn = draw_;  // a draw that ends for want of memory is made again
+    const double most = scaled[likeliest], draw = drawn.uniform();
+    if (!std::isfinite(most)) {  // weights would be no numbers
+        draw_ = drawn;
+        return static_cast<std::int64_t>(likeliest);
     }
-    std::vector<double> weights(order.size());
-    for (std::size_t at = 0; at < order.size(); ++at) weights[at] = std::exp(scaled[order[at]] - scaled[order[0]]);
-    normalize(weights);
+    const bool few = settings_.top_k > 0;
+    std::vector<std::size_t> order = first(scaled, few ? static_cast<std::size_t>(settings_.top_k) : kAtFirst);
+    std::vector<double> upto = sums(scaled, most, order);
+    double whole = upto.back();
+    if (!few) {
+        whole = 0;
+        for (const double value : scaled) whole += std::exp(value - most);
+        const double reach = settings_.top_p < 1 ? settings_.top_p : draw;
+        while (order.size() < size && upto.back() <= reach * whole) {
+            order = first(scaled, kMore * order.size());
+            upto = sums(scaled, most, order);
+        }
+    }
     if (settings_.top_p < 1) {
-        const std::vector<double> upto = sums(weights);
-        const auto end = std::lower_bound(upto.begin(), upto.end(), settings_.top_p) - upto.begin() + 1;
-        weights.resize(std::min(weights.size(), static_cast<std::size_t>(end)));
-        normalize(weights);
+        const auto end = std::lower_bound(upto.begin(), upto.end(), settings_.top_p * whole);
+        if (end != upto.end()) upto.erase(end + 1, upto.end());
+        whole = upto.back();
     }
-    const std::vector<double> upto = sums(weights);
-    const auto place =
-        static_cast<std::size_t>(std::upper_bound(upto.begin(), upto.end(), draw_.uniform()) - upto.begin());
-    return static_cast<std::int64_t>(order[std::min(place, upto.size() - 1)]);
+    draw_ = drawn;
+    const auto place = std::upper_bound(upto.begin(), upto.end(), draw * whole) - upto.begin();
+    return static_cast<std::int64_t>(order[std::min(static_cast<std::size_t>(place), upto.size() - 1)]);
 }
 
 }  // namespace l2a::core

@@ -10,7 +10,7 @@ import numpy as np
 from l2a_compress.errors import ConfigError, SessionError
 from l2a_compress.reasoning import Tags
 
-_AT_FIRST = 256  # tokens that are sorted; more where these are not likely enough
+_AT_FIRST, _MORE = 256, 16  # tokens that are sorted, and times as many where these do not do
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -67,27 +67,27 @@ class Sampler:
         draw = self._draw.random()
         if not np.isfinite(scaled[best]):  # weights would be no numbers
             return best
-        weights = np.exp(scaled - scaled[best])
-        order = _first(weights, settings.top_k or _AT_FIRST)
-        whole = weights[order].sum() if settings.top_k else weights.sum()
+        few = settings.top_k > 0
+        order = _first(scaled, settings.top_k if few else _AT_FIRST)
+        weights = np.exp(scaled[order] - scaled[best])
+        whole = weights.sum() if few else np.exp(scaled - scaled[best]).sum()
         reach = settings.top_p if settings.top_p < 1 else draw
-        while not settings.top_k and len(order) < len(weights) and weights[order].sum() <= reach * whole:
-            order = _first(weights, 8 * len(order))
-        chances = (weights[order] / whole).cumsum()
+        while not few and len(order) < len(scaled) and weights.sum() <= reach * whole:
+            order = _first(scaled, _MORE * len(order))
+            weights = np.exp(scaled[order] - scaled[best])
+        chances = (weights / whole).cumsum()
         if settings.top_p < 1:
             order = order[: int(np.searchsorted(chances, settings.top_p)) + 1]
             chances = chances[: len(order)] / chances[: len(order)][-1]
         return int(order[np.searchsorted(chances, draw, side="right").clip(0, len(order) - 1)])
 
 
-def _first(weights: Array, count: int) -> Array:
-    """Places of that many of the largest ``weights``, the largest first; of equal ones the first comes first."""
-    if count < len(weights):
-        least = np.partition(weights, len(weights) - count)[len(weights) - count]
-        found = np.flatnonzero(weights >= least)
-    else:
-        found = np.arange(len(weights))
-    return found[np.argsort(-weights[found], kind="stable")][:count]
+def _first(values: Array, count: int) -> Array:
+    """Places of that many of the largest ``values``, the largest first; of equal ones the first comes first."""
+    found = np.arange(len(values))
+    if count < len(values):
+        found = np.flatnonzero(values >= np.partition(values, len(values) - count)[len(values) - count])
+    return found[np.argsort(-values[found], kind="stable")][:count]
 
 
 class Endless(Sampler):

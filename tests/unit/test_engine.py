@@ -396,6 +396,42 @@ def test_sampling_follows_its_distribution() -> None:
         assert len(set(again)) == 1
 
 
+def drawn(logits: np.ndarray[Any, Any], settings: Sampling, uniform: float) -> int:
+    """A token by all of the vocabulary in order, as it is defined."""
+    scaled = logits.astype(np.float64) / settings.temperature
+    order = np.argsort(-scaled, kind="stable")[: settings.top_k or None]
+    chances = np.exp(scaled[order] - scaled.max())
+    chances /= chances.sum()
+    if settings.top_p < 1:
+        chances = chances[: int(np.searchsorted(chances.cumsum(), settings.top_p)) + 1]
+        chances /= chances.sum()
+    return int(order[min(int(np.searchsorted(chances.cumsum(), uniform, side="right")), len(chances) - 1)])
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 50, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.01])
+def test_a_draw_that_does_not_sort_the_vocabulary_is_the_same(top_k: int, top_p: float) -> None:
+    rng = np.random.default_rng(0)
+    for temperature in (0.3, 1.0, 50.0):  # the last needs more than is sorted at first
+        settings = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=7)
+        sampler, uniforms = Sampler(settings), np.random.default_rng(7)
+        for number, size in enumerate((7, 300, 6000) * 8):
+            logits = 3 * rng.normal(size=size).astype(np.float32)
+            logits = np.round(logits) if number % 2 else logits  # with many that are equal
+            assert sampler.token(logits) == drawn(logits, settings, uniforms.random())
+
+
+def test_where_the_largest_logit_is_infinite_it_is_drawn() -> None:
+    common = np.array([1, 2, 1.5, 0], dtype=np.float32)
+    for temperature in (1e-308, 1e-310):
+        sampler = Sampler(Sampling(temperature=temperature))
+        assert sampler.token(common) == 1
+    sampler, other = (Sampler(Sampling(temperature=1.0, seed=2)) for _ in range(2))
+    assert sampler.token(np.array([0, np.inf, 1, -np.inf], dtype=np.float32)) == 1
+    other.token(common)
+    assert [sampler.token(common) for _ in range(9)] == [other.token(common) for _ in range(9)]  # it was a draw
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}],
