@@ -7,7 +7,7 @@ import math
 import random
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import onnxruntime as ort
