@@ -101,7 +101,6 @@ def _train(
     quiet: bool,
     check: Callable[[GatedModel, PreTrainedTokenizerBase], object] | None,
 ) -> Path:
-    searched = is_searched(recipe)
     if recipe.optim.threads:
         torch.set_num_threads(recipe.optim.threads)
     checkpoints = _prepare(recipe, out, resume=resume, force=force, main=state.is_main_process)
@@ -123,40 +122,33 @@ def _train(
         from l2a_compress.training.teacher import TeacherCache
 
         samples.teacher = TeacherCache.build(gated, samples, collate, recipe.optim, out / "teacher")
-    start, annealing = last_checkpoint(checkpoints), recipe.annealing
+    start, fixed = last_checkpoint(checkpoints), None
     if recipe.static.method:
-        allocation = static_allocation(recipe, gated, samples, collate)
-        gated.allocator.fix(allocation)
-        budget = math.ceil(1e4 * gated.cost.fraction(allocation)) / 1e4
-        # Such a model is only ever asked for what it is, and explores nothing.
-        samples.draws = dataclasses.replace(
-            samples.draws, minimum=budget, minimum_share=1.0, dense_share=0.0, contract="cap"
-        )
-        annealing = dataclasses.replace(annealing, noise_start=0.0, noise_end=0.0)
+        fixed = _fix(recipe, gated, samples, collate)
     elif start is None:
         _set_prior(gated, samples, collate, recipe.optim.prior_rows)
-    if searched:
-        gated.allocator.layer_gates.requires_grad_(False)
-        gated.allocator.head_gates.requires_grad_(False)
+    main = state.is_main_process
 
     def explored() -> None:
-        main = state.is_main_process
         search(gated, samples, collate, recipe, file=out / SEARCH_FILE, main=main, quiet=quiet or not main)
 
-    step = TrainingStep(gated, recipe.objective, seed=recipe.seed)
+    if is_searched(recipe):
+        gated.allocator.layer_gates.requires_grad_(False)
+        gated.allocator.head_gates.requires_grad_(False)
+    arguments = training_arguments(
+        recipe.optim,
+        folder=checkpoints,
+        seed=recipe.seed,
+        trackers=list(trackers),
+        world_size=state.num_processes,
+        quiet=quiet,
+    )
     trainer = L2ATrainer(
-        annealing=annealing,
+        annealing=dataclasses.replace(recipe.annealing, noise_start=0.0, noise_end=0.0) if fixed else recipe.annealing,
         optim=recipe.optim,
-        explored=explored if searched else None,
-        model=step,
-        args=training_arguments(
-            recipe.optim,
-            folder=checkpoints,
-            seed=recipe.seed,
-            trackers=list(trackers),
-            world_size=state.num_processes,
-            quiet=quiet,
-        ),
+        explored=explored if is_searched(recipe) else None,
+        model=TrainingStep(gated, recipe.objective, seed=recipe.seed),
+        args=arguments,
         train_dataset=LengthGrouped(samples, batch_size=recipe.optim.batch_size),
         data_collator=collate,
     )
@@ -168,32 +160,56 @@ def _train(
             "replaced by others of their source",
             samples.unfit,
         )
-    if not state.is_main_process:
+    if not main:
         return out / "artifact"
     _write_log(trainer, out / LOG_FILE)
-    if not recipe.static.method:
+    if fixed is None:
         if demand:
             fit_demand(gated, demand, seed=recipe.seed)
         gated.prices = calibrate_prices(gated, calibration, price_grid(gated))
-    last = next((row for row in reversed(trainer.state.log_history) if "loss" in row), {})
     trainer.accelerator.free_memory()  # it knows the model, which knows it: else both stay
     metrics: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "from_step": int(start.rpartition("-")[2]) if start else 0,
         "seconds": round(time.time() - began, 1),  # since that step
-        "last": last,
+        "last": next((row for row in reversed(trainer.state.log_history) if "loss" in row), {}),
     }
-    if searched and (out / SEARCH_FILE).is_file():
+    if is_searched(recipe) and (out / SEARCH_FILE).is_file():
         noted = json.loads((out / SEARCH_FILE).read_text())
         metrics["search"] = {name: noted[name] for name in ("order", "trials")}
-    if recipe.static.method:
-        metrics["static"] = {"allocation": allocation.to_json(), "budget": budget}
-    artifact = out / "artifact"
-    before = _before(artifact)
-    made = save_artifact(gated, tokenizer, recipe, artifact, base_digest=digest, metrics=metrics, force=True)
-    if before is not None and before.digest == made.digest:  # what was measured of it since holds
-        dataclasses.replace(made, metrics=made.metrics | before.metrics).write(artifact)
-    return artifact
+    if fixed is not None:
+        metrics["static"] = {"allocation": fixed[0].to_json(), "budget": fixed[1]}
+    return _saved(gated, tokenizer, recipe, out / "artifact", digest, metrics)
+
+
+def _fix(recipe: Recipe, gated: GatedModel, samples: Samples, collate: SampleCollator) -> tuple[Allocation, float]:
+    """Fixes the gates to what a static method keeps, and the samples to what that costs: (allocation, budget).
+
+    Such a model is only ever asked for what it is, and explores nothing.
+    """
+    allocation = static_allocation(recipe, gated, samples, collate)
+    gated.allocator.fix(allocation)
+    budget = math.ceil(1e4 * gated.cost.fraction(allocation)) / 1e4
+    samples.draws = dataclasses.replace(
+        samples.draws, minimum=budget, minimum_share=1.0, dense_share=0.0, contract="cap"
+    )
+    return allocation, budget
+
+
+def _saved(
+    gated: GatedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    folder: Path,
+    digest: str,
+    metrics: dict[str, Any],
+) -> Path:
+    """Writes the artifact. What was measured of the one before stays where it is the same model."""
+    before = _before(folder)
+    made = save_artifact(gated, tokenizer, recipe, folder, base_digest=digest, metrics=metrics, force=True)
+    if before is not None and before.digest == made.digest:
+        dataclasses.replace(made, metrics=made.metrics | before.metrics).write(folder)
+    return folder
 
 
 def _before(artifact: Path) -> ArtifactConfig | None:
