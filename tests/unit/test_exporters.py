@@ -670,6 +670,19 @@ def test_prompts_are_compared_within_the_positions(
     assert f"{16 - row.tokens // 6} prompts of more than 30 tokens have no room" in caplog.text
 
 
+def test_bf16_is_compared_where_it_runs(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), precision="bf16")
+    export(made[0], tmp_path / "bundle", options)
+    verify = ["compress", "verify", str(tmp_path / "bundle"), "--artifact", str(made[0])]
+    assert main([*verify, "--provider", "nonsense", "--prompts", "2"]) == 2  # which opens sessions with it
+    assert "provider 'nonsense': choose one of" in capsys.readouterr().err
+    monkeypatch.setattr("l2a_compress.exporters.verify.load_artifact", None)  # it is said before
+    assert main(verify) == 2
+    assert "onnxruntime cannot run bf16 on a CPU; give --provider, or --engines" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "batch=1", "seq=8", "batch=0 seq=8", "batch=1,x seq=8", "batch=1 seq=8 more=1"])
 def test_shapes_of_another_form_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="static shapes"):
@@ -1023,7 +1036,7 @@ def test_the_commands_export_verify_and_inspect(
     assert "b0.55" in capsys.readouterr().out
     assert main(["compress", "inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dialect"] == "ort"
-    for option, value in (("--base", "x"), ("--engines", "trt")):  # which say nothing alone
+    for option, value in (("--base", "x"), ("--engines", "trt"), ("--provider", "cuda")):  # which say nothing alone
         assert main(["compress", "verify", str(out), option, value]) == 2
         assert f"{option} '{value}' says what is compared" in capsys.readouterr().err
     (out / "if.onnx").unlink()

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import typer
 
 import bad_graphs
 from fake_tensorrt import FakeTensorRT
 from l2a_compress._cli import main
+from l2a_compress._cli.engines import finish
 from l2a_compress.bundle import Bundle
 from l2a_compress.engines import BuildRecipe, Built, Profile, engines, open_engine
 from l2a_compress.errors import BundleError, ConfigError, EngineError
@@ -110,12 +112,16 @@ def test_told_and_specialised_graphs_are_the_if_graph(head_widths: bool, tmp_pat
     rows = [row for row in parity(tmp_path / "bundle", artifact, prompts=8, tokens=6) if row.graph == "told"]
     assert len(rows) == 7
     assert all(row.equal == row.tokens and row.allocations for row in rows)
-    assert specialized(tmp_path / "bundle", made) == {"b1": 0.0, "b0.6": 0.0}
+    for entry in (made.if_graph, made.told_graph):
+        assert entry is not None
+        assert specialized(tmp_path / "bundle", made, entry) == {"b1": 0.0, "b0.6": 0.0}
 
 
 def test_a_bundle_of_few_positions_is_specialised_within_them(made: tuple[Path, Path], tmp_path: Path) -> None:
     options = ExportOptions(budgets=(1.0,), calibration=4, dialect="standard", head_widths=False, positions=24)
-    assert specialized(tmp_path / "bundle", export(made[0], tmp_path / "bundle", options)) == {"b1": 0.0}
+    found = export(made[0], tmp_path / "bundle", options)
+    assert found.if_graph is not None
+    assert specialized(tmp_path / "bundle", found, found.if_graph) == {"b1": 0.0}
 
 
 @pytest.mark.parametrize("precision", LINEAR)
@@ -191,6 +197,7 @@ def test_tensorrt_is_called_as_documented(version: str, network: int, monkeypatc
         ({"engine": None}, "9.0", "cannot build it: no kernel for it"),
         ({"engine": b""}, "9.0", "the engine is empty"),
         ({"profile": -1}, "9.0", "cannot take the profile prefill"),
+        ({"starts": False}, "9.0", "cannot start here .*failure with error: 35; .*returned nullptr"),
         ({}, None, "none is here"),
         ({}, "8.9", "for compute capability 9.0, and the GPU here has 8.9"),
     ],
@@ -199,8 +206,10 @@ def test_what_the_builder_refuses_is_one_error(
     settings: dict[str, object], here: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builders, "capability", lambda: here)
+    module = FakeTensorRT(**settings)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=words):
-        builders.TensorRT(FakeTensorRT(**settings)).build(Path("b1.onnx"), recipe(capabilities=("9.0",)))  # type: ignore[arg-type]
+        builders.TensorRT(module).build(Path("b1.onnx"), recipe(capabilities=("9.0",)))
+    assert bool(module.calls) == (here == "9.0")  # nothing is begun for another GPU
 
 
 def test_a_flag_that_the_version_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,6 +262,16 @@ def test_what_no_engine_comes_of_is_refused_before_the_export(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(TRT, engines=EngineOptions(target="trt", **engine), **changes)  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_does_not_start_leaves_a_whole_bundle_and_exit_code_3(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("l2a_compress.exporters.tensorrt.BUILDERS", fake(starts=False))
+    with pytest.raises(typer.Exit) as left:
+        finish(bundle, "trt", defer=False, quiet=True)
+    assert left.value.exit_code == 3
+    assert "the bundle is whole, but tensorrt 11.4.0.106 cannot start here" in capsys.readouterr().err
 
 
 # what is in the bundle
@@ -357,6 +376,35 @@ def test_records_of_builds_are_checked() -> None:
 
 
 # command line
+
+
+def test_verify_compares_engines_that_there_are(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify = ["compress", "verify", str(made[1]), "--artifact", str(made[0])]
+    for options, words in (
+        (["--engines", "nonsense"], "--engines must be one of trt, trt-rtx, found 'nonsense'"),
+        (["--engines", "trt-rtx"], "has no engine to compare; export with --target trt-rtx"),
+        (["--engines", "trt", "--provider", "cuda"], "give one of them"),
+    ):
+        assert main([*verify, *options]) == 2
+        assert words in capsys.readouterr().err
+    export(made[0], tmp_path / "bundle", dataclasses.replace(TRT, engines=None))
+    verify[2] = str(tmp_path / "bundle")
+    assert main([*verify, "--engines", "trt"]) == 2
+    assert "has no engine to compare; export with --target trt, and some of told" in capsys.readouterr().err
+
+
+def test_verify_says_which_graphs_it_did_not_compare_with_variants(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", "verify", str(made[1])]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} specialised to each of 2 variants differs by at most 0\n" in shown for name in ("if", "told"))
+    export(made[0], tmp_path / "bundle", dataclasses.replace(TRT, precision="fp16"))
+    assert main(["compress", "verify", str(tmp_path / "bundle")]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} was NOT compared with variants" in shown for name in ("if", "told"))
 
 
 def test_without_tensorrt_the_bundle_is_whole_and_the_exit_code_says_so(
