@@ -7,10 +7,12 @@ import itertools
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -26,6 +28,7 @@ from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.budget import Budget, budgets_of
 from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
+from l2a_compress.exporters import calibrate as calibration
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.facts import branches, initializers, nodes
 from l2a_compress.exporters.ladder import mine
@@ -946,6 +949,40 @@ def test_calibration_measures_every_graph_and_leaves_no_file_of_a_dropped_one(
     assert kept == sorted(kept, reverse=True)
     dropped = set(costs["graphs"]) - {graph.name for graph in bundle.graphs}
     assert all(name in caplog.text and not (tmp_path / "bundle" / f"{name}.onnx").exists() for name in dropped)
+
+
+def test_calibration_has_two_graphs_open_at_most_and_none_while_memory_is_measured(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, most = weakref.WeakSet[GraphDecoder](), list[int]()
+
+    class Counted(GraphDecoder):
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            super().__init__(*given, **settings)
+            opened.add(self)
+            most.append(len(opened))
+
+    def peak(*_: object, **__: object) -> int:
+        assert not opened
+        return 1
+
+    clock, shares = itertools.count(2), {"b0.8": 0.5, "b0.6": 0.25}
+
+    def seconds(decoder: GraphDecoder, *_: object) -> tuple[float, float]:
+        slow = next(clock) // 2  # the machine slows down, by as much for both that take turns
+        return 6.0 * slow, 2.0 * slow * shares.get(decoder._path.stem, 1.0)
+
+    monkeypatch.setattr(calibration, "GraphDecoder", Counted)
+    monkeypatch.setattr(calibration, "_peak", peak)
+    monkeypatch.setattr(calibration, "_run", seconds)
+    monkeypatch.setattr(calibration, "write_atomic", lambda *_: None)
+    bundle = Bundle.load(made[1])
+    found = calibration.calibrate(made[1], bundle.decoders, bundle.shape, in_place=True, positions=256)["graphs"]
+    assert most == [1, 2, 2, 2, 2]
+    for name, each in found.items():
+        assert each["decode_seconds"] == pytest.approx(found["b1"]["decode_seconds"] * shares.get(name, 1.0))
+    alone = calibration.calibrate(made[1], bundle.decoders[:1], bundle.shape, in_place=True, positions=256)["graphs"]
+    assert alone["if"]["decode_seconds"] > 0
 
 
 def test_figures_of_another_artifact_are_left_out(
