@@ -43,7 +43,7 @@ def export(
     block: Annotated[
         int | None, typer.Option(help="Numbers that share a scale: 32, 64 or 128. Default: 128 at int8, 32 at int4.")
     ] = None,
-    ladder: Annotated[str, typer.Option(help="A shipped ladder (default) or a TOML file.")] = "default",
+    ladder: Annotated[str | None, typer.Option(help="A shipped ladder or a TOML file. Default: default.")] = None,
     variants: Annotated[bool, typer.Option(help="Export the static variants of the ladder.")] = True,
     if_graph: Annotated[bool, typer.Option(help="Export the graph that runs any allocation.")] = True,
     whole_cache: Annotated[
@@ -101,7 +101,9 @@ def export(
 
     if target not in ("onnx", *TARGETS):
         raise ConfigError(f"--target must be one of onnx, {', '.join(TARGETS)}, found {target!r}")
-    onnx, rungs = target == "onnx", load_ladder(ladder)
+    if ladder is not None and not variants:
+        raise ConfigError("--ladder says which variants there are, and --no-variants that there are none; give one")
+    onnx, rungs = target == "onnx", load_ladder(ladder or "default")
     budgets = budgets_of(rungs) if variants else ()
     static_shapes = static_shapes or (rungs.get("static_shapes") if variants else None)
     asked: dict[str, Any] = {

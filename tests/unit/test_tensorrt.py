@@ -252,6 +252,7 @@ def test_wrong_engine_options(changes: dict[str, object], words: str) -> None:
         ({"kinds": ("static",)}, {}, "no such graphs"),
         ({"kinds": ("told",)}, {"if_graph": False, "per_budget": 2}, "no such graphs"),
         ({"kinds": ("variants",)}, {"budgets": ()}, "no such graphs"),
+        ({"kinds": ("told", "static")}, {}, "engines static: the export has no such graphs"),
         ({"capabilities": ("8.0",)}, {"precision": "fp8"}, "8.0 do not know it; use int8 or int4"),
         ({"capabilities": ("8.9", "7.5")}, {"precision": "bf16"}, "7.5 do not know it; use fp16"),
         ({}, {"calibrate": True}, "leave out --calibrate"),
@@ -443,6 +444,7 @@ def test_without_tensorrt_the_bundle_is_whole_and_the_exit_code_says_so(
         (["--max-batch", "2"], "--target onnx has none; give --target trt or trt-rtx"),
         (["--device", "t4"], "are of engines"),
         (["--defer-build"], "are of engines"),
+        (["--no-variants", "--ladder", "default"], "give one"),
     ],
 )
 def test_mistakes_of_the_export_are_one_line(
