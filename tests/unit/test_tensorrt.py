@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -16,11 +17,12 @@ import typer
 
 import bad_graphs
 from fake_tensorrt import FakeTensorRT
+from l2a_compress import files
 from l2a_compress._cli import main
 from l2a_compress._cli.engines import finish
 from l2a_compress.bundle import Bundle
 from l2a_compress.engines import BuildRecipe, Built, Profile, engines, open_engine
-from l2a_compress.errors import BundleError, ConfigError, EngineError
+from l2a_compress.errors import BundleError, ConfigError, EngineError, StorageError
 from l2a_compress.exporters import builders
 from l2a_compress.exporters.engine_recipes import EngineOptions
 from l2a_compress.exporters.facts import nodes
@@ -356,6 +358,45 @@ def test_processes_that_build_at_a_time_keep_each_others_engines(bundle: Path) -
     build_engines(bundle, only="b1", builders={"trt": meanwhile})
     built = {each.recipe.graph for each in engines(bundle, Bundle.load(bundle)) if each.built}
     assert built == {"b1", "b0.6"}
+
+
+def test_a_file_system_without_locks_gets_its_engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def flock(held: int, how: int) -> None:
+        asked.append(how)
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    build_engines(bundle, only="b1", builders=fake())  # type: ignore[arg-type]
+    assert asked == [files.fcntl.LOCK_EX] * 2  # which waits
+    assert [each.recipe.graph for each in engines(bundle, Bundle.load(bundle)) if each.built] == ["b1"]
+
+
+def test_a_folder_that_is_not_writable_is_told_before_the_build(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", read_only)
+    module = FakeTensorRT()
+    with pytest.raises(StorageError, match=r"bundle: cannot write: .*choose another one"):
+        build_engines(bundle, builders={"trt": lambda: builders.TensorRT(module)})
+    assert module.calls == []
+
+
+def test_files_are_hashed_once_as_engines_are_built_and_shown(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = list[str]()
+
+    def counted(path: Path) -> str:
+        hashed.append(Path(path).name)
+        return files.sha256_of(path)
+
+    monkeypatch.setattr("l2a_compress._listing.sha256_of", counted)
+    monkeypatch.setattr("l2a_compress.exporters.tensorrt.BUILDERS", fake())
+    finish(bundle, "trt", defer=False, quiet=True)
+    assert hashed.count("weights.bin") == 1
+    assert "b1.trt.engine" not in hashed  # by its bytes in memory
+    Bundle.load(bundle)
 
 
 def test_engines_are_built_where_there_is_neither_torch_nor_onnx(bundle: Path) -> None:
