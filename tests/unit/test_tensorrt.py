@@ -442,7 +442,7 @@ def test_verify_says_which_graphs_it_did_not_compare_with_variants(
 ) -> None:
     assert main(["compress", "verify", str(made[1])]) == 0
     shown = capsys.readouterr().out
-    assert all(f"{name} specialised to each of 2 variants differs by at most 0\n" in shown for name in ("if", "told"))
+    assert all(f"{name} specialised to each of 2 variants is that variant" in shown for name in ("if", "told"))
     export(made[0], tmp_path / "bundle", dataclasses.replace(TRT, precision="fp16"))
     assert main(["compress", "verify", str(tmp_path / "bundle")]) == 0
     shown = capsys.readouterr().out
