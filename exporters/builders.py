@@ -71,11 +71,11 @@ class Builder:
 
         Raises:
             ConfigError: the recipe asks for a flag or capability that this version does not know.
-            EngineError: the parser or the builder refuses the graph; says what it said.
+            EngineError: no such GPU is here, or the parser or the builder refuses the graph; says what it said.
         """
-        trt = self._trt
-        log = self._log()
-        builder = trt.Builder(log)
+        capabilities = self._capabilities(recipe)  # first: to parse a graph is to read all weights
+        trt, log = self._trt, self._log()
+        builder = self._builder(log)
         network = builder.create_network(self._network_flags(recipe))
         parser = trt.OnnxParser(network, log)
         if not parser.parse_from_file(str(graph)):
@@ -87,7 +87,7 @@ class Builder:
             if name != STRONGLY_TYPED:
                 flag = self._member(trt.BuilderFlag, name, "flag")
                 (config.set_flag if wanted else config.clear_flag)(flag)
-        capabilities = self._capabilities(config, recipe)
+        self._aim(config, capabilities)
         for each in recipe.profiles:
             profile = builder.create_optimization_profile()
             for name, sizes in each.shapes.items():
@@ -106,8 +106,21 @@ class Builder:
         if not engine.nbytes:
             raise self._refused(graph, "build", ["the engine is empty"])
 
-    def _capabilities(self, config: Any, recipe: BuildRecipe) -> tuple[str, ...]:
+    def _capabilities(self, recipe: BuildRecipe) -> tuple[str, ...]:
         raise NotImplementedError
+
+    def _aim(self, config: Any, capabilities: tuple[str, ...]) -> None:
+        """Tells the builder what it cannot find out itself."""
+
+    def _builder(self, log: Any) -> Any:
+        try:
+            return self._trt.Builder(log)
+        except (TypeError, RuntimeError) as error:  # pybind11's, of a constructor that returns nothing
+            why = "; ".join([*log.errors[-3:], str(error)])
+            raise EngineError(
+                f"{self.package} {self.version} cannot start here ({why}); CUDA must start for it: see whether "
+                "nvidia-smi lists a GPU and whether its driver is new enough"
+            ) from error
 
     def _network_flags(self, recipe: BuildRecipe) -> int:
         # From TensorRT 11 on all networks are strongly typed, and the flag is one that does nothing.
@@ -150,7 +163,7 @@ class TensorRT(Builder):
     package = "tensorrt"
     extra = "gpu"
 
-    def _capabilities(self, config: Any, recipe: BuildRecipe) -> tuple[str, ...]:
+    def _capabilities(self, recipe: BuildRecipe) -> tuple[str, ...]:
         here = capability()
         if here is None:
             raise EngineError("TensorRT builds on a GPU, and none is here; build on the machine that is to run it")
@@ -177,12 +190,14 @@ class TensorRTRTX(Builder):
         if diagnostics & _MALFORMED:
             raise self._refused(graph, "read the header of", [f"diagnostics {diagnostics}"])
 
-    def _capabilities(self, config: Any, recipe: BuildRecipe) -> tuple[str, ...]:
-        config.num_compute_capabilities = len(recipe.capabilities)
-        for place, each in enumerate(recipe.capabilities):
+    def _capabilities(self, recipe: BuildRecipe) -> tuple[str, ...]:
+        return recipe.capabilities
+
+    def _aim(self, config: Any, capabilities: tuple[str, ...]) -> None:
+        config.num_compute_capabilities = len(capabilities)
+        for place, each in enumerate(capabilities):
             name = f"SM{each.replace('.', '')}"
             config.set_compute_capability(self._member(self._trt.ComputeCapability, name, "target"), place)
-        return recipe.capabilities
 
 
 BUILDERS: dict[str, Callable[[], EngineBuilder]] = {each.target: each for each in (TensorRT, TensorRTRTX)}

@@ -1,13 +1,14 @@
 """What each graph of a bundle costs on this machine: time of a prefill and of a decode step, and memory.
 
-Times are medians over rounds in which all graphs take turns, so that a machine that slows down slows all of them.
-Memory is the peak of a process that does nothing but load the graph and run it.
+Each graph takes turns with one reference, the largest variant, so that a machine that slows down slows both, and no
+more than two graphs are open. Its time is its median ratio to the reference in the rounds that they share, times what
+the reference takes: the median of all of its rounds. Memory is the peak of a process that does nothing but load the
+graph and run it, while no other is open here.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,20 +40,14 @@ def calibrate(
         ``device``, ``prompt`` and ``graphs``: by name ``prefill_seconds`` of that prompt, ``decode_seconds`` of one
         token after it, ``peak_bytes`` and ``graph_bytes``.
     """
-    decoders = {graph.name: GraphDecoder(folder / graph.file, in_place=in_place) for graph in graphs}
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
-    for number in range(_ROUNDS + 1):
-        for name, decoder in decoders.items():
-            seconds = _run(decoder, shape, positions)
-            if number:  # the first round warms up
-                spent[name].append(seconds)
+    seconds = _seconds(folder, graphs, shape, positions, in_place=in_place)
     found = {
         "device": processor(),
         "prompt": _sizes(positions)[0],
         "graphs": {
             graph.name: {
-                "prefill_seconds": statistics.median(first for first, _ in spent[graph.name]),
-                "decode_seconds": statistics.median(second for _, second in spent[graph.name]),
+                "prefill_seconds": seconds[graph.name][0],
+                "decode_seconds": seconds[graph.name][1],
                 "peak_bytes": _peak(folder / graph.file, shape, positions, in_place=in_place),
                 "graph_bytes": (folder / graph.file).stat().st_size,
             }
@@ -61,6 +56,27 @@ def calibrate(
     }
     write_atomic(folder / COSTS_FILE, json.dumps(found, indent=2) + "\n")
     return found
+
+
+def _seconds(
+    folder: Path, graphs: Sequence[GraphEntry], shape: ModelShape, positions: int, *, in_place: bool
+) -> dict[str, list[float]]:
+    """Seconds of a prefill and of a decode step, by graph."""
+
+    def opened(graph: GraphEntry) -> GraphDecoder:
+        return GraphDecoder(folder / graph.file, in_place=in_place)
+
+    def turns(*decoders: GraphDecoder) -> Array:
+        rounds = [[_run(decoder, shape, positions) for decoder in decoders] for _ in range(_ROUNDS + 1)]
+        return np.array(rounds[1:])  # the first one warms up
+
+    first = next((graph for graph in graphs if graph.kind == "variant"), graphs[0])
+    reference = opened(first)
+    others = {graph.name: turns(reference, opened(graph)) for graph in graphs if graph is not first}
+    alone = [each[:, 0] for each in others.values()] or [turns(reference)[:, 0]]
+    usual = np.median(np.concatenate(alone), axis=0)
+    ratios = {name: np.median(each[:, 1] / each[:, 0], axis=0) for name, each in others.items()}
+    return {first.name: usual.tolist()} | {name: (ratio * usual).tolist() for name, ratio in ratios.items()}
 
 
 def not_faster(graphs: Sequence[GraphEntry], costs: Mapping[str, Any]) -> list[GraphEntry]:

@@ -17,6 +17,7 @@ from l2a_compress.exporters.builders import STRONGLY_TYPED
 from l2a_compress.files import sha256_of, write_atomic
 
 KINDS = ("if", "told", "variants", "static")
+_USUAL = ("told", "variants", "static")
 # What TensorRT-RTX builds for by itself: GPUs of the Ampere, Ada and Blackwell generations.
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 _LEAST = {"fp8": (8.9, "int8 or int4"), "bf16": (8.0, "fp16")}  # compute capability, and what the lesser ones know
@@ -44,7 +45,7 @@ class EngineOptions:
 
     target: str
     capabilities: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ("told", "variants", "static")
+    kinds: tuple[str, ...] = _USUAL
     batch: int = 8
     prompt: int = 512
     context: int = 1024
@@ -78,12 +79,11 @@ def check_engines(options: EngineOptions, precision: str, graphs: Collection[str
         graphs: those of ``KINDS`` that the bundle will have.
 
     Raises:
-        ConfigError: a GPU does not know the precision, or none of the graphs becomes an engine.
+        ConfigError: a GPU does not know the precision, or there are no graphs of a kind that is named.
     """
-    if set(options.kinds).isdisjoint(graphs):
-        raise ConfigError(
-            f"engines {', '.join(options.kinds)}: the export has no such graphs; export them, or choose others"
-        )
+    absent = [kind for kind in options.kinds if kind not in graphs]
+    if absent and (options.kinds != _USUAL or len(absent) == len(_USUAL)):  # of the usual ones those that there are
+        raise ConfigError(f"engines {', '.join(absent)}: the export has no such graphs; export them, or choose others")
     least, instead = _LEAST.get(precision, (0.0, ""))
     for each in options.capabilities:
         if float(each) < least:

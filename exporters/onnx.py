@@ -35,7 +35,15 @@ from l2a_compress.exporters import ladder as ladders
 from l2a_compress.exporters.calibrate import calibrate, not_faster
 from l2a_compress.exporters.engine_recipes import write_recipes
 from l2a_compress.exporters.graph import if_graph, router_graph, static_graph, told_graph
-from l2a_compress.exporters.options import WIDTHS_PAY, ExportOptions, bits_of, block_of, dtype_of, positions_of
+from l2a_compress.exporters.options import (
+    WIDTHS_PAY,
+    ExportOptions,
+    bits_of,
+    block_of,
+    dtype_of,
+    positions_of,
+    variant_name,
+)
 from l2a_compress.exporters.peers import write_configs
 from l2a_compress.exporters.quantize import (
     LINEAR,
@@ -53,6 +61,7 @@ from l2a_compress.exporters.weights import (
     gate_tensors,
     model_tensors,
     narrowed,
+    reads_input,
     rotary_of,
     round_gates,
 )
@@ -102,6 +111,7 @@ def export(
         gated = loaded.gated
         refuse_place(Path(out), artifact, base, loaded)
         refuse(gated, options)
+        quality = _quality(artifact, loaded.config)  # may be broken
         if options.precision != "fp32":  # first, so that the ladder is what the graphs' own gates choose
             round_gates(gated, rounded_columns if bits_of(options) else lambda value: value.astype(np.float16))
         tell("ladder")
@@ -161,7 +171,7 @@ def export(
             whole_cache=options.whole_cache,
             prices=tuple((float(budget), float(price)) for budget, price in gated.prices),
             graphs=tuple(graphs),
-            quality=_quality(artifact, loaded.config),
+            quality=quality,
             versions=versions,
             files=describe_bundle(folder),
         )
@@ -211,7 +221,7 @@ def _widths(gated: GatedModel, ladder: Sequence[tuple[float, Allocation]], optio
             (len(one.layers) * shape.num_groups - one.num_kept_groups) * cost.group_units / cost.units(one)
             for _, one in ladder
         ]
-        pays = options.engines is None and not bits_of(options)
+        pays = options.if_graph and options.engines is None and not bits_of(options)
         wanted = pays and max(spared, default=0.0) > WIDTHS_PAY
     return widths_of(shape) if wanted and gated.gate_config.heads else (shape.num_groups,)
 
@@ -259,8 +269,11 @@ def _measured(
 def _ladder(loaded: LoadedArtifact, options: ExportOptions) -> list[tuple[float, Allocation]]:
     if options.allocations or not options.budgets:
         return list(options.allocations)
+    gated = loaded.gated
     prompts = calibration_prompts(loaded.recipe, loaded.tokenizer, options.calibration, batch_size=16)
-    return ladders.mine(loaded.gated, prompts, options.budgets, per_budget=options.per_budget)
+    if gated.gate_config.summary == "none" or not reads_input([name for name, _ in gate_tensors(gated)]):
+        prompts = [(ids[:1], mask[:1]) for ids, mask in prompts[:1]]  # all others get the same allocations
+    return ladders.mine(gated, prompts, options.budgets, per_budget=options.per_budget)
 
 
 def _named(ladder: Sequence[tuple[float, Allocation]]) -> Iterator[tuple[str, float, Allocation]]:
@@ -268,7 +281,7 @@ def _named(ladder: Sequence[tuple[float, Allocation]]) -> Iterator[tuple[str, fl
     seen: Counter[float] = Counter()
     for budget, allocation in ladder:
         seen[budget] += 1
-        yield f"b{budget:g}" + (f"-{seen[budget]}" if seen[budget] > 1 else ""), budget, allocation
+        yield variant_name(budget) + (f"-{seen[budget]}" if seen[budget] > 1 else ""), budget, allocation
 
 
 def _static(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from l2a_compress.allocation import Allocation
-from l2a_compress.bundle import DIALECTS, PRECISIONS
+from l2a_compress.budget import budgets_of
+from l2a_compress.bundle import DIALECTS, MOST_VARIANTS, PRECISIONS
 from l2a_compress.cost import ModelShape
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters.engine_recipes import EngineOptions, check_engines
@@ -85,16 +87,32 @@ class ExportOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} = {value}: must be at least 1")
+        self._check_ladder()
         if not self.budgets and (self.static_shapes or self.per_budget > 1):
             raise ConfigError("static shapes and a router are of variants; leave --variants on")
         if not self.budgets and not self.if_graph:
             raise ConfigError("nothing to export: neither variants nor the If graph; leave one of them on")
+        if not self.if_graph and (self.head_widths or not self.whole_cache):
+            raise ConfigError("--head-widths and --no-whole-cache are of the If graph; leave them or --no-if-graph out")
         if self.calibrate:
             self._check_calibrate()
         if self.engines is not None:
             made = {"if": self.if_graph, "told": self.if_graph, "static": bool(self.static_shapes)}
             made["variants"] = bool(self.budgets or self.allocations)
             check_engines(self.engines, self.precision, [kind for kind, there in made.items() if there])
+
+    def _check_ladder(self) -> None:
+        if self.budgets:
+            budgets_of({"budgets": list(self.budgets)})
+        count = len(self.allocations) or len(self.budgets) * self.per_budget
+        if count > MOST_VARIANTS:
+            raise ConfigError(
+                f"{count} variants: a bundle has at most {MOST_VARIANTS}; give fewer budgets, or less --per-budget"
+            )
+        found = sorted({budget for budget, _ in self.allocations} or self.budgets)
+        for one, other in pairwise(found):
+            if variant_name(one) == variant_name(other):
+                raise ConfigError(f"budgets {one} and {other}: both are named {variant_name(one)}; leave one out")
 
     def _check_calibrate(self) -> None:
         if self.precision == "bf16":
@@ -103,6 +121,11 @@ class ExportOptions:
             raise ConfigError("calibrate: a CPU cannot say how fast engines are; leave out --calibrate")
         if self.positions is not None and self.positions < 2:
             raise ConfigError("calibrate: measures a token behind a prompt; give 2 positions at least")
+
+
+def variant_name(budget: float) -> str:
+    """Of the first variant of a budget."""
+    return f"b{budget:g}"
 
 
 def bits_of(options: ExportOptions) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from l2a_compress.allocation import Allocation
+from l2a_compress.budget import Budget
+from l2a_compress.bundle import Ladder
 from l2a_compress.errors import ConfigError
 from l2a_compress.exporters.options import ExportOptions, block_of, positions_of
+from l2a_compress.limits import limits_of
 from l2a_compress.modeling.families import family_of
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.training.store import LoadedArtifact
@@ -22,7 +26,7 @@ def refuse_place(out: Path, artifact: Path, base: str | None, loaded: LoadedArti
 
 
 def refuse(gated: GatedModel, options: ExportOptions) -> None:
-    """Raises ConfigError where the model has no graph with these options."""
+    """Raises ConfigError where the model has no graph with these options, BudgetError where it keeps to no budget."""
     config = gated.model.config
     if config.hidden_act not in ("silu", "swish"):
         raise ConfigError(f"hidden_act {config.hidden_act!r}: the graphs know silu alone; export a model that has it")
@@ -32,6 +36,10 @@ def refuse(gated: GatedModel, options: ExportOptions) -> None:
         )
     if gated.gate_config.mode != "stem":
         raise ConfigError("inline gates decide layer by layer and have no graph; train with --gates stem to export")
+    if getattr(config, "mlp_bias", False):  # of Llama
+        raise ConfigError("mlp_bias: the graphs know no bias in the MLP's matrices; export a model without")
+    if options.head_widths and not gated.gate_config.heads:
+        raise ConfigError("these gates decide by layer alone, so a layer has one width; leave out --head-widths")
     window_of(config)
     block_of(options, gated.shape)
     most, rope = positions_of(gated, options), config.rope_parameters
@@ -43,8 +51,17 @@ def refuse(gated: GatedModel, options: ExportOptions) -> None:
     for batch, sequence in options.static_shapes:
         if sequence > most:
             raise ConfigError(f"static shape batch={batch} seq={sequence}: longer than the bundle's {most} positions")
+    for budget in () if options.allocations else options.budgets:
+        limits_of(Budget(compute=budget), gated.cost, gated.gate_config.stem_layers)
+    least, ladder = math.inf, Ladder()
     for budget, allocation in options.allocations:
         _refuse_allocation(gated, budget, allocation)
+        if budget > least or not ladder.takes(budget, allocation):
+            raise ConfigError(
+                f"allocation of budget {budget:g}: is no part of one of the budget before it, or that one is smaller; "
+                "give allocations that fall and are nested"
+            )
+        least = budget
 
 
 def _refuse_allocation(gated: GatedModel, budget: float, allocation: Allocation) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from l2a_compress.cost import ModelShape
-from l2a_compress.exporters.weights import Stored
+from l2a_compress.exporters.weights import Stored, reads_input
 from l2a_compress.limits import Contract
 from l2a_compress.modeling.gates import GateConfig
 
@@ -50,8 +50,8 @@ class GraphSpec:
 
     @property
     def reading(self) -> bool:
-        """Whether the gates compute something: what no input moves is stored as what it says."""
-        return any(f"gates.{kind}.inner" in self.tensors for kind in ("layers", "heads"))
+        """Whether the gates compute something."""
+        return reads_input(self.tensors)
 
     @property
     def input_blind(self) -> list[Contract]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from l2a_compress._listing import FileEntry
 from l2a_compress.bundle import MANIFEST_FILE, Bundle
 from l2a_compress.engines import BuildRecipe, Built, Engine, engines
 from l2a_compress.errors import BundleError
 from l2a_compress.exporters.builders import BUILDERS, EngineBuilder
-from l2a_compress.files import sha256_of, write_atomic
+from l2a_compress.files import check_writable, locked, write_atomic
 
 
 def build_engines(
@@ -63,34 +63,35 @@ def build_engines(
 
 
 def _build(folder: Path, bundle: Bundle, recipe: BuildRecipe, builder: EngineBuilder) -> Engine:
+    check_writable(folder)
     graph = next(entry for entry in bundle.graphs if entry.name == recipe.graph)
     began = time.perf_counter()
     engine, capabilities = builder.build(folder / graph.file, recipe)
     seconds = time.perf_counter() - began
-    names = (recipe.engine, recipe.record)
-    _list(folder, names, listed=False)  # until the new one is whole the bundle has none
+    digest = hashlib.sha256(engine).hexdigest()
+    built = Built(version=builder.version, capabilities=capabilities, sha256=digest, seconds=seconds)
+    record = built.text().encode()
+    _list(folder, {recipe.engine: None, recipe.record: None})  # until the new one is whole the bundle has none
     write_atomic(folder / recipe.engine, engine)
-    built = Built(
-        version=builder.version,
-        capabilities=capabilities,
-        sha256=sha256_of(folder / recipe.engine),
-        seconds=seconds,
-    )
-    write_atomic(folder / recipe.record, built.text())
-    _list(folder, names, listed=True)
+    write_atomic(folder / recipe.record, record)
+    made: dict[str, FileEntry | None] = {
+        recipe.engine: {"sha256": digest, "size": engine.nbytes},
+        recipe.record: {"sha256": hashlib.sha256(record).hexdigest(), "size": len(record)},
+    }
+    _list(folder, made)
     return Engine(recipe=recipe, built=built)
 
 
-def _list(folder: Path, names: Sequence[str], *, listed: bool) -> None:
-    """Puts files into the manifest as it is by now, or takes them out; one process at a time."""
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        bundle = Bundle.from_json(json.loads((folder / MANIFEST_FILE).read_bytes()))
-        files = {name: entry for name, entry in bundle.files.items() if name not in names}
-        for name in names if listed else ():
-            files[name] = {"sha256": sha256_of(folder / name), "size": (folder / name).stat().st_size}
+def _list(folder: Path, entries: Mapping[str, FileEntry | None]) -> None:
+    """Puts files into the manifest as it is by now, or takes out those of None; one process at a time."""
+    with locked(folder, wait=True):
+        bundle = read_manifest(folder)
+        files = {name: entry for name, entry in bundle.files.items() if name not in entries}
+        files |= {name: entry for name, entry in entries.items() if entry is not None}
         if files != bundle.files:
             replace(bundle, files=files).write(folder)
-    finally:
-        os.close(held)
+
+
+def read_manifest(folder: Path) -> Bundle:
+    """A bundle that ``Bundle.load`` has verified, as its manifest is by now; no file is read again."""
+    return Bundle.from_json(json.loads((folder / MANIFEST_FILE).read_bytes()))

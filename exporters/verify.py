@@ -27,6 +27,7 @@ from l2a_compress.exporters.weights import alignment
 from l2a_compress.modeling.budgets import BudgetBatch, batch_budgets
 from l2a_compress.modeling.gated import GatedModel
 from l2a_compress.runtime.decoder import CACHE_TYPES, PAST, Array, GraphDecoder, predicates
+from l2a_compress.runtime.providers import Provider
 from l2a_compress.training.calibration import calibration_prompts
 from l2a_compress.training.store import load_artifact
 
@@ -89,15 +90,15 @@ def lint(folder: Path, bundle: Bundle) -> list[str]:
     return found
 
 
-def specialized(folder: Path, bundle: Bundle, *, rows: int = 3, tokens: int = 40) -> dict[str, float]:
-    """Largest difference of a logit between each variant and the ``If`` graph specialised to its allocation.
+def specialized(
+    folder: Path, bundle: Bundle, entry: GraphEntry, *, rows: int = 3, tokens: int = 40
+) -> dict[str, float]:
+    """Largest difference of a logit between each variant and ``if`` or ``told`` specialised to its allocation.
 
     Both run in onnxruntime on one thread, on random tokens without ``<think>``, where the graph computes the budget's
     embedding and the variant has it from PyTorch. 0.0 is equality bit for bit.
     """
-    entry, found = bundle.if_graph, {}
-    if entry is None:
-        return {}
+    found = {}
     tokens = min(tokens, bundle.positions)
     graph = onnx.load(str(folder / entry.file), load_external_data=False)
     ids = np.random.default_rng(0).choice(
@@ -109,6 +110,7 @@ def specialized(folder: Path, bundle: Bundle, *, rows: int = 3, tokens: int = 40
         kept = [len(groups) for groups in variant.allocation.groups] if variant.allocation else []
         inputs = {"budget": np.full((rows, 2), [variant.budget, 1.0], dtype=np.float32)}
         inputs["allocation"] = np.tile(np.array(kept, dtype=np.int64), (rows, 1))
+        inputs |= predicates(inputs["allocation"], bundle.gates["stem_layers"], bundle.widths)  # some outlive an If
         one = _logits(specialize(graph, bundle.widths, kept).SerializeToString(), folder, ids, mask, inputs)
         other = _logits(str(folder / variant.file), folder, ids, mask, {})
         found[variant.name] = float(np.abs(one - other).max())
@@ -142,30 +144,33 @@ def parity(
     tokens: int = 64,
     budgets: Sequence[float] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5),
     threads: int = 1,
+    provider: Provider = "cpu",
     open_decoder: Callable[[GraphEntry], Decoder] | None = None,
+    target: str | None = None,
 ) -> Iterator[Parity]:
     """Compares greedy tokens of ``If`` graphs and variants with PyTorch's hard-gated model, on calibration prompts.
 
     PyTorch's greedy tokens are fed to both, so one token that differs does not hide what comes after it. It computes in
-    32 bits, whatever the base model has. What runs a graph is onnxruntime on the processor, or what ``open_decoder``
-    makes of it; then graphs that have an engine are compared. Prompts that leave no room for ``tokens`` are left out.
+    32 bits, whatever the base model has. What runs a graph is onnxruntime on ``provider``, or what ``open_decoder``
+    makes of it; then graphs that have an engine for ``target`` are compared. Prompts that leave no room for ``tokens``
+    are left out.
 
     Raises:
-        BundleError: the bundle was made of another base model than the artifact. Whether it was made of the same
-            training is what the tokens say.
-        ConfigError: no prompt leaves room for so many tokens.
+        BundleError: the bundle was made of another base model than the artifact, or has no engine to compare. Whether
+            it was made of the same training is what the tokens say.
+        ConfigError: no prompt leaves room for so many tokens, or a CPU is to run bf16.
     """
     bundle = Bundle.load(folder)
+    entries = [*bundle.decoders, *(entry for entry in bundle.graphs if entry.kind == "told")]
+    recipes: list[BuildRecipe] = []
+    if open_decoder is not None:
+        entries, recipes = _with_engines(folder, bundle, entries, target)
+    elif bundle.precision == "bf16" and provider == "cpu":
+        raise ConfigError(f"{folder}: onnxruntime cannot run bf16 on a CPU; give --provider, or --engines")
     loaded = load_artifact(artifact, base=base)
     gated = loaded.gated.float()
     if loaded.config.base["digest"] != bundle.base["digest"]:
         raise BundleError(f"{folder}: was exported from another base model than that of {artifact}")
-    entries = [*bundle.decoders, *(entry for entry in bundle.graphs if entry.kind == "told")]
-    recipes: list[BuildRecipe] = []
-    if open_decoder is not None:
-        names = {entry.name for entry in entries}
-        recipes = [each.recipe for each in engines(folder, bundle) if each.recipe.graph in names]
-        entries = [entry for entry in entries if entry.name in {recipe.graph for recipe in recipes}]
     rows, room = _room(recipes, bundle.positions, tokens)
     batches = _fitting(calibration_prompts(loaded.recipe, loaded.tokenizer, prompts, batch_size=rows), room)
     for entry in entries:
@@ -173,7 +178,8 @@ def parity(
         if open_decoder is not None:
             decoder = open_decoder(entry)
         else:
-            decoder = GraphDecoder(folder / entry.file, in_place=bundle.dialect == "ort", threads=threads)
+            in_place = bundle.dialect == "ort"
+            decoder = GraphDecoder(folder / entry.file, in_place=in_place, threads=threads, provider=provider)
         wanted: list[tuple[str, list[float]]] = [(f"{budget:g}", [budget]) for budget in budgets]
         if entry.kind == "variant":
             assert entry.budget is not None
@@ -182,6 +188,20 @@ def parity(
             wanted.append(("mixed", list(budgets)))
         for name, cycle in wanted:
             yield _compare(gated, entry, decoder, batches, name, cycle, tokens, bundle.widths)
+
+
+def _with_engines(
+    folder: Path, bundle: Bundle, entries: Sequence[GraphEntry], target: str | None
+) -> tuple[list[GraphEntry], list[BuildRecipe]]:
+    """Those of ``entries`` that have an engine, and the recipes of these."""
+    names = {entry.name for entry in entries}
+    recipes = [each.recipe for each in engines(folder, bundle, target) if each.recipe.graph in names]
+    if not recipes:
+        raise BundleError(
+            f"{folder}: has no engine to compare; export with --target {target or 'trt or trt-rtx'}, and some of told, "
+            "variants and if among --engines"
+        )
+    return [entry for entry in entries if entry.name in {recipe.graph for recipe in recipes}], recipes
 
 
 def _room(recipes: Sequence[BuildRecipe], positions: int, tokens: int) -> tuple[int, int]:

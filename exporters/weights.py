@@ -14,7 +14,7 @@ stand as [out, in] (see ``quantize``), and o, of which a narrower layer needs co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -204,6 +204,11 @@ def gate_tensors(gated: GatedModel) -> Iterator[tuple[str, Array]]:
         yield f"{name}.outer", _array(perceptron.outer.weight.t())
         yield f"{name}.outer_bias", _array(perceptron.outer.bias)
     yield "transition.at_think", _array(transition.at_think.weight.t())
+
+
+def reads_input(tensors: Collection[str]) -> bool:
+    """Whether the gates compute something, by their tensors: what no input moves is stored as what it says."""
+    return any(f"gates.{kind}.inner" in tensors for kind in ("layers", "heads"))
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from l2a_compress.cost import CostModel, ModelShape
 from l2a_compress.errors import BundleError
 from l2a_compress.limits import Contract
 
-MOST_LAYERS = 1024
 _TAGS = ("think", "end_think", "answer", "end_answer")
 
 
@@ -28,11 +27,9 @@ def texts(value: object, name: str, only: Collection[str] | None = None) -> dict
 
 
 def shape(value: object) -> ModelShape:
-    """Sizes of the decoder, of no more layers and cost than a bundle can have."""
+    """Sizes of the decoder, of no more cost than a bundle can have."""
     if not isinstance(value, ModelShape):
         raise BundleError(f"shape must be a ModelShape, found {_validate.shown(value)}")
-    if value.num_layers > MOST_LAYERS:
-        raise BundleError(f"shape.num_layers must be at most {MOST_LAYERS}, found {value.num_layers}")
     if CostModel(shape=value).dense_units >= 2**63:  # graphs take limits of 64 bits
         raise BundleError("shape: the cost of all layers must be an integer of 64 bits with a sign, found more")
     return value

@@ -17,6 +17,7 @@ __all__ = ["PRECISIONS", "CostModel", "ModelShape", "Precision", "precision_of"]
 
 # A budget such as 0.1 + 0.2 is meant as 0.3: noise of this share of the dense cost is forgiven.
 _FLOAT_NOISE = Fraction(1, 10**12)
+_MOST = {"num_layers": 1024, "num_groups": 1024}  # an allocation names each group of each layer
 
 
 class Precision(NamedTuple):
@@ -62,7 +63,8 @@ class ModelShape:
         tied: Whether the embedding and the output head are one tensor.
 
     Raises:
-        ConfigError: A size is not an integer above zero, or the heads do not divide into groups.
+        ConfigError: A size is not an integer above zero, there are more layers or groups than 1024, or the heads do not
+            divide into groups.
     """
 
     num_layers: int
@@ -78,7 +80,8 @@ class ModelShape:
         _validate.flag(self.tied, "shape.tied", ConfigError)
         for name in self.__dataclass_fields__:
             if name != "tied":
-                number = _validate.integer(getattr(self, name), f"shape.{name}", ConfigError, minimum=1)
+                most = _MOST.get(name)
+                number = _validate.integer(getattr(self, name), f"shape.{name}", ConfigError, minimum=1, maximum=most)
                 object.__setattr__(self, name, number)
         if self.num_heads % self.num_groups:
             raise ConfigError(

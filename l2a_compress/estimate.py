@@ -12,7 +12,7 @@ from l2a_compress import _validate
 from l2a_compress.allocation import Allocation
 from l2a_compress.artifact import ARTIFACT_FILE, ArtifactConfig
 from l2a_compress.budget import Budget
-from l2a_compress.bundle import MANIFEST_FILE, Bundle
+from l2a_compress.bundle import DIALECTS, MANIFEST_FILE, Bundle
 from l2a_compress.cost import CostModel, ModelShape, precision_of
 from l2a_compress.device import DeviceProfile
 from l2a_compress.errors import BudgetError, ConfigError, UnsupportedModelError
@@ -20,6 +20,7 @@ from l2a_compress.errors import BudgetError, ConfigError, UnsupportedModelError
 __all__ = ["CONFIG_FILE", "Estimate", "Source", "estimate", "read_source", "recommend", "shape_of_config", "spread"]
 
 CONFIG_FILE = "config.json"
+CONTEXT = 2048
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
 
@@ -34,6 +35,7 @@ class Source:
         precision: Of a bundle's matrices; None where nothing is exported yet.
         dialect: Of a bundle, or which one is meant to be exported.
         variants: A bundle's variants, ``(budget, allocation)`` from the largest budget to the smallest.
+        positions: Most tokens of a sequence; None where that is not known, as of an artifact.
     """
 
     name: str
@@ -42,6 +44,12 @@ class Source:
     precision: str | None = None
     dialect: str = "ort"
     variants: tuple[tuple[float, Allocation], ...] = ()
+    positions: int | None = None
+
+    @property
+    def usual_context(self) -> int:
+        """Tokens of a sequence where nothing else is said."""
+        return CONTEXT if self.positions is None else min(CONTEXT, self.positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +125,7 @@ def read_source(path: str | Path) -> Source:
             precision=bundle.precision,
             dialect=bundle.dialect,
             variants=variants,
+            positions=bundle.positions,
         )
     if (path / ARTIFACT_FILE).exists():
         artifact = ArtifactConfig.load(path)
@@ -132,10 +141,10 @@ def read_source(path: str | Path) -> Source:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file}: not a JSON file: {error}") from None
     try:
-        shape = shape_of_config(data)
+        shape, positions = shape_of_config(data), _positions(data)
     except (ConfigError, UnsupportedModelError) as error:
         raise type(error)(f"{file}: {error}") from None
-    return Source(name=file.resolve().parent.name, kind="model", shape=shape)
+    return Source(name=file.resolve().parent.name, kind="model", shape=shape, positions=positions)
 
 
 def shape_of_config(data: object) -> ModelShape:
@@ -159,7 +168,8 @@ def shape_of_config(data: object) -> ModelShape:
 
     heads, width = size("num_attention_heads"), size("hidden_size")
     # Where a key is left out, Llama has as many KV heads as heads, and all but Qwen3 divide the width by the heads.
-    groups = size("num_key_value_heads", heads if family == "llama" else None)
+    silent = family == "llama" or "num_key_value_heads" in data  # null is as many, of all families
+    groups = size("num_key_value_heads", heads if silent else None)
     head_dim = size("head_dim", None if family == "qwen3" else max(width // heads, 1))
     tied = data.get("tie_word_embeddings")
     return ModelShape(
@@ -172,6 +182,12 @@ def shape_of_config(data: object) -> ModelShape:
         vocab_size=size("vocab_size"),
         tied=tied is not None and _validate.flag(tied, "tie_word_embeddings", ConfigError),
     )
+
+
+def _positions(data: dict[str, Any]) -> int | None:
+    """Most tokens of a sequence, where a config says it."""
+    key = "max_position_embeddings"
+    return None if data.get(key) is None else _validate.integer(data[key], key, ConfigError, minimum=1)
 
 
 def spread(shape: ModelShape, budget: float) -> Allocation:
@@ -194,7 +210,7 @@ def estimate(
     budgets: Sequence[float],
     *,
     precision: str = "fp16",
-    context: int = 2048,
+    context: int | None = None,
     batch: int = 1,
 ) -> tuple[Estimate, ...]:
     """Predict memory and time of each budget by ``CostModel.latency`` and ``CostModel.prefill``.
@@ -206,15 +222,23 @@ def estimate(
         device: What it is to run on.
         budgets: Shares of the dense decoder's compute.
         precision: Of the weights, a name of ``PRECISIONS``.
-        context: Tokens of each sequence, at least 1.
+        context: Tokens of each sequence, at least 1; None: ``source.usual_context``.
         batch: Sequences, at least 1.
 
     Raises:
         BudgetError: A budget is out of range, or below one layer.
-        ConfigError: ``precision`` is unknown, or ``context`` or ``batch`` is below 1.
+        ConfigError: ``precision`` or the dialect is unknown, or the dialect has no such precision; ``context`` or
+            ``batch`` is below 1, or the model has fewer positions than ``context``.
     """
     sizes = precision_of(precision, source.dialect)
+    if source.dialect not in DIALECTS:
+        raise ConfigError(f"dialect must be one of {', '.join(DIALECTS)}, found {_validate.shown(source.dialect)}")
+    if (precision, source.dialect) == ("fp8", "ort"):
+        raise ConfigError("precision fp8 is of the dialect standard; give --dialect standard, or int8")
+    context = source.usual_context if context is None else context
     _validate.integer(context, "context", ConfigError, minimum=1)
+    if source.positions is not None and context > source.positions:
+        raise ConfigError(f"context {context}: {source.name} has {source.positions} positions; give no more")
     _validate.integer(batch, "batch", ConfigError, minimum=1)
     cost, variants = CostModel(shape=source.shape), dict(source.variants)
     asked: dict[str, Any] = {"context": context, "batch": batch, "precision": precision, "dialect": source.dialect}

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ from l2a_compress.errors import L2AError, StorageError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["atomic_dir", "locked", "make_folder", "sha256_of", "write_atomic"]
+__all__ = ["atomic_dir", "check_writable", "locked", "make_folder", "sha256_of", "write_atomic"]
 
 _HINTS = {
     errno.ENOSPC: "free some space or choose another disk",
@@ -89,14 +90,20 @@ def make_folder(folder: Path) -> None:
         raise StorageError(f"{folder}: cannot be made: {error.strerror}; choose another --out") from error
 
 
+def check_writable(folder: Path) -> None:
+    """Raises a StorageError where no file can be made in a folder, before the work whose result belongs there."""
+    with _storage_errors(folder, "cannot write"), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Holds a folder, which is made where it is not there, against other processes that ask for the same.
 
     File systems that know no locks, and Windows, hold nothing.
 
     Raises:
-        StorageError: Another one holds it, or it cannot be made.
+        StorageError: Another one holds it, unless it is to ``wait``, or it cannot be made.
     """
     make_folder(folder)
     if sys.platform == "win32":
@@ -104,7 +111,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         told = "another process works in it; wait for its end, or choose another --out"
         raise StorageError(f"{folder}: {told}") from None

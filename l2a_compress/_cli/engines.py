@@ -56,9 +56,9 @@ def finish(folder: Path, target: str, *, defer: bool, quiet: bool) -> None:
 def _show(folder: Path, target: str | None) -> None:
     from rich.console import Console
 
-    from l2a_compress.bundle import Bundle
+    from l2a_compress.exporters.tensorrt import read_manifest
 
-    bundle = Bundle.load(folder)
+    bundle = read_manifest(folder)
     Console().print(engine_table(bundle, engines(folder, bundle, target)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,9 +29,20 @@ def estimate(
     ],
     device: Annotated[str, typer.Option(help="A shipped device profile or a .toml file.", show_default=False)],
     precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16, bf16, int8 or int4. Default: the bundle's, else fp16.")
+        str | None,
+        typer.Option(help="fp32, fp16, bf16, int8, int4 or (standard) fp8. Default: the bundle's, else fp16."),
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 2048,
+    dialect: Annotated[
+        str | None,
+        typer.Option(
+            help="Which is to be exported: ort, or standard, that of engines, whose caches have 16 bits and whose "
+            "head is not quantized. Default: the bundle's, else ort."
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens of each sequence. Default: 2048, or as many as the model has positions."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     budgets: Annotated[str | None, typer.Option(help="Falling shares of the dense compute: 1.0,0.7,0.4.")] = None,
     ladder: Annotated[
@@ -43,6 +55,8 @@ def estimate(
     profile = DeviceProfile.from_toml(device) if device.endswith(".toml") else DeviceProfile.named(device)
     target = None if target_ms is None else _validate.positive(target_ms, "target-ms", ConfigError) / 1000
     found = read_source(source)
+    found = found if dialect is None else dataclasses.replace(found, dialect=dialect)
+    context = found.usual_context if context is None else context
     precision = precision or found.precision or "fp16"
     chosen = _budgets(found, budgets, ladder)
     rows = run_estimate(found, profile, chosen, precision=precision, context=context, batch=batch)
@@ -53,6 +67,7 @@ def estimate(
             "source": {"name": found.name, "kind": found.kind, "shape": found.shape.to_json()},
             "device": profile.to_json(),
             "precision": precision,
+            "dialect": found.dialect,
             "computes_in": profile.computes_in(precision),
             "context": context,
             "batch": batch,
@@ -68,7 +83,8 @@ def estimate(
         return
     from rich.console import Console
 
-    title = f"{found.name} ({found.kind}) on {profile.name}: {precision}, context {context}, batch {batch}"
+    exported = precision if found.dialect == "ort" else f"{precision}, {found.dialect}"
+    title = f"{found.name} ({found.kind}) on {profile.name}: {exported}, context {context}, batch {batch}"
     Console().print(_table(title, rows))
     typer.echo(BOUND)
     typer.echo(f"memory: {profile.memory_bytes / 1e6:,.0f} MB; {_roof(profile, precision)}")

@@ -10,6 +10,7 @@ import typer
 
 from l2a_compress import _validate
 from l2a_compress._cli.engines import finish, spinner
+from l2a_compress._cli.run import ProviderOption
 from l2a_compress.budget import budgets_of
 from l2a_compress.bundle import COSTS_FILE, WEIGHT_FILE, Bundle
 from l2a_compress.device import DeviceProfile
@@ -42,7 +43,7 @@ def export(
     block: Annotated[
         int | None, typer.Option(help="Numbers that share a scale: 32, 64 or 128. Default: 128 at int8, 32 at int4.")
     ] = None,
-    ladder: Annotated[str, typer.Option(help="A shipped ladder (default) or a TOML file.")] = "default",
+    ladder: Annotated[str | None, typer.Option(help="A shipped ladder or a TOML file. Default: default.")] = None,
     variants: Annotated[bool, typer.Option(help="Export the static variants of the ladder.")] = True,
     if_graph: Annotated[bool, typer.Option(help="Export the graph that runs any allocation.")] = True,
     whole_cache: Annotated[
@@ -100,7 +101,9 @@ def export(
 
     if target not in ("onnx", *TARGETS):
         raise ConfigError(f"--target must be one of onnx, {', '.join(TARGETS)}, found {target!r}")
-    onnx, rungs = target == "onnx", load_ladder(ladder)
+    if ladder is not None and not variants:
+        raise ConfigError("--ladder says which variants there are, and --no-variants that there are none; give one")
+    onnx, rungs = target == "onnx", load_ladder(ladder or "default")
     budgets = budgets_of(rungs) if variants else ()
     static_shapes = static_shapes or (rungs.get("static_shapes") if variants else None)
     asked: dict[str, Any] = {
@@ -160,6 +163,7 @@ def verify(
     engines: Annotated[
         str | None, typer.Option(help="Compare the bundle's engines, where they run: trt or trt-rtx.")
     ] = None,
+    provider: ProviderOption = "cpu",
     prompts: Annotated[int, typer.Option(help="Prompts to compare.", min=1)] = 64,
     tokens: Annotated[int, typer.Option(help="Greedy tokens of each prompt.", min=1)] = 64,
 ) -> None:
@@ -170,22 +174,31 @@ def verify(
     from l2a_compress.exporters.verify import lint, parity, specialized
     from l2a_compress.runtime.tensorrt import EngineDecoder
 
-    for option, value in (("--base", base), ("--engines", engines)):
+    other = None if provider == "cpu" else provider
+    for option, value in (("--base", base), ("--engines", engines), ("--provider", other)):
         if artifact is None and value is not None:
             raise ConfigError(f"{option} {value!r} says what is compared with an artifact's tokens; give --artifact")
+    if engines is not None and engines not in TARGETS:
+        raise ConfigError(f"--engines must be one of {', '.join(TARGETS)}, found {engines!r}")
+    if engines is not None and other is not None:
+        raise ConfigError("--engines and --provider: engines run without onnxruntime; give one of them")
     found = Bundle.load(bundle)
     typer.echo(f"{len(found.files)} files as the manifest lists them")
     broken = lint(bundle, found)
     if broken:
         raise BundleError("; ".join(broken))
     typer.echo(f"{len(found.graphs)} graphs pass onnx.checker and keep the export rules")
-    if found.dialect == "standard" and found.precision == "fp32" and found.if_graph and found.variants:
-        apart = specialized(bundle, found)
-        typer.echo(
-            f"the If graph specialised to each of {len(apart)} variants differs by at most {max(apart.values()):g}"
-        )
+    exact = found.dialect == "standard" and found.precision == "fp32" and found.variants
+    for entry in (found.if_graph, found.told_graph):
+        if entry is None:
+            continue
+        if not exact:  # elsewhere both round in other places
+            typer.echo(f"{entry.name} was NOT compared with variants: that takes some, in the dialect standard at fp32")
+            continue
+        apart = specialized(bundle, found, entry)
         if any(apart.values()):
-            raise BundleError(f"{bundle}: the If graph is not its variants bit for bit: {apart}")
+            raise BundleError(f"{bundle}: {entry.name} is not its variants bit for bit: {apart}")
+        typer.echo(f"{entry.name} specialised to each of {len(apart)} variants is that variant bit for bit")
     if artifact is None:
         typer.echo("tokens were NOT compared with PyTorch: give --artifact")
         return
@@ -194,7 +207,17 @@ def verify(
         table.add_column(name)
     wrong = []
     opener = None if engines is None else lambda entry: EngineDecoder(bundle, found, entry.name, engines)
-    for row in parity(bundle, artifact, base=base, prompts=prompts, tokens=tokens, open_decoder=opener):
+    rows = parity(
+        bundle,
+        artifact,
+        base=base,
+        prompts=prompts,
+        tokens=tokens,
+        provider=provider,  # type: ignore[arg-type]  # checked where a session is opened
+        open_decoder=opener,
+        target=engines,
+    )
+    for row in rows:
         verdict = "equal" if row.allocations else "DIFFER"
         table.add_row(row.graph, row.budget, str(row.tokens), str(row.equal), f"{row.difference:.2e}", verdict)
         if row.equal < row.tokens or not row.allocations:

@@ -124,6 +124,7 @@ class FakeTensorRT(SimpleNamespace):
 
     Args:
         version: 10.x has flags of precision and of typing, 11.x has neither.
+        starts: whether CUDA starts; without it a builder is none, which pybind11 says so.
         parses: whether the parser takes the graph.
         engine: what the builder returns; ``graph``: what the runtime below takes.
         profile: what adding a profile returns; -1 is a refusal.
@@ -137,6 +138,7 @@ class FakeTensorRT(SimpleNamespace):
         self,
         version: str = "11.4.0.106",
         *,
+        starts: bool = True,
         parses: bool = True,
         engine: bytes | str | None = b"engine",
         profile: int = 0,
@@ -184,6 +186,9 @@ class FakeTensorRT(SimpleNamespace):
         class Builder:
             def __init__(self, logger: Any) -> None:
                 calls.append(("Builder",))
+                if not starts:
+                    logger.log(ILogger.ERROR, "CUDA initialization failure with error: 35")
+                    raise TypeError("pybind11::init(): factory function returned nullptr")
                 self.logger = logger
 
             def create_network(self, flags: int) -> str:

@@ -85,6 +85,7 @@ FIELDS: list[tuple[tuple[Any, ...], Any, str]] = [
     (("shape",), None, "shape: ModelShape: expected a JSON object"),
     (("shape", "num_layers"), 1.0, r"shape\.num_layers must be an integer"),
     (("shape", "num_layers"), 1025, r"shape\.num_layers must be at most 1024"),
+    (("shape", "num_groups"), 2**40, r"shape\.num_groups must be at most 1024"),
     (("shape", "num_heads"), 3, r"shape\.num_heads must be a multiple"),
     (("shape", "hidden_size"), 2**63, "shape: the cost of all layers"),
     (("shape", "tied"), 1, r"shape\.tied must be true or false"),

@@ -32,7 +32,17 @@ def test_shapes_round_trip_exactly(shape: ModelShape) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"num_layers": 0}, {"hidden_size": 1.5}, {"tied": 1}, {"num_heads": True}, {"num_groups": 7}, {"x": 1}]
+    "change",
+    [
+        {"num_layers": 0},
+        {"num_layers": 1025},
+        {"hidden_size": 1.5},
+        {"tied": 1},
+        {"num_heads": True},
+        {"num_groups": 7},
+        {"num_groups": 2**40, "num_heads": 2**40},
+        {"x": 1},
+    ],
 )
 def test_bad_shapes_are_refused_by_name(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):

@@ -130,10 +130,44 @@ def test_the_dialect_standard_quantizes_layers_alone(precision: str, weight: flo
     assert row.decode_seconds == pytest.approx((weight * 4 * LAYER + 2 * HEAD + row.kv_bytes) / 1000)
 
 
-def test_a_bundle_brings_its_dialect(tmp_path: Path) -> None:
+def test_a_bundle_brings_its_dialect_and_positions(tmp_path: Path) -> None:
     manifest = write_bundle(tmp_path)
     (tmp_path / MANIFEST_FILE).write_text(json.dumps(manifest | {"dialect": "standard"}))
-    assert read_source(tmp_path).dialect == "standard"
+    source = read_source(tmp_path)
+    assert (source.dialect, source.positions) == ("standard", 256)
+    assert estimate(source, TOY, (1.0,)) == estimate(source, TOY, (1.0,), context=256)
+    with pytest.raises(ConfigError, match="context 257: tiny has 256 positions; give no more"):
+        estimate(source, TOY, (1.0,), context=257)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_null_kv_heads_are_as_many_as_heads(family: str) -> None:
+    data = CONFIG | {"model_type": family, "num_key_value_heads": None, "head_dim": 2}
+    assert shape_of_config(data) == dataclasses.replace(SMALL, num_groups=4)
+
+
+def test_the_command_takes_the_dialect_that_is_meant(
+    model: Path, toy: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["compress", "estimate", str(model), "--device", toy, "--budgets", "1", "--precision", "int8"]
+    assert main([*command, "--dialect", "standard", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    source = Source(name="small", kind="model", shape=SMALL, dialect="standard")
+    assert data["budgets"] == [estimate(source, TOY, (1.0,), precision="int8")[0].to_json()]
+    assert (data["dialect"], data["context"]) == ("standard", 2048)
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main([*command, "--dialect", "standard"]) == 0
+    assert "on toy: int8, standard, context 2048, batch 1" in capsys.readouterr().out
+    (model / "config.json").write_text(json.dumps(CONFIG | {"max_position_embeddings": 512}))
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["context"] == 512
+    for options, words in (
+        (["--context", "513"], "context 513: small has 512 positions"),
+        (["--dialect", "onnx"], "dialect must be one of ort, standard, found 'onnx'"),
+        (["--precision", "fp8"], "precision fp8 is of the dialect standard"),
+    ):
+        assert main([*command, *options]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_memory_that_is_just_enough_fits() -> None:
@@ -226,8 +260,11 @@ def test_the_recommendation_fits_and_keeps_the_target() -> None:
             if key.startswith("num_h") or key in ("hidden_size", "intermediate_size", "vocab_size")
         ),
         ({"num_attention_heads": None}, ConfigError, "key 'num_attention_heads' is missing"),
-        ({"model_type": "qwen2", "num_key_value_heads": None}, ConfigError, "key 'num_key_value_heads' is missing"),
-        ({"model_type": "mistral", "num_key_value_heads": None}, ConfigError, "key 'num_key_value_heads' is missing"),
+        ({"model_type": "qwen2", "num_key_value_heads": ...}, ConfigError, "key 'num_key_value_heads' is missing"),
+        ({"model_type": "mistral", "num_key_value_heads": ...}, ConfigError, "key 'num_key_value_heads' is missing"),
+        ({"num_key_value_heads": None, "num_attention_heads": 10**9}, ConfigError, "num_groups must be at most 1024"),
+        ({"num_hidden_layers": 10**9}, ConfigError, "num_layers must be at most 1024"),
+        ({"max_position_embeddings": 0}, ConfigError, "max_position_embeddings must be at least 1"),
         ({"model_type": "qwen3"}, ConfigError, "key 'head_dim' is missing"),
         ({"hidden_size": "8"}, ConfigError, "hidden_size must be an integer, found '8'"),
         ({"vocab_size": 0}, ConfigError, "vocab_size must be at least 1"),
@@ -241,7 +278,8 @@ def test_the_recommendation_fits_and_keeps_the_target() -> None:
 def test_a_bad_config_is_refused_by_its_key(
     change: dict[str, object], error: type[L2AError], match: str, model: Path
 ) -> None:
-    (model / "config.json").write_text(json.dumps(CONFIG | change))
+    config = {key: value for key, value in (CONFIG | change).items() if value is not ...}  # what is left out
+    (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(error, match=match):
         read_source(model)
 

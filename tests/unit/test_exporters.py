@@ -7,10 +7,12 @@ import itertools
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import numpy as np
@@ -26,9 +28,10 @@ from l2a_compress.artifact import ArtifactConfig
 from l2a_compress.budget import Budget, budgets_of
 from l2a_compress.bundle import Bundle, GraphEntry, describe_bundle
 from l2a_compress.errors import BudgetError, BundleError, ConfigError, StorageError
+from l2a_compress.exporters import calibrate as calibration
 from l2a_compress.exporters.calibrate import not_faster
 from l2a_compress.exporters.facts import branches, initializers, nodes
-from l2a_compress.exporters.ladder import mine
+from l2a_compress.exporters.ladder import Prompts, mine
 from l2a_compress.exporters.onnx import ExportOptions, export
 from l2a_compress.exporters.quantize import BITS, BLOCKS, quantize
 from l2a_compress.exporters.refusals import window_of
@@ -139,21 +142,31 @@ def test_layers_have_widths_where_narrowing_them_pays(
 @pytest.mark.parametrize("gates", [{"summary": "none"}, {"summary": "mean"}, {"heads": False}, {"tokens": False}])
 def test_every_form_of_gates_is_exported(gates: dict[str, object], tmp_path: Path) -> None:
     artifact = new_artifact(tmp_path, **gates)
-    export(artifact, tmp_path / "bundle", OPTIONS)
+    export(artifact, tmp_path / "bundle", dataclasses.replace(OPTIONS, head_widths=gates.get("heads")))
     for row in parity(tmp_path / "bundle", artifact, prompts=4, tokens=4, budgets=BUDGETS):
         assert (row.equal, row.allocations) == (row.tokens, True)
 
 
 @pytest.mark.parametrize("dialect", ["ort", "standard"])
 @pytest.mark.parametrize("demand", [True, False])
-def test_gates_that_no_input_moves_are_constants(dialect: str, demand: bool, tmp_path: Path) -> None:
+def test_gates_that_no_input_moves_are_constants(
+    dialect: str, demand: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = load_artifact(new_artifact(tmp_path, demand=demand))
     for mlp in (loaded.gated.allocator.layer_gates, loaded.gated.allocator.head_gates):
         torch.nn.init.zeros_(mlp.outer)
     digest = str(loaded.config.base["digest"])
     same = tmp_path / "same"
     save_artifact(loaded.gated, loaded.tokenizer, loaded.recipe, same, base_digest=digest, metrics={})
+    asked = list[int]()
+
+    def counted(gated: GatedModel, prompts: Prompts, *args: Any, **settings: Any) -> object:
+        asked.append(sum(len(ids) for ids, _ in prompts))
+        return mine(gated, prompts, *args, **settings)
+
+    monkeypatch.setattr("l2a_compress.exporters.ladder.mine", counted)
     export(same, tmp_path / "bundle", dataclasses.replace(OPTIONS, dialect=dialect))
+    assert asked == [1]  # all other prompts would get the same ladder
     graph = onnx.load(tmp_path / "bundle" / "if.onnx", load_external_data=False).graph
     names = {tensor.name for tensor in initializers(graph)}
     assert {"gates.layers.outer_bias", "gates.heads.outer_bias"} <= names
@@ -663,11 +676,24 @@ def run_fixed(
 def test_prompts_are_compared_within_the_positions(
     made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = dataclasses.replace(OPTIONS, budgets=(1.0,), if_graph=False, positions=36)
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), if_graph=False, head_widths=None, positions=36)
     export(made[0], tmp_path / "bundle", options)
     (row,) = parity(tmp_path / "bundle", made[0], prompts=16, tokens=6)
     assert row.equal == row.tokens
     assert f"{16 - row.tokens // 6} prompts of more than 30 tokens have no room" in caplog.text
+
+
+def test_bf16_is_compared_where_it_runs(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = dataclasses.replace(OPTIONS, budgets=(1.0,), precision="bf16")
+    export(made[0], tmp_path / "bundle", options)
+    verify = ["compress", "verify", str(tmp_path / "bundle"), "--artifact", str(made[0])]
+    assert main([*verify, "--provider", "nonsense", "--prompts", "2"]) == 2  # which opens sessions with it
+    assert "provider 'nonsense': choose one of" in capsys.readouterr().err
+    monkeypatch.setattr("l2a_compress.exporters.verify.load_artifact", None)  # it is said before
+    assert main(verify) == 2
+    assert "onnxruntime cannot run bf16 on a CPU; give --provider, or --engines" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "batch=1", "seq=8", "batch=0 seq=8", "batch=1,x seq=8", "batch=1 seq=8 more=1"])
@@ -683,6 +709,45 @@ def test_shapes_of_another_form_are_refused(text: str) -> None:
 def test_a_ladder_that_is_none_is_refused(table: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="ladder"):
         budgets_of(table)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgets": (0.8000001, 0.8)}, "budgets 0.8 and 0.8000001: both are named b0.8; leave one out"),
+        ({"budgets": (0.5, 0.7)}, "must fall"),
+        ({"budgets": (1.0, 0.7), "per_budget": 129}, "258 variants: a bundle has at most 256"),
+        ({"allocations": ((0.8, Allocation.dense(LAYERS, GROUPS)),) * 257}, "257 variants"),
+        ({"if_graph": False}, "--head-widths and --no-whole-cache are of the If graph"),
+        ({"if_graph": False, "head_widths": None, "whole_cache": False}, "are of the If graph"),
+    ],
+)
+def test_ladders_and_options_that_come_to_nothing_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(OPTIONS, **changes)
+
+
+def test_what_is_refused_is_refused_before_the_work(made: tuple[Path, Path], tmp_path: Path) -> None:
+    """As the names of the parts say, which are told before each is begun."""
+    report = tmp_path / "evaluation" / "report.json"
+    report.parent.mkdir()
+    report.write_text("{}")
+    shutil.copytree(made[0], tmp_path / "artifact")
+    bias, layers = (tmp_path / name for name in ("bias", "layers"))
+    whole, less = Allocation.dense(LAYERS, GROUPS), Allocation.of_layers(range(LAYERS - 1), LAYERS, GROUPS)
+    flat = dataclasses.replace(OPTIONS, head_widths=None)
+    for artifact, options, words in (
+        (tmp_path / "artifact", OPTIONS, "not a report"),
+        (made[0], dataclasses.replace(OPTIONS, budgets=(1.0, 0.05)), "always-on"),
+        (made[0], dataclasses.replace(OPTIONS, allocations=((0.8, whole), (0.9, less))), "fall and are nested"),
+        (made[0], dataclasses.replace(OPTIONS, allocations=((0.9, less), (0.8, whole))), "fall and are nested"),
+        (new_artifact(bias, "llama", model={"mlp_bias": True}), flat, "no bias in the MLP"),
+        (new_artifact(layers, heads=False), OPTIONS, "leave out --head-widths"),
+    ):
+        told = list[str]()
+        with pytest.raises((BudgetError, ConfigError), match=words):
+            export(artifact, tmp_path / "bundle", options, progress=told.append)
+        assert told == ["artifact"]
 
 
 def test_a_budget_below_the_stem_is_refused_and_leaves_nothing(made: tuple[Path, Path], tmp_path: Path) -> None:
@@ -841,14 +906,14 @@ def test_variants_that_are_not_nested_are_refused(copy: Path) -> None:
 def test_variants_of_given_allocations_are_exported(made: tuple[Path, Path], gated: GatedModel, tmp_path: Path) -> None:
     half = kept_groups(gated, [2 - layer % 2 for layer in range(LAYERS)])
     options = dataclasses.replace(
-        OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, 2)), (0.8, half)), if_graph=False
+        OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, 2)), (0.8, half)), if_graph=False, head_widths=None
     )
     bundle = export(made[0], tmp_path / "bundle", options)
     assert [(entry.name, entry.allocation) for entry in bundle.graphs] == [
         ("b1", Allocation.dense(LAYERS, 2)),
         ("b0.8", half),
     ]
-    with pytest.raises(BundleError, match="nested"):
+    with pytest.raises(ConfigError, match="nested"):
         export(made[0], tmp_path / "other", dataclasses.replace(options, allocations=options.allocations[::-1]))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
@@ -871,7 +936,7 @@ def test_allocations_that_the_graphs_cannot_hold_are_refused(
 def test_the_dense_variant_is_open_to_others_at_any_budget(made: tuple[Path, Path], tmp_path: Path) -> None:
     """It is the one whose allocation is whole; in the dialect standard others cannot share a buffer with it."""
     whole, less = Allocation.dense(LAYERS, GROUPS), Allocation.of_layers(range(LAYERS - 1), LAYERS, GROUPS)
-    options = dataclasses.replace(OPTIONS, if_graph=False)
+    options = dataclasses.replace(OPTIONS, if_graph=False, head_widths=None)
     for budget, allocation, dialect in ((0.9, whole, "ort"), (1.0, less, "ort"), (1.0, whole, "standard")):
         out = tmp_path / f"{budget}-{dialect}"
         export(made[0], out, dataclasses.replace(options, allocations=((budget, allocation),), dialect=dialect))
@@ -891,7 +956,9 @@ def test_the_package_of_onnxruntime_may_be_another(
         return found(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    options = dataclasses.replace(OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, GROUPS)),), if_graph=False)
+    options = dataclasses.replace(
+        OPTIONS, allocations=((1.0, Allocation.dense(LAYERS, GROUPS)),), if_graph=False, head_widths=None
+    )
     assert export(made[0], tmp_path / "bundle", options).versions["onnxruntime"] == onnxruntime.__version__
 
 
@@ -935,13 +1002,47 @@ def test_calibration_measures_every_graph_and_leaves_no_file_of_a_dropped_one(
     assert all(name in caplog.text and not (tmp_path / "bundle" / f"{name}.onnx").exists() for name in dropped)
 
 
+def test_calibration_has_two_graphs_open_at_most_and_none_while_memory_is_measured(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, most = weakref.WeakSet[GraphDecoder](), list[int]()
+
+    class Counted(GraphDecoder):
+        def __init__(self, *given: Any, **settings: Any) -> None:
+            super().__init__(*given, **settings)
+            opened.add(self)
+            most.append(len(opened))
+
+    def peak(*_: object, **__: object) -> int:
+        assert not opened
+        return 1
+
+    clock, shares = itertools.count(2), {"b0.8": 0.5, "b0.6": 0.25}
+
+    def seconds(decoder: GraphDecoder, *_: object) -> tuple[float, float]:
+        slow = next(clock) // 2  # the machine slows down, by as much for both that take turns
+        return 6.0 * slow, 2.0 * slow * shares.get(decoder._path.stem, 1.0)
+
+    monkeypatch.setattr(calibration, "GraphDecoder", Counted)
+    monkeypatch.setattr(calibration, "_peak", peak)
+    monkeypatch.setattr(calibration, "_run", seconds)
+    monkeypatch.setattr(calibration, "write_atomic", lambda *_: None)
+    bundle = Bundle.load(made[1])
+    found = calibration.calibrate(made[1], bundle.decoders, bundle.shape, in_place=True, positions=256)["graphs"]
+    assert most == [1, 2, 2, 2, 2]
+    for name, each in found.items():
+        assert each["decode_seconds"] == pytest.approx(found["b1"]["decode_seconds"] * shares.get(name, 1.0))
+    alone = calibration.calibrate(made[1], bundle.decoders[:1], bundle.shape, in_place=True, positions=256)["graphs"]
+    assert alone["if"]["decode_seconds"] > 0
+
+
 def test_figures_of_another_artifact_are_left_out(
     made: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     artifact, report = tmp_path / "artifact", tmp_path / "evaluation" / "report.json"
     shutil.copytree(made[0], artifact)
     report.parent.mkdir()
-    settings = dataclasses.replace(OPTIONS, budgets=(1.0,), if_graph=False)
+    settings = dataclasses.replace(OPTIONS, budgets=(1.0,), if_graph=False, head_widths=None)
     told = {"metric": "agreement", "points": [{"budget": 1.0, "accuracy": 0.5}]}
     for digest, count in ((ArtifactConfig.load(artifact).digest, 1), ("0" * 64, 0), (None, 0)):
         caplog.clear()
@@ -1023,7 +1124,7 @@ def test_the_commands_export_verify_and_inspect(
     assert "b0.55" in capsys.readouterr().out
     assert main(["compress", "inspect", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["dialect"] == "ort"
-    for option, value in (("--base", "x"), ("--engines", "trt")):  # which say nothing alone
+    for option, value in (("--base", "x"), ("--engines", "trt"), ("--provider", "cuda")):  # which say nothing alone
         assert main(["compress", "verify", str(out), option, value]) == 2
         assert f"{option} '{value}' says what is compared" in capsys.readouterr().err
     (out / "if.onnx").unlink()

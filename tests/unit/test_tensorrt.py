@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -12,13 +13,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import typer
 
 import bad_graphs
 from fake_tensorrt import FakeTensorRT
+from l2a_compress import files
 from l2a_compress._cli import main
+from l2a_compress._cli.engines import finish
 from l2a_compress.bundle import Bundle
 from l2a_compress.engines import BuildRecipe, Built, Profile, engines, open_engine
-from l2a_compress.errors import BundleError, ConfigError, EngineError
+from l2a_compress.errors import BundleError, ConfigError, EngineError, StorageError
 from l2a_compress.exporters import builders
 from l2a_compress.exporters.engine_recipes import EngineOptions
 from l2a_compress.exporters.facts import nodes
@@ -110,12 +114,16 @@ def test_told_and_specialised_graphs_are_the_if_graph(head_widths: bool, tmp_pat
     rows = [row for row in parity(tmp_path / "bundle", artifact, prompts=8, tokens=6) if row.graph == "told"]
     assert len(rows) == 7
     assert all(row.equal == row.tokens and row.allocations for row in rows)
-    assert specialized(tmp_path / "bundle", made) == {"b1": 0.0, "b0.6": 0.0}
+    for entry in (made.if_graph, made.told_graph):
+        assert entry is not None
+        assert specialized(tmp_path / "bundle", made, entry) == {"b1": 0.0, "b0.6": 0.0}
 
 
 def test_a_bundle_of_few_positions_is_specialised_within_them(made: tuple[Path, Path], tmp_path: Path) -> None:
     options = ExportOptions(budgets=(1.0,), calibration=4, dialect="standard", head_widths=False, positions=24)
-    assert specialized(tmp_path / "bundle", export(made[0], tmp_path / "bundle", options)) == {"b1": 0.0}
+    found = export(made[0], tmp_path / "bundle", options)
+    assert found.if_graph is not None
+    assert specialized(tmp_path / "bundle", found, found.if_graph) == {"b1": 0.0}
 
 
 @pytest.mark.parametrize("precision", LINEAR)
@@ -191,6 +199,7 @@ def test_tensorrt_is_called_as_documented(version: str, network: int, monkeypatc
         ({"engine": None}, "9.0", "cannot build it: no kernel for it"),
         ({"engine": b""}, "9.0", "the engine is empty"),
         ({"profile": -1}, "9.0", "cannot take the profile prefill"),
+        ({"starts": False}, "9.0", "cannot start here .*failure with error: 35; .*returned nullptr"),
         ({}, None, "none is here"),
         ({}, "8.9", "for compute capability 9.0, and the GPU here has 8.9"),
     ],
@@ -199,8 +208,10 @@ def test_what_the_builder_refuses_is_one_error(
     settings: dict[str, object], here: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(builders, "capability", lambda: here)
+    module = FakeTensorRT(**settings)  # type: ignore[arg-type]
     with pytest.raises(EngineError, match=words):
-        builders.TensorRT(FakeTensorRT(**settings)).build(Path("b1.onnx"), recipe(capabilities=("9.0",)))  # type: ignore[arg-type]
+        builders.TensorRT(module).build(Path("b1.onnx"), recipe(capabilities=("9.0",)))
+    assert bool(module.calls) == (here == "9.0")  # nothing is begun for another GPU
 
 
 def test_a_flag_that_the_version_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +254,7 @@ def test_wrong_engine_options(changes: dict[str, object], words: str) -> None:
         ({"kinds": ("static",)}, {}, "no such graphs"),
         ({"kinds": ("told",)}, {"if_graph": False, "per_budget": 2}, "no such graphs"),
         ({"kinds": ("variants",)}, {"budgets": ()}, "no such graphs"),
+        ({"kinds": ("told", "static")}, {}, "engines static: the export has no such graphs"),
         ({"capabilities": ("8.0",)}, {"precision": "fp8"}, "8.0 do not know it; use int8 or int4"),
         ({"capabilities": ("8.9", "7.5")}, {"precision": "bf16"}, "7.5 do not know it; use fp16"),
         ({}, {"calibrate": True}, "leave out --calibrate"),
@@ -253,6 +265,16 @@ def test_what_no_engine_comes_of_is_refused_before_the_export(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         dataclasses.replace(TRT, engines=EngineOptions(target="trt", **engine), **changes)  # type: ignore[arg-type]
+
+
+def test_a_gpu_that_does_not_start_leaves_a_whole_bundle_and_exit_code_3(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("l2a_compress.exporters.tensorrt.BUILDERS", fake(starts=False))
+    with pytest.raises(typer.Exit) as left:
+        finish(bundle, "trt", defer=False, quiet=True)
+    assert left.value.exit_code == 3
+    assert "the bundle is whole, but tensorrt 11.4.0.106 cannot start here" in capsys.readouterr().err
 
 
 # what is in the bundle
@@ -338,6 +360,45 @@ def test_processes_that_build_at_a_time_keep_each_others_engines(bundle: Path) -
     assert built == {"b1", "b0.6"}
 
 
+def test_a_file_system_without_locks_gets_its_engines(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def flock(held: int, how: int) -> None:
+        asked.append(how)
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    build_engines(bundle, only="b1", builders=fake())  # type: ignore[arg-type]
+    assert asked == [files.fcntl.LOCK_EX] * 2  # which waits
+    assert [each.recipe.graph for each in engines(bundle, Bundle.load(bundle)) if each.built] == ["b1"]
+
+
+def test_a_folder_that_is_not_writable_is_told_before_the_build(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(**_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", read_only)
+    module = FakeTensorRT()
+    with pytest.raises(StorageError, match=r"bundle: cannot write: .*choose another one"):
+        build_engines(bundle, builders={"trt": lambda: builders.TensorRT(module)})
+    assert module.calls == []
+
+
+def test_files_are_hashed_once_as_engines_are_built_and_shown(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed = list[str]()
+
+    def counted(path: Path) -> str:
+        hashed.append(Path(path).name)
+        return files.sha256_of(path)
+
+    monkeypatch.setattr("l2a_compress._listing.sha256_of", counted)
+    monkeypatch.setattr("l2a_compress.exporters.tensorrt.BUILDERS", fake())
+    finish(bundle, "trt", defer=False, quiet=True)
+    assert hashed.count("weights.bin") == 1
+    assert "b1.trt.engine" not in hashed  # by its bytes in memory
+    Bundle.load(bundle)
+
+
 def test_engines_are_built_where_there_is_neither_torch_nor_onnx(bundle: Path) -> None:
     program = """
 import sys
@@ -357,6 +418,35 @@ def test_records_of_builds_are_checked() -> None:
 
 
 # command line
+
+
+def test_verify_compares_engines_that_there_are(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify = ["compress", "verify", str(made[1]), "--artifact", str(made[0])]
+    for options, words in (
+        (["--engines", "nonsense"], "--engines must be one of trt, trt-rtx, found 'nonsense'"),
+        (["--engines", "trt-rtx"], "has no engine to compare; export with --target trt-rtx"),
+        (["--engines", "trt", "--provider", "cuda"], "give one of them"),
+    ):
+        assert main([*verify, *options]) == 2
+        assert words in capsys.readouterr().err
+    export(made[0], tmp_path / "bundle", dataclasses.replace(TRT, engines=None))
+    verify[2] = str(tmp_path / "bundle")
+    assert main([*verify, "--engines", "trt"]) == 2
+    assert "has no engine to compare; export with --target trt, and some of told" in capsys.readouterr().err
+
+
+def test_verify_says_which_graphs_it_did_not_compare_with_variants(
+    made: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", "verify", str(made[1])]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} specialised to each of 2 variants is that variant" in shown for name in ("if", "told"))
+    export(made[0], tmp_path / "bundle", dataclasses.replace(TRT, precision="fp16"))
+    assert main(["compress", "verify", str(tmp_path / "bundle")]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name} was NOT compared with variants" in shown for name in ("if", "told"))
 
 
 def test_without_tensorrt_the_bundle_is_whole_and_the_exit_code_says_so(
@@ -395,6 +485,7 @@ def test_without_tensorrt_the_bundle_is_whole_and_the_exit_code_says_so(
         (["--max-batch", "2"], "--target onnx has none; give --target trt or trt-rtx"),
         (["--device", "t4"], "are of engines"),
         (["--defer-build"], "are of engines"),
+        (["--no-variants", "--ladder", "default"], "give one"),
     ],
 )
 def test_mistakes_of_the_export_are_one_line(
