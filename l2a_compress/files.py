@@ -111,13 +111,13 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
         return
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        told = "another process works in it; wait for its end, or choose another --out"
-        raise StorageError(f"{folder}: {told}") from None
-    except OSError:
-        pass
-    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            told = "another process works in it; wait for its end, or choose another --out"
+            raise StorageError(f"{folder}: {told}") from None
+        except OSError:
+            pass
         yield
     finally:
         os.close(held)
