@@ -7,7 +7,7 @@ namespace l2a::core {
 namespace {
 
 constexpr std::int64_t kSchemaVersion = 1;
-constexpr std::int64_t kMostLayers = 1024;
+constexpr std::int64_t kMost = 1024;  // layers, and groups of each
 constexpr std::int64_t kMostPositions = INT32_MAX;  // sums of lengths and tensors' sizes stay far from overflow
 
 }  // namespace
@@ -37,11 +37,11 @@ Shape shape_of(const Json& data) {
     const auto size = [&](const char* name, std::int64_t most = INT64_MAX) {
         return manifest_check.integer(data[name], std::string("shape.") + name, 1, most);
     };
-    shape.num_layers = size("num_layers", kMostLayers);
+    shape.num_layers = size("num_layers", kMost);
     shape.hidden_size = size("hidden_size");
     shape.intermediate_size = size("intermediate_size");
     shape.num_heads = size("num_heads");
-    shape.num_groups = size("num_groups");
+    shape.num_groups = size("num_groups", kMost);
     shape.head_dim = size("head_dim");
     shape.vocab_size = size("vocab_size");
     if (shape.num_heads % shape.num_groups != 0) {
