@@ -92,8 +92,11 @@ def _runtime(options: argparse.Namespace) -> Runtime:
 
 def _squeeze(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the course and reads what the service wrote down."""
-    core = max(os.sched_getaffinity(0))
+    mine = os.sched_getaffinity(0)
+    core = max(mine)
+    os.sched_setaffinity(0, {core})  # as the service, for whose processors the table is
     table = _runtime(options).controller.table  # measured here, outside of the group, and kept
+    os.sched_setaffinity(0, mine)
     need = max(step.memory_bytes for step in table.steps)
     limit = int(need + options.spare * MEGABYTE)
     with group("l2a_squeeze", limit) as inside, tempfile.TemporaryDirectory() as work:
