@@ -279,9 +279,13 @@ def _source(data: str | None, **told: str | None) -> DataConfig | None:
 
 
 def _same(one: DataConfig, other: DataConfig) -> bool:
-    """Whether both read the same split of the same place; no split is train."""
-    places = {str(Path(each.source).resolve()) if Path(each.source).exists() else each.source for each in (one, other)}
-    return len(places) == 1 and one.source != "embedded" and (one.split or "train") == (other.split or "train")
+    """Whether both read the same split and subset of the same place; no split is train."""
+
+    def place(data: DataConfig) -> tuple[str, str, str | None]:
+        path = Path(data.source)
+        return str(path.resolve()) if path.exists() else data.source, data.split or "train", data.subset
+
+    return one.source != "embedded" and place(one) == place(other)
 
 
 def _longest(loaded: LoadedArtifact, settings: EvalConfig, *, nll: bool) -> int:

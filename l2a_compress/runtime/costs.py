@@ -183,13 +183,28 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
     """Measures every budget of an idle engine's ladder.
 
     The budgets take turns, so that a machine that slows down slows all of them; medians over rounds. Memory is the peak
-    of a process of its own, or of this one where another does not fit.
+    of a process of its own, or of this one where another does not fit. Without room for all rows half as many are
+    measured.
 
     Raises:
         ConfigError: requests are running.
         SessionError: a graph cannot be loaded or run.
     """
-    rows, ladder, room = engine.max_rows, engine.ladder, True
+    rows = engine.max_rows
+    while True:
+        try:
+            found = _measure(engine, rows, rounds)
+        except OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+        else:
+            return found if rows == engine.max_rows else replace(found, alone=False)
+
+
+def _measure(engine: Engine, rows: int, rounds: int) -> CostTable:
+    """The table, with so many rows together."""
+    ladder = engine.ladder
     alone: dict[float, list[Step]] = {budget: [] for budget in ladder}
     full: dict[float, list[float]] = {budget: [] for budget in ladder}
     far = min(FAR, engine.bundle.positions - TOKENS - 2 - TAGS)  # as long as the bundle allows
@@ -198,15 +213,7 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         for budget in ladder:
             if engine.serve == "variants":  # loading does not count
                 _rehearse(engine, budget, rows=1)
-            one, many = _rehearse(engine, budget, rows=1), None
-            while many is None:
-                try:
-                    many = _rehearse(engine, budget, rows=rows)
-                except OutOfMemoryError:
-                    if rows == 1:
-                        raise
-                    rows, room = rows // 2, False
-                    full = {budget: [] for budget in ladder}  # of more rows than there is room for
+            one, many = _rehearse(engine, budget, rows=1), _rehearse(engine, budget, rows=rows)
             if number:  # the first round warms up
                 alone[budget].append(one)
                 full[budget].append(many.decode_seconds)
@@ -237,7 +244,7 @@ def measure(engine: Engine, *, rounds: int = ROUNDS) -> CostTable:
         rows=rows,
         steps=tuple(steps),
         context_seconds=max(0.0, statistics.median(longer or [0.0])),
-        alone=room and all(alone for _, alone in peaks.values()),
+        alone=all(alone for _, alone in peaks.values()),
     )
 
 

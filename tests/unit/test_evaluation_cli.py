@@ -109,7 +109,7 @@ def test_a_split_of_a_folder_is_measured_and_that_of_training_is_told(
     mine = tmp_path / "artifact"
     shutil.copytree(artifact, mine)
     config = ArtifactConfig.load(mine)
-    data = config.training["data"] | {"source": str(folder), "kind": "reasoning"}
+    data = config.training["data"] | {"source": str(folder), "kind": "reasoning", "subset": None}
     dataclasses.replace(config, training=config.training | {"data": data}).write(mine)
     flags = ["--data", folder, "--contract", "cap", "--budgets", "1.0", "--out", tmp_path / "out"]
     for more, count, told in (([], 5, True), (["--split", "test"], 3, False)):

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -913,9 +914,19 @@ def test_costs_are_of_rows_with_different_texts(made: Path, monkeypatch: pytest.
 
 def test_costs_that_not_all_rows_were_measured_for_are_not_kept(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("l2a_compress.runtime.costs._peak", lambda *_: (1.0, True))
-    engine = Engine(made, max_rows=4, threads=1, memory_left=lambda: 1e15 if engine.rows < 2 else 0.0)
-    found = measure(engine, rounds=1)
-    assert (found.rows, found.alone) == (2, False)
+    engine = Engine(made, max_rows=4, threads=1)
+    reserve = engine._scheduler.reserve
+    for roomy in (0, 10):  # rows that are admitted before others take the memory: at the start, or in the middle
+        asked = itertools.count()
+
+        def short(lane: Any, request: Request, most: int, asked: Any = asked, roomy: int = roomy) -> bool:
+            return (engine.rows < 2 or next(asked) < roomy) and reserve(lane, request, most)
+
+        monkeypatch.setattr(engine._scheduler, "reserve", short)
+        found = measure(engine, rounds=1)
+        assert (found.rows, found.alone) == (2, False)
+        assert next(asked) > roomy
+    monkeypatch.setattr(engine._scheduler, "reserve", reserve)
     engine._scheduler.memory_left = lambda: 0.0
     with pytest.raises(OutOfMemoryError):
         measure(engine, rounds=1)
